@@ -1,0 +1,216 @@
+//! From sequence numbers to the knocks that could bear them.
+//!
+//! For a given (key, n, port) the sequence number is fixed, so it is computed ahead, and a SYN of a stranger costs one
+//! hash lookup however many keys there are. The index moves with the clock: one second in at the front and one out at the
+//! back, one AES block a key.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+
+use super::Registry;
+use crate::crypto::KnockKey;
+
+/// Seconds computed beyond the window, so that moving on is never late.
+const LEAD: u64 = 2;
+
+/// A knock that a sequence number could be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Candidate {
+    /// Place in [`Registry::users`].
+    pub user: usize,
+    /// Counter.
+    pub n: u64,
+    /// Selector.
+    pub port: u16,
+}
+
+/// All sequence numbers that are live around one moment.
+pub struct Index {
+    window: u64,
+    keys: Vec<IndexedKey>,
+    rows: VecDeque<Row>,
+    live: Live,
+}
+
+/// What the index needs of a user.
+struct IndexedKey {
+    key: KnockKey,
+    ports: Vec<u16>,
+    /// Counters up to this one were accepted before this index was made.
+    last: Option<u64>,
+}
+
+/// One counter: the sequence number of selector 0 for each key so far, from which the others differ by the port.
+struct Row {
+    n: u64,
+    sequences: Vec<u32>,
+}
+
+impl Index {
+    /// Computes the index around `now`. `last` tells a user's last accepted counter.
+    pub fn new(registry: &Registry, keys: &[KnockKey], last: impl Fn(usize) -> Option<u64>, now: u64) -> Self {
+        let keys = registry.users.iter().zip(keys).enumerate().map(|(place, (user, key))| IndexedKey {
+            key: key.clone(),
+            ports: registry.selectors(user).collect(),
+            last: last(place),
+        });
+        let mut index =
+            Self { window: registry.window, keys: keys.collect(), rows: VecDeque::new(), live: Live::default() };
+        while index.advance(now, usize::MAX) {}
+        index
+    }
+
+    /// Whether the index can follow the clock to `now` by moving on; if not, the clock has jumped.
+    pub fn covers(&self, now: u64) -> bool {
+        match (self.rows.front(), self.rows.back()) {
+            (Some(front), Some(back)) => {
+                front.n <= now.saturating_sub(self.window) && now.saturating_add(self.window) <= back.n
+            }
+            _ => false,
+        }
+    }
+
+    /// Moves on to `now` by at most `budget` keys; `true` if there may be more to do.
+    pub fn advance(&mut self, now: u64, budget: usize) -> bool {
+        let (oldest, newest) = (now.saturating_sub(self.window), now.saturating_add(self.window + LEAD));
+        let mut left = budget;
+        while left > 0 {
+            let next = match (self.rows.front(), self.rows.back()) {
+                (_, None) => oldest,
+                (_, Some(back)) if back.sequences.len() < self.keys.len() => {
+                    left = left.saturating_sub(self.fill(left));
+                    continue;
+                }
+                (_, Some(back)) if back.n < newest => back.n.saturating_add(1),
+                (Some(front), _) if front.n < oldest => {
+                    left = left.saturating_sub(self.drain(left));
+                    continue;
+                }
+                _ => return false,
+            };
+            self.rows.push_back(Row { n: next, sequences: Vec::with_capacity(self.keys.len()) });
+        }
+        true
+    }
+
+    /// The knocks that could bear this sequence number.
+    pub fn candidates(&self, sequence: u32) -> impl Iterator<Item = Candidate> {
+        let first = self.live.first.get(&sequence);
+        let more = first.and_then(|_| self.live.more.get(&sequence));
+        first.into_iter().chain(more.into_iter().flatten()).copied()
+    }
+
+    /// How many knocks are live.
+    pub fn len(&self) -> usize {
+        self.live.first.len() + self.live.more.values().map(Vec::len).sum::<usize>()
+    }
+
+    /// Whether no knock is live.
+    pub fn is_empty(&self) -> bool {
+        self.live.first.is_empty()
+    }
+
+    /// Adds up to `most` keys to the newest row; returns how many.
+    fn fill(&mut self, most: usize) -> usize {
+        let Some(row) = self.rows.back_mut() else {
+            return 0;
+        };
+        let before = row.sequences.len();
+        for (user, key) in self.keys.iter().enumerate().skip(before).take(most) {
+            let pad = key.key.pad(row.n);
+            row.sequences.push(pad.sequence_for(0));
+            if key.last.is_none_or(|last| row.n > last) {
+                for &port in &key.ports {
+                    self.live.insert(pad.sequence_for(port), Candidate { user, n: row.n, port });
+                }
+            }
+        }
+        row.sequences.len() - before
+    }
+
+    /// Takes up to `most` keys out of the oldest row, and the row with the last of them; returns how many.
+    fn drain(&mut self, most: usize) -> usize {
+        let Some(row) = self.rows.front_mut() else {
+            return 0;
+        };
+        let before = row.sequences.len();
+        let keep = before.saturating_sub(most);
+        for ((user, key), sequence) in self.keys.iter().enumerate().zip(&row.sequences).skip(keep) {
+            for &port in &key.ports {
+                self.live.remove(sequence ^ (u32::from(port) << 16), Candidate { user, n: row.n, port });
+            }
+        }
+        row.sequences.truncate(keep);
+        if keep == 0 {
+            self.rows.pop_front();
+        }
+        before - keep
+    }
+}
+
+/// The knock behind each sequence number. With a million of them about a hundred share theirs with another: those that
+/// came later are in `more`.
+#[derive(Default)]
+struct Live {
+    first: HashMap<u32, Candidate>,
+    more: HashMap<u32, Vec<Candidate>>,
+}
+
+impl Live {
+    fn insert(&mut self, sequence: u32, candidate: Candidate) {
+        match self.first.entry(sequence) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(candidate);
+            }
+            Entry::Occupied(_) => self.more.entry(sequence).or_default().push(candidate),
+        }
+    }
+
+    fn remove(&mut self, sequence: u32, candidate: Candidate) {
+        let is_first = self.first.get(&sequence) == Some(&candidate);
+        let Some(others) = self.more.get_mut(&sequence) else {
+            if is_first {
+                self.first.remove(&sequence);
+            }
+            return;
+        };
+        if is_first {
+            if let Some(next) = others.pop() {
+                self.first.insert(sequence, next);
+            }
+        } else {
+            others.retain(|other| *other != candidate);
+        }
+        if others.is_empty() {
+            self.more.remove(&sequence);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Candidate, Live};
+
+    #[test]
+    fn knocks_that_share_a_sequence_number_come_and_go_one_by_one() {
+        let knock = |n| Candidate { user: 0, n, port: 22 };
+        let mut live = Live::default();
+        for n in 1..=3 {
+            live.insert(7, knock(n));
+        }
+        let all = |live: &Live| {
+            let mut all: Vec<u64> = live.first.get(&7).into_iter().map(|c| c.n).collect();
+            all.extend(live.more.get(&7).into_iter().flatten().map(|c| c.n));
+            all.sort_unstable();
+            all
+        };
+        live.remove(7, knock(1));
+        assert_eq!(all(&live), [2, 3]);
+        live.remove(7, knock(1));
+        assert_eq!(all(&live), [2, 3], "what is gone is not removed twice");
+        live.remove(7, knock(2));
+        assert_eq!(all(&live), [3]);
+        live.remove(7, knock(3));
+        assert!(live.first.is_empty() && live.more.is_empty());
+    }
+}

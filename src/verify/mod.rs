@@ -1,0 +1,17 @@
+//! The decision: which SYN is a knock, of whom, and what it opens.
+//!
+//! Pure: it is handed bytes and a time, and answers with a [`Decision`]. The daemon, the tests and the benchmarks run the
+//! same code. Times are Unix seconds throughout, as the counter is one.
+
+pub mod index;
+pub mod reason;
+pub mod registry;
+pub mod replay;
+mod tries;
+pub mod verifier;
+
+pub use index::{Candidate, Index};
+pub use reason::Reason;
+pub use registry::{Registry, Service, SourcePolicy, User};
+pub use replay::{Counters, Fresh, Ledger, Reservation};
+pub use verifier::{Claim, Decision, Grant, Recorded, Refusal, Verifier, Withdrawal};

@@ -1,0 +1,85 @@
+//! Who may open what.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::crypto::{KnockPorts, KnockSecrets, PublicKey};
+use crate::service::{Name, Port};
+
+/// A service that can be asked for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Service {
+    /// Its name in the configuration.
+    pub name: Name,
+    /// The port number that stands for it in a token.
+    pub selector: u16,
+    /// The ports that a grant opens.
+    pub ports: Vec<Port>,
+    /// Seconds for which new connections may be made.
+    pub open_for: u32,
+    /// The kernel shuts the door behind the first connection.
+    pub once: bool,
+}
+
+/// Which tokens of a user count.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum SourcePolicy {
+    /// Bound to the source they come from, or unbound.
+    Any,
+    /// Only bound ones.
+    Bound,
+}
+
+/// A user: one key pair, and what it may do.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct User {
+    /// Name in the configuration.
+    pub name: Name,
+    /// Their public key, which counters are kept by.
+    pub public_key: PublicKey,
+    /// What the server's key and theirs agree on.
+    pub secrets: KnockSecrets,
+    /// Places of the services in [`Registry::services`] that they may open.
+    pub services: Vec<usize>,
+    /// Which tokens count.
+    pub source: SourcePolicy,
+    /// Networks their knocks may come from; none listed means any.
+    pub from: Vec<IpNet>,
+    /// Unix seconds from which on nothing is granted.
+    pub expires: Option<u64>,
+}
+
+impl User {
+    /// Whether a knock may come from here.
+    pub fn may_come_from(&self, source: IpAddr) -> bool {
+        self.from.is_empty() || self.from.iter().any(|network| network.contains(&source))
+    }
+}
+
+/// All that the verifier knows: made by the keeper from checked files, so names, keys and selectors are unique and every
+/// place in [`User::services`] exists.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Registry {
+    /// Seconds that a counter may be off the server's clock, either way.
+    pub window: u64,
+    /// The server's knock ports.
+    pub knock_ports: KnockPorts,
+    /// What can be opened.
+    pub services: Vec<Service>,
+    /// By whom.
+    pub users: Vec<User>,
+}
+
+impl Registry {
+    /// The selectors that this user may name.
+    pub fn selectors<'a>(&'a self, user: &'a User) -> impl Iterator<Item = u16> + 'a {
+        user.services.iter().filter_map(|&place| self.services.get(place)).map(|service| service.selector)
+    }
+
+    /// The service behind a selector, if this user may open it.
+    pub fn permitted(&self, user: &User, selector: u16) -> Option<&Service> {
+        user.services.iter().filter_map(|&place| self.services.get(place)).find(|service| service.selector == selector)
+    }
+}

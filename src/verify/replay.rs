@@ -1,0 +1,129 @@
+//! A counter is accepted once: the rule, and the proof that it was kept (docs/protocol.md section 2).
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use super::Reason;
+use crate::crypto::{Binding, Opened, PublicKey};
+
+/// A counter that was taken in memory and is not durable yet. Only [`Counters::reserve`] makes one.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Reservation {
+    client: PublicKey,
+    n: u64,
+}
+
+impl Reservation {
+    /// Whose counter it is.
+    pub const fn client(&self) -> &PublicKey {
+        &self.client
+    }
+
+    /// The counter.
+    pub const fn n(&self) -> u64 {
+        self.n
+    }
+}
+
+/// Where last counters are kept for ever.
+pub trait Ledger {
+    /// Why a write failed.
+    type Error;
+
+    /// Makes these counters the last of their keys, durably and all or none; never lowers one.
+    ///
+    /// # Errors
+    /// When it cannot be sure that they would survive a loss of power.
+    fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), Self::Error>;
+}
+
+/// Proof that a counter was accepted and is durable. Only a [`Ledger`]'s success makes one.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Fresh(Reservation);
+
+impl Fresh {
+    /// Records a batch in the ledger.
+    ///
+    /// # Errors
+    /// The ledger's: then none of the counters may have any effect, now or later.
+    pub fn record<L: Ledger>(batch: Vec<Reservation>, ledger: &mut L) -> Result<Vec<Self>, L::Error> {
+        ledger.record(batch.iter())?;
+        Ok(batch.into_iter().map(Self).collect())
+    }
+
+    /// Whose counter it is.
+    pub const fn client(&self) -> &PublicKey {
+        &self.0.client
+    }
+
+    /// The counter.
+    pub const fn n(&self) -> u64 {
+        self.0.n
+    }
+}
+
+/// What is known of the counters of every key: the last accepted, and the sightings of those within the window.
+#[derive(Default)]
+pub struct Counters {
+    last: HashMap<PublicKey, u64>,
+    recent: HashMap<(PublicKey, u64), Sighting>,
+}
+
+/// Where an accepted token came from.
+struct Sighting {
+    source: IpAddr,
+    unbound: bool,
+    withdrawn: bool,
+}
+
+impl Counters {
+    /// Starts from what the ledger holds.
+    pub fn new(last: HashMap<PublicKey, u64>) -> Self {
+        Self { last, recent: HashMap::new() }
+    }
+
+    /// The last accepted counter of a key.
+    pub fn last(&self, client: &PublicKey) -> Option<u64> {
+        self.last.get(client).copied()
+    }
+
+    /// Takes the counter of an opened token, if it is above the key's last.
+    ///
+    /// # Errors
+    /// [`Reason::Replayed`] or [`Reason::Superseded`].
+    pub fn reserve(&mut self, client: &PublicKey, opened: &Opened, source: IpAddr) -> Result<Reservation, Reason> {
+        let n = opened.n();
+        match self.last(client) {
+            Some(last) if n == last || self.recent.contains_key(&(*client, n)) => {
+                return Err(Reason::Replayed);
+            }
+            Some(last) if n < last => return Err(Reason::Superseded),
+            _ => {}
+        }
+        self.last.insert(*client, n);
+        let unbound = opened.binding() == Binding::Unbound;
+        self.recent.insert((*client, n), Sighting { source, unbound, withdrawn: false });
+        Ok(Reservation { client: *client, n })
+    }
+
+    /// If this token, unbound and accepted before, now comes from another address than then: marks it withdrawn, once, and
+    /// tells the first address.
+    pub fn withdraw(&mut self, client: &PublicKey, n: u64, source: IpAddr) -> Option<IpAddr> {
+        let sighting = self.recent.get_mut(&(*client, n))?;
+        let is_news = sighting.unbound && !sighting.withdrawn && sighting.source != source;
+        is_news.then(|| {
+            sighting.withdrawn = true;
+            sighting.source
+        })
+    }
+
+    /// Whether this counter's token was withdrawn after it was accepted.
+    pub fn is_withdrawn(&self, client: &PublicKey, n: u64) -> bool {
+        self.recent.get(&(*client, n)).is_some_and(|sighting| sighting.withdrawn)
+    }
+
+    /// Forgets sightings of counters that have left the window; what was accepted stays accepted.
+    pub fn forget_before(&mut self, n: u64) {
+        self.recent.retain(|(_, seen), _| *seen >= n);
+    }
+}

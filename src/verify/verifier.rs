@@ -1,0 +1,295 @@
+//! `handle(bytes, now) -> Decision`.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use super::tries::Tries;
+use super::{Candidate, Counters, Fresh, Index, Ledger, Reason, Registry, Reservation, Service, SourcePolicy, User};
+use crate::crypto::{Binding, KnockKey, Opened, PublicKey};
+use crate::packet::Syn;
+use crate::service::{Name, Port};
+
+/// Seconds either way that are looked up while wrong tags abound.
+const NARROW: u64 = 5;
+
+/// What became of one packet.
+#[derive(Debug)]
+pub enum Decision {
+    /// Nothing happens.
+    Refused(Refusal),
+    /// A knock: make its counter durable with [`Claim::record`], then [`Verifier::settle`] it.
+    Claimed(Claim),
+    /// An accepted unbound token came from a second address: close what it opened.
+    Withdrawn(Withdrawal),
+}
+
+/// A packet that opened nothing.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// Why.
+    pub reason: Reason,
+    /// Whose key it had to do with, where that is known.
+    pub user: Option<Name>,
+    /// Who sent it, where that could be read.
+    pub source: Option<IpAddr>,
+}
+
+/// A token that opened, with its counter reserved in memory.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Claim {
+    opened: Opened,
+    reservation: Reservation,
+    source: IpAddr,
+}
+
+/// A claim whose counter is durable.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Recorded {
+    opened: Opened,
+    fresh: Fresh,
+    source: IpAddr,
+}
+
+/// What is opened, for whom: made only of a token that opened and a counter that is durable.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Grant {
+    /// Who knocked.
+    pub user: Name,
+    /// What for.
+    pub service: Name,
+    /// From where: the only address that may come in.
+    pub source: IpAddr,
+    /// Which ports it may reach.
+    pub ports: Vec<Port>,
+    /// For how many seconds it may make new connections.
+    pub open_for: u32,
+    /// Only one connection.
+    pub once: bool,
+}
+
+/// A grant to take back.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Withdrawal {
+    /// Whose token was spent twice.
+    pub user: Name,
+    /// The address that it was granted to.
+    pub source: IpAddr,
+    /// The other address that it came from.
+    pub elsewhere: IpAddr,
+    /// The ports that were opened.
+    pub ports: Vec<Port>,
+}
+
+/// A packet that bears nobody's token, and the counters that it bore a wrong tag for.
+struct Miss {
+    refusal: Refusal,
+    wrong_tags: Vec<(PublicKey, u64)>,
+}
+
+impl Claim {
+    /// Makes the counters of a batch durable.
+    ///
+    /// # Errors
+    /// The refusals of the whole batch, and the ledger's error: none of it may have any effect, now or later.
+    pub fn record<L: Ledger>(batch: Vec<Self>, ledger: &mut L) -> Result<Vec<Recorded>, (Vec<Refusal>, L::Error)> {
+        let refuse = |claim: &(Opened, IpAddr)| Refusal::of(Reason::NotDurable, None, Some(claim.1));
+        let (claims, reservations): (Vec<_>, Vec<_>) =
+            batch.into_iter().map(|claim| ((claim.opened, claim.source), claim.reservation)).unzip();
+        match Fresh::record(reservations, ledger) {
+            Ok(fresh) => Ok(claims
+                .into_iter()
+                .zip(fresh)
+                .map(|((opened, source), fresh)| Recorded { opened, fresh, source })
+                .collect()),
+            Err(error) => Err((claims.iter().map(refuse).collect(), error)),
+        }
+    }
+}
+
+impl Refusal {
+    const fn of(reason: Reason, user: Option<Name>, source: Option<IpAddr>) -> Self {
+        Self { reason, user, source }
+    }
+}
+
+impl Grant {
+    fn new(opened: &Opened, fresh: &Fresh, user: &User, service: &Service, source: IpAddr) -> Option<Self> {
+        let is_of_one_knock = opened.n() == fresh.n() && *fresh.client() == user.public_key;
+        (is_of_one_knock && opened.port() == service.selector).then(|| Self {
+            user: user.name.clone(),
+            service: service.name.clone(),
+            source,
+            ports: service.ports.clone(),
+            open_for: service.open_for,
+            once: service.once,
+        })
+    }
+}
+
+/// The state of the decision: who may, what was spent, what the index expects next.
+pub struct Verifier {
+    registry: Registry,
+    keys: Vec<KnockKey>,
+    /// Places of the users in the registry, by key.
+    places: HashMap<PublicKey, usize>,
+    index: Index,
+    counters: Counters,
+    tries: Tries,
+}
+
+impl Verifier {
+    /// Starts from the configuration and from the last accepted counters.
+    pub fn new(registry: Registry, last: HashMap<PublicKey, u64>, now: u64) -> Self {
+        let keys: Vec<KnockKey> = registry.users.iter().map(|user| KnockKey::new(&user.secrets)).collect();
+        let places = registry.users.iter().enumerate().map(|(place, user)| (user.public_key, place)).collect();
+        let counters = Counters::new(last);
+        let index = build_index(&registry, &keys, &counters, now);
+        Self { registry, keys, places, index, counters, tries: Tries::default() }
+    }
+
+    /// Moves the index on by at most `budget` keys; `true` if there may be more to do.
+    ///
+    /// If the clock has jumped, the index is made anew at once.
+    pub fn advance(&mut self, now: u64, budget: usize) -> bool {
+        if self.index.covers(now) {
+            return self.index.advance(now, budget);
+        }
+        self.index = build_index(&self.registry, &self.keys, &self.counters, now);
+        false
+    }
+
+    /// Forgets what has left the window: sightings and tries. Call it about once a second.
+    pub fn forget(&mut self, now: u64) {
+        let oldest = now.saturating_sub(self.registry.window);
+        self.counters.forget_before(oldest);
+        self.tries.forget_before(oldest);
+    }
+
+    /// Whether so many wrong tags came that only clocks within a few seconds are looked up.
+    pub fn is_narrowed(&self, now: u64) -> bool {
+        self.tries.narrow_the_window(now)
+    }
+
+    /// How many knocks the index expects.
+    pub fn live(&self) -> usize {
+        self.index.len()
+    }
+
+    /// Decides on one packet, which starts at the IP header.
+    pub fn handle(&mut self, packet: &[u8], now: u64) -> Decision {
+        let syn = match Syn::parse(packet) {
+            Ok(syn) => syn,
+            Err(shape) => return Decision::Refused(Refusal::of(shape.into(), None, None)),
+        };
+        match self.find(&syn, now) {
+            Ok((user, opened)) => self.accept(user, &opened, syn.source, now),
+            Err(Miss { refusal, wrong_tags }) => {
+                if !wrong_tags.is_empty() {
+                    self.tries.count(&wrong_tags, now);
+                }
+                Decision::Refused(refusal)
+            }
+        }
+    }
+
+    /// Turns a durable claim into a grant, if policy still allows it.
+    ///
+    /// # Errors
+    /// [`Reason::SpentTwice`], [`Reason::NotPermitted`] or [`Reason::Expired`]; the counter stays spent.
+    pub fn settle(&self, recorded: &Recorded, now: u64) -> Result<Grant, Refusal> {
+        let Recorded { opened, fresh, source } = recorded;
+        let refuse = |reason, user: Option<&User>| Refusal::of(reason, user.map(|u| u.name.clone()), Some(*source));
+        let Some(user) = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place)) else {
+            return Err(refuse(Reason::NotPermitted, None));
+        };
+        if self.counters.is_withdrawn(fresh.client(), fresh.n()) {
+            return Err(refuse(Reason::SpentTwice, Some(user)));
+        }
+        if user.expires.is_some_and(|expiry| now >= expiry) {
+            return Err(refuse(Reason::Expired, Some(user)));
+        }
+        self.registry
+            .permitted(user, opened.port())
+            .and_then(|service| Grant::new(opened, fresh, user, service, *source))
+            .ok_or_else(|| refuse(Reason::NotPermitted, Some(user)))
+    }
+
+    /// The user, by place, whose token this SYN bears.
+    fn find(&self, syn: &Syn, now: u64) -> Result<(usize, Opened), Miss> {
+        let mut refusal = Refusal::of(Reason::Unknown, None, Some(syn.source));
+        let mut wrong_tags = Vec::new();
+        for candidate in self.index.candidates(syn.sequence) {
+            let place = candidate.user;
+            let (Some(user), Some(key)) = (self.registry.users.get(place), self.keys.get(place)) else {
+                continue;
+            };
+            match self.open(syn, candidate, user, key, now) {
+                Ok(opened) => return Ok((place, opened)),
+                Err(reason) => {
+                    if reason == Reason::WrongTag && self.counters.last(&user.public_key) < Some(candidate.n) {
+                        wrong_tags.push((user.public_key, candidate.n));
+                    }
+                    refusal = Refusal::of(reason, Some(user.name.clone()), Some(syn.source));
+                }
+            }
+        }
+        Err(Miss { refusal, wrong_tags })
+    }
+
+    /// The checks between an index hit and an opened token, in the protocol's order.
+    fn open(&self, syn: &Syn, candidate: Candidate, user: &User, key: &KnockKey, now: u64) -> Result<Opened, Reason> {
+        let Candidate { n, port, .. } = candidate;
+        if self.tries.narrow_the_window(now) && n.abs_diff(now) > NARROW {
+            return Err(Reason::Narrowed);
+        }
+        if self.tries.are_exhausted(&user.public_key, n) {
+            return Err(Reason::Exhausted);
+        }
+        if key.pad(n).knock_port(&self.registry.knock_ports) != syn.destination_port {
+            return Err(Reason::WrongKnockPort);
+        }
+        if !user.may_come_from(syn.source) {
+            return Err(Reason::SourceNotAllowed);
+        }
+        let tsval = syn.tsval.ok_or(Reason::NoTimestamp)?;
+        let bound = key.open(n, port, tsval, Binding::Bound(syn.source));
+        let unbound = || key.open(n, port, tsval, Binding::Unbound);
+        match user.source {
+            SourcePolicy::Any => bound.or_else(unbound),
+            SourcePolicy::Bound => bound,
+        }
+        .ok_or(Reason::WrongTag)
+    }
+
+    /// The counter rule, on a token whose tag held.
+    fn accept(&mut self, place: usize, opened: &Opened, source: IpAddr, now: u64) -> Decision {
+        let Some(user) = self.registry.users.get(place) else {
+            return Decision::Refused(Refusal::of(Reason::NotPermitted, None, Some(source)));
+        };
+        let refuse = |reason| Decision::Refused(Refusal::of(reason, Some(user.name.clone()), Some(source)));
+        if opened.n().abs_diff(now) > self.registry.window {
+            return refuse(Reason::OutsideWindow);
+        }
+        let reason = match self.counters.reserve(&user.public_key, opened, source) {
+            Ok(reservation) => {
+                return Decision::Claimed(Claim { opened: *opened, reservation, source });
+            }
+            Err(reason) => reason,
+        };
+        let Some(first) = self.counters.withdraw(&user.public_key, opened.n(), source) else {
+            return refuse(reason);
+        };
+        let service = self.registry.permitted(user, opened.port());
+        Decision::Withdrawn(Withdrawal {
+            user: user.name.clone(),
+            source: first,
+            elsewhere: source,
+            ports: service.map(|service| service.ports.clone()).unwrap_or_default(),
+        })
+    }
+}
+
+fn build_index(registry: &Registry, keys: &[KnockKey], counters: &Counters, now: u64) -> Index {
+    let last = |place: usize| registry.users.get(place).and_then(|user| counters.last(&user.public_key));
+    Index::new(registry, keys, last, now)
+}

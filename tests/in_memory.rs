@@ -1,0 +1,280 @@
+//! Client and server in memory with an injected clock: every rule of docs/protocol.md sections 2 and 3.
+
+#[path = "support/pair.rs"]
+mod pair;
+
+use knockq::service::Transport;
+use knockq::verify::{Reason, SourcePolicy};
+use pair::{End, Knock, NOW, WINDOW, address, world};
+use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
+
+const REFUSED: fn(Reason) -> End = End::Refused;
+
+#[test]
+fn a_knock_opens_the_service_it_names_for_its_source_alone() {
+    for source in ["203.0.113.9", "2001:db8::9"] {
+        let (mut server, clients) = world(3, |_, _| {});
+        let grant = server.receive(&Knock::new(&clients[1], NOW).from(source).packet(), NOW).grant();
+        assert_eq!((grant.user.as_str(), grant.service.as_str()), ("u1", "ssh"));
+        assert_eq!(grant.source, address(source));
+        assert_eq!((grant.open_for, grant.once), (30, false));
+        let ports: Vec<_> = grant.ports.iter().map(|port| (port.transport, port.number)).collect();
+        assert_eq!(ports, [(Transport::Tcp, 22)]);
+    }
+}
+
+#[test]
+fn a_service_with_several_ports_opens_them_all() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let grant = server.receive(&Knock::new(&clients[0], NOW).port(51820).packet(), NOW).grant();
+    assert_eq!(grant.ports.len(), 2);
+    assert!(grant.once);
+}
+
+#[test]
+fn a_replay_is_refused_from_anywhere_and_after_a_restart() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let knock = || Knock::new(&clients[0], NOW).bound_to("203.0.113.9");
+    server.receive(&knock().packet(), NOW).grant();
+    assert_eq!(server.receive(&knock().packet(), NOW), REFUSED(Reason::Replayed));
+    assert_eq!(server.receive(&knock().from("198.51.100.1").packet(), NOW), REFUSED(Reason::WrongTag));
+    server.restart(NOW + 1);
+    assert_eq!(server.receive(&knock().packet(), NOW + 1), REFUSED(Reason::Unknown), "no longer in the index");
+    server.receive(&Knock::new(&clients[0], NOW + 1).packet(), NOW + 1).grant();
+}
+
+#[test]
+fn an_unbound_token_from_a_second_address_withdraws_the_grant_once() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let knock = || Knock::new(&clients[0], NOW);
+    server.receive(&knock().packet(), NOW).grant();
+    assert_eq!(server.receive(&knock().packet(), NOW), REFUSED(Reason::Replayed), "the same address is only a copy");
+    let withdrawn = End::Withdrawn { source: address("203.0.113.9"), elsewhere: address("198.51.100.1") };
+    assert_eq!(server.receive(&knock().from("198.51.100.1").packet(), NOW), withdrawn);
+    assert_eq!(server.receive(&knock().from("198.51.100.2").packet(), NOW), REFUSED(Reason::Replayed));
+}
+
+#[test]
+fn a_copy_from_elsewhere_while_the_first_is_being_written_leaves_no_grant() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let knock = || Knock::new(&clients[0], NOW);
+    let claim = server.claim(&knock().packet(), NOW).unwrap();
+    assert!(matches!(server.claim(&knock().from("198.51.100.1").packet(), NOW), Err(End::Withdrawn { .. })));
+    let recorded = server.record(claim).unwrap();
+    assert_eq!(server.settle(&recorded, NOW), REFUSED(Reason::SpentTwice));
+}
+
+#[test]
+fn a_second_copy_during_the_write_of_the_first_makes_one_grant() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let packet = Knock::new(&clients[0], NOW).packet();
+    let claim = server.claim(&packet, NOW).unwrap();
+    assert_eq!(server.claim(&packet, NOW).unwrap_err(), REFUSED(Reason::Replayed));
+    let recorded = server.record(claim).unwrap();
+    server.settle(&recorded, NOW).grant();
+}
+
+#[test]
+fn the_window_is_exact_on_both_sides() {
+    let (mut server, clients) = world(3, |_, _| {});
+    for (client, n) in [(0, NOW - WINDOW), (1, NOW + WINDOW)] {
+        server.receive(&Knock::new(&clients[client], n).packet(), NOW).grant();
+    }
+    for n in [NOW - WINDOW - 1, NOW + WINDOW + 1, 0, u64::MAX] {
+        let end = server.receive(&Knock::new(&clients[2], n).packet(), NOW);
+        assert!(matches!(end, End::Refused(Reason::Unknown | Reason::OutsideWindow)), "{n}: {end:?}");
+    }
+}
+
+#[test]
+fn lost_knocks_cost_nothing_and_late_ones_are_refused() {
+    let (mut server, clients) = world(1, |_, _| {});
+    server.receive(&Knock::new(&clients[0], NOW + 20).packet(), NOW).grant();
+    assert_eq!(server.receive(&Knock::new(&clients[0], NOW + 19).packet(), NOW), REFUSED(Reason::Superseded));
+    server.receive(&Knock::new(&clients[0], NOW + 21).packet(), NOW).grant();
+}
+
+#[test]
+fn a_bound_token_is_worth_nothing_elsewhere() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let knock = Knock::new(&clients[0], NOW).bound_to("203.0.113.9").from("198.51.100.1");
+    assert_eq!(server.receive(&knock.packet(), NOW), REFUSED(Reason::WrongTag));
+    server.receive(&Knock::new(&clients[0], NOW).bound_to("203.0.113.9").packet(), NOW).grant();
+}
+
+#[test]
+fn a_user_who_must_bind_cannot_send_unbound_tokens() {
+    let (mut server, clients) = world(1, |_, user| user.source = SourcePolicy::Bound);
+    assert_eq!(server.receive(&Knock::new(&clients[0], NOW).packet(), NOW), REFUSED(Reason::WrongTag));
+    server.receive(&Knock::new(&clients[0], NOW).bound_to("203.0.113.9").packet(), NOW).grant();
+}
+
+#[test]
+fn a_knock_from_outside_the_users_networks_is_refused_and_is_no_try() {
+    let (mut server, clients) = world(1, |_, user| user.from = vec!["203.0.113.0/24".parse().unwrap()]);
+    for _ in 0..5 {
+        let knock = Knock::new(&clients[0], NOW).from("198.51.100.1");
+        assert_eq!(server.receive(&knock.packet(), NOW), REFUSED(Reason::SourceNotAllowed));
+    }
+    server.receive(&Knock::new(&clients[0], NOW).packet(), NOW).grant();
+}
+
+#[test]
+fn a_knock_on_another_knock_port_is_refused_and_is_no_try() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let knock = Knock::new(&clients[0], NOW);
+    for port in [1, 19999, 30000, 65535] {
+        assert_eq!(server.receive(&knock.packet_to(port), NOW), REFUSED(Reason::WrongKnockPort));
+    }
+    server.receive(&knock.packet(), NOW).grant();
+}
+
+#[test]
+fn a_service_that_the_user_may_not_open_is_not_even_looked_up() {
+    let (mut server, clients) = world(1, |_, _| {});
+    assert_eq!(server.receive(&Knock::new(&clients[0], NOW).port(25).packet(), NOW), REFUSED(Reason::Unknown));
+}
+
+#[test]
+fn an_expired_user_spends_the_counter_and_gets_nothing() {
+    let (mut server, clients) = world(1, |_, user| user.expires = Some(NOW + 10));
+    server.receive(&Knock::new(&clients[0], NOW).packet(), NOW).grant();
+    let late = Knock::new(&clients[0], NOW + 10).packet();
+    assert_eq!(server.receive(&late, NOW + 10), REFUSED(Reason::Expired));
+    assert_eq!(server.receive(&late, NOW + 10), REFUSED(Reason::Replayed));
+}
+
+#[test]
+fn without_a_durable_counter_nothing_opens_and_the_counter_stays_taken() {
+    let (mut server, clients) = world(1, |_, _| {});
+    server.ledger.is_full = true;
+    let packet = Knock::new(&clients[0], NOW).packet();
+    assert_eq!(server.receive(&packet, NOW), REFUSED(Reason::NotDurable));
+    server.ledger.is_full = false;
+    assert_eq!(server.receive(&packet, NOW), REFUSED(Reason::Replayed));
+    server.receive(&Knock::new(&clients[0], NOW + 1).packet(), NOW).grant();
+}
+
+#[test]
+fn the_third_wrong_tag_withdraws_the_counter_and_no_other() {
+    let (mut server, clients) = world(2, |_, _| {});
+    let knock = Knock::new(&clients[0], NOW);
+    for difference in [1, 2] {
+        assert_eq!(server.receive(&knock.with_tag_off_by(difference), NOW), REFUSED(Reason::WrongTag));
+    }
+    server.receive(&Knock::new(&clients[0], NOW - 1).packet(), NOW).grant();
+    assert_eq!(server.receive(&knock.with_tag_off_by(3), NOW), REFUSED(Reason::WrongTag));
+    assert_eq!(server.receive(&knock.packet(), NOW), REFUSED(Reason::Exhausted));
+    server.receive(&Knock::new(&clients[0], NOW + 1).packet(), NOW).grant();
+    server.receive(&Knock::new(&clients[1], NOW).packet(), NOW).grant();
+}
+
+#[test]
+fn wrong_tags_for_spent_counters_are_no_tries() {
+    let (mut server, clients) = world(2, |_, _| {});
+    server.receive(&Knock::new(&clients[0], NOW).packet(), NOW).grant();
+    for difference in 1..100 {
+        let packet = Knock::new(&clients[0], NOW).with_tag_off_by(difference);
+        assert_eq!(server.receive(&packet, NOW), REFUSED(Reason::WrongTag));
+    }
+    assert!(!server.verifier.is_narrowed(NOW), "a copied knock cannot narrow the window for others");
+}
+
+#[test]
+fn many_wrong_tags_narrow_the_window_for_a_minute() {
+    let (mut server, clients) = world(2, |_, _| {});
+    for n in NOW..NOW + 21 {
+        assert!(!server.verifier.is_narrowed(NOW));
+        server.receive(&Knock::new(&clients[0], n).with_tag_off_by(1), NOW);
+    }
+    assert!(server.verifier.is_narrowed(NOW));
+    for off in [NOW - 6, NOW + 6] {
+        assert_eq!(server.receive(&Knock::new(&clients[1], off).packet(), NOW), REFUSED(Reason::Narrowed));
+    }
+    server.receive(&Knock::new(&clients[1], NOW - 5).packet(), NOW).grant();
+    server.receive(&Knock::new(&clients[1], NOW + 5).packet(), NOW).grant();
+    assert!(!server.verifier.is_narrowed(NOW + 60));
+    server.receive(&Knock::new(&clients[1], NOW + 60 + 30).packet(), NOW + 60).grant();
+}
+
+#[test]
+fn a_knock_is_understood_after_the_clock_jumped_and_spent_ones_stay_spent() {
+    let (mut server, clients) = world(1, |_, _| {});
+    let spent = Knock::new(&clients[0], NOW).packet();
+    server.receive(&spent, NOW).grant();
+    for jump in [NOW + 3600, NOW - 3600, NOW] {
+        let end = server.receive(&spent, jump);
+        assert!(matches!(end, End::Refused(Reason::Unknown | Reason::Replayed)), "{end:?}");
+    }
+    assert_eq!(server.receive(&Knock::new(&clients[0], NOW - 3600).packet(), NOW - 3600), REFUSED(Reason::Unknown));
+    server.receive(&Knock::new(&clients[0], NOW + 3600).packet(), NOW + 3600).grant();
+}
+
+#[test]
+fn the_index_holds_every_knock_of_the_window_while_the_clock_ticks() {
+    let (mut server, clients) = world(4, |_, _| {});
+    for now in NOW..NOW + 200 {
+        for (client, ahead) in clients.iter().zip([0, WINDOW, WINDOW + 30, 2 * WINDOW]) {
+            server.receive(&Knock::new(client, now + ahead - WINDOW).packet(), now).grant();
+        }
+    }
+    let seconds = 2 * WINDOW + 1 + 2;
+    let expected = usize::try_from(seconds).unwrap() * 4 * 2;
+    assert!(server.verifier.live() <= expected, "{} knocks live, {expected} expected at most", server.verifier.live());
+    server.verifier.forget(NOW + 200);
+}
+
+#[test]
+fn an_advance_in_slices_ends_where_one_at_once_does() {
+    let (mut at_once, _) = world(7, |_, _| {});
+    while at_once.verifier.advance(NOW + 2, usize::MAX) {}
+    let (mut in_slices, clients) = world(7, |_, _| {});
+    let mut slices = 0;
+    while in_slices.verifier.advance(NOW + 2, 3) {
+        slices += 1;
+    }
+    assert!(slices > 5, "{slices}");
+    assert_eq!(in_slices.verifier.live(), at_once.verifier.live());
+    in_slices.receive(&Knock::new(&clients[6], NOW + 2 + WINDOW).packet(), NOW + 2).grant();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_packet_makes_the_verifier_panic_or_grant(bytes in proptest::collection::vec(any::<u8>(), 0..130)) {
+        let (mut server, _) = world(1, |_, _| {});
+        prop_assert!(matches!(server.receive(&bytes, NOW), End::Refused(_)));
+    }
+
+    #[test]
+    fn no_truncation_opens(length in 0_usize..60) {
+        let (mut server, clients) = world(1, |_, _| {});
+        let packet = Knock::new(&clients[0], NOW).packet();
+        let end = server.receive(&packet[..length], NOW);
+        prop_assert_eq!(end, End::Refused(Reason::Truncated));
+    }
+
+    #[test]
+    fn a_flipped_bit_in_token_or_port_opens_nothing(bit in 0_usize..96, v6 in any::<bool>()) {
+        let (mut server, clients) = world(1, |_, _| {});
+        let (source, tcp) = if v6 { ("2001:db8::9", 40) } else { ("203.0.113.9", 20) };
+        let mut packet = Knock::new(&clients[0], NOW).from(source).packet();
+        // destination port, sequence number, TSval
+        let byte = tcp + match bit / 8 { place @ 0..2 => 2 + place, place @ 2..6 => 4 + place - 2, place => 28 + place % 4 };
+        packet[byte] ^= 1 << (bit % 8);
+        prop_assert!(matches!(server.receive(&packet, NOW), End::Refused(_)), "bit {bit}");
+    }
+
+    #[test]
+    fn what_is_sealed_opens_once(back in 0_u64..=WINDOW, ahead in 0_u64..=WINDOW, v6 in any::<bool>(), bind in any::<bool>()) {
+        let (mut server, clients) = world(2, |_, _| {});
+        let source = if v6 { "2001:db8::9" } else { "203.0.113.9" };
+        for (client, n) in [(0, NOW - back), (1, NOW + ahead)] {
+            let knock = Knock::new(&clients[client], n).from(source);
+            let packet = if bind { knock.bound_to(source) } else { knock }.packet();
+            prop_assert!(matches!(server.receive(&packet, NOW), End::Granted(_)));
+            prop_assert_eq!(server.receive(&packet, NOW), End::Refused(Reason::Replayed));
+        }
+    }
+}
