@@ -1,0 +1,88 @@
+//! Where in a file something is wrong.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::FileError;
+use crate::crypto::KeyError;
+
+/// Why a configuration is refused.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// A file cannot be used at all.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Something in a file is wrong.
+    #[error(transparent)]
+    Content(#[from] Diagnostic),
+    /// A key file holds no key.
+    #[error("{}: {cause}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: KeyError,
+    },
+}
+
+impl ConfigError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::File(error) => error.hint(),
+            Self::Content(diagnostic) => diagnostic.hint.clone(),
+            Self::Key { .. } => Some("make a key with `knockq keygen`, or `knockq init` on a server".to_owned()),
+        }
+    }
+}
+
+/// `file:line:col: message`, the line and a caret.
+#[derive(Debug, Error)]
+pub struct Diagnostic {
+    path: PathBuf,
+    line: usize,
+    column: usize,
+    source_line: String,
+    message: String,
+    hint: Option<String>,
+}
+
+impl Diagnostic {
+    /// Points at a span of bytes in a file's text.
+    pub fn new(path: &Path, text: &str, span: Range<usize>, message: impl Into<String>) -> Self {
+        let before = text.get(..span.start).unwrap_or(text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Self {
+            path: path.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before.get(line_start..).unwrap_or_default().chars().count() + 1,
+            source_line: text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default().to_owned(),
+            message: message.into(),
+            hint: None,
+        }
+    }
+
+    /// What TOML or a type of ours did not take.
+    pub fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> Self {
+        let message = error.message().replace('\n', ", ");
+        Self::new(path, text, error.span().unwrap_or(0..0), message)
+    }
+
+    /// With a remedy.
+    #[must_use]
+    pub fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { line, column, source_line, message, .. } = self;
+        writeln!(f, "{}:{line}:{column}: {message}", self.path.display())?;
+        writeln!(f, "  {source_line}")?;
+        write!(f, "  {:>column$}", '^')
+    }
+}

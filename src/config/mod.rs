@@ -1,0 +1,12 @@
+//! Files that an administrator or a user edits, parsed once into types that hold only what is right.
+
+pub mod diagnostic;
+pub mod duration;
+pub mod secure_file;
+pub mod server;
+pub mod users;
+
+pub use diagnostic::{ConfigError, Diagnostic};
+pub use duration::Seconds;
+pub use secure_file::FileError;
+pub use server::ServerConfig;

@@ -1,0 +1,228 @@
+//! Reading files that decide over access: only regular ones, of the right owner, that nobody else can change.
+
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+/// Bytes of the largest file that is read.
+const MAX_LEN: u64 = 1 << 20;
+
+/// Mode bits: writable by the group or by others.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// Mode bits: anything at all for the group or for others.
+const OPEN_TO_OTHERS: u32 = 0o077;
+
+/// Mode bit: in this directory only owners may rename and delete (`/tmp`).
+const STICKY: u32 = 0o1000;
+
+/// Why a file is refused. The path comes first in every message.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// It cannot be opened or read.
+    #[error("{}: {cause}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+    /// A link, directory, device, pipe or socket.
+    #[error("{}: is not a regular file", path.display())]
+    NotRegular {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It belongs to another user.
+    #[error("{}: belongs to uid {uid}, not to root or to you", path.display())]
+    Owner {
+        /// The file or directory.
+        path: PathBuf,
+        /// Its owner.
+        uid: u32,
+    },
+    /// A secret that others can read.
+    #[error("{}: must not be readable by others (mode {mode:04o})", path.display())]
+    Readable {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Others can change it, or put another in its place.
+    #[error("{}: must not be writable by others (mode {mode:04o})", path.display())]
+    Writable {
+        /// The file or a directory above it.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Longer than any such file should be.
+    #[error("{}: is larger than 1 MiB", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Not text.
+    #[error("{}: is not UTF-8 text", path.display())]
+    NotText {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl FileError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Readable { path, .. } => Some(format!("chmod 600 {}", path.display())),
+            Self::Writable { path, .. } => Some(format!("chmod go-w {}", path.display())),
+            Self::Owner { path, .. } => Some(format!("chown root {}", path.display())),
+            Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
+                Some("run this as root".to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the cause is a missing privilege of the caller.
+    pub fn is_permission(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied)
+    }
+
+    pub(crate) fn io(path: &Path, cause: impl Into<io::Error>) -> Self {
+        Self::Io { path: path.to_owned(), cause: cause.into() }
+    }
+}
+
+/// Who may read a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Privacy {
+    /// Its owner alone.
+    Secret,
+    /// Anyone.
+    Public,
+}
+
+/// Reads a whole text file, after all checks on it and on every directory above it.
+///
+/// # Errors
+/// [`FileError`].
+pub fn read(path: &Path, privacy: Privacy) -> Result<Zeroizing<String>, FileError> {
+    let mut file = open(path, privacy, OpenOptions::new().read(true))?;
+    let mut text = Zeroizing::new(String::new());
+    let taken = Read::by_ref(&mut file).take(MAX_LEN + 1).read_to_string(&mut text).map_err(|cause| {
+        if cause.kind() == io::ErrorKind::InvalidData {
+            FileError::NotText { path: path.to_owned() }
+        } else {
+            FileError::io(path, cause)
+        }
+    })?;
+    if u64::try_from(taken).unwrap_or(u64::MAX) > MAX_LEN {
+        return Err(FileError::TooLarge { path: path.to_owned() });
+    }
+    Ok(text)
+}
+
+/// Opens a file that is there, after all checks on it and on every directory above it.
+///
+/// # Errors
+/// [`FileError`].
+pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<File, FileError> {
+    check_directories(path)?;
+    // O_NONBLOCK: opening a pipe must not wait for its other end.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let file = options.custom_flags(flags).open(path).map_err(|cause| match Errno::from_io_error(&cause) {
+        Some(Errno::LOOP | Errno::ISDIR | Errno::NXIO) => FileError::NotRegular { path: path.to_owned() },
+        _ => FileError::io(path, cause),
+    })?;
+    let metadata = file.metadata().map_err(|cause| FileError::io(path, cause))?;
+    if !metadata.is_file() {
+        return Err(FileError::NotRegular { path: path.to_owned() });
+    }
+    check_owner(path, &metadata)?;
+    let mode = metadata.mode() & 0o7777;
+    if privacy == Privacy::Secret && mode & OPEN_TO_OTHERS != 0 {
+        return Err(FileError::Readable { path: path.to_owned(), mode });
+    }
+    if mode & WRITABLE_BY_OTHERS != 0 {
+        return Err(FileError::Writable { path: path.to_owned(), mode });
+    }
+    Ok(file)
+}
+
+/// Makes a file that must not be there yet, with these contents, on disk before this returns; all or nothing.
+///
+/// # Errors
+/// [`FileError`], also if it exists.
+pub fn create(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
+    let fail = |cause| FileError::io(path, cause);
+    let mode = if privacy == Privacy::Secret { 0o600 } else { 0o644 };
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(fail)?;
+    let written = file.write_all(contents.as_bytes()).and_then(|()| file.sync_all()).and_then(|()| sync_parent(path));
+    written.map_err(|cause| {
+        let _ = fs::remove_file(path); // half a file would be worse than the error that is reported
+        fail(cause)
+    })
+}
+
+/// Puts a new file in the place of an old one, at once and durably.
+///
+/// # Errors
+/// [`FileError`]; the old file is whole then.
+pub fn replace(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
+    let temporary = path.with_extension("new");
+    match fs::remove_file(&temporary) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(FileError::io(&temporary, cause)),
+        _ => {}
+    }
+    create(&temporary, contents, privacy)?;
+    fs::rename(&temporary, path).and_then(|()| sync_parent(path)).map_err(|cause| FileError::io(path, cause))
+}
+
+/// Makes a directory, and those above it, for its owner alone; one that is there is left as it is.
+///
+/// # Errors
+/// [`FileError`].
+pub fn create_directory(path: &Path) -> Result<(), FileError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|cause| FileError::io(path, cause))
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    File::open(parent(path))?.sync_all()
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn check_directories(path: &Path) -> Result<(), FileError> {
+    let directory = fs::canonicalize(parent(path)).map_err(|cause| FileError::io(path, cause))?;
+    for directory in directory.ancestors() {
+        let metadata = fs::metadata(directory).map_err(|cause| FileError::io(directory, cause))?;
+        check_owner(directory, &metadata)?;
+        let mode = metadata.mode() & 0o7777;
+        if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
+            return Err(FileError::Writable { path: directory.to_owned(), mode });
+        }
+    }
+    Ok(())
+}
+
+fn check_owner(path: &Path, metadata: &Metadata) -> Result<(), FileError> {
+    match metadata.uid() {
+        0 => Ok(()),
+        uid if uid == geteuid().as_raw() => Ok(()),
+        uid => Err(FileError::Owner { path: path.to_owned(), uid }),
+    }
+}

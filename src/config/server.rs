@@ -1,0 +1,264 @@
+//! `knockq.toml`: the server and its services.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use toml::{Spanned, Value};
+
+use super::secure_file::{self, Privacy};
+use super::users::{self, UserEntry};
+use super::{ConfigError, Diagnostic, Seconds};
+use crate::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
+use crate::nft::Ruleset;
+use crate::service::{Name, Port, Transport};
+use crate::verify::{Registry, Service, User};
+
+/// Where the counters are kept, unless `state` names another directory.
+pub const STATE_DIRECTORY: &str = "/var/lib/knockq";
+
+/// Seconds that a window may have: below, knocks fail on the slightest skew; above, the index grows past its use.
+const WINDOWS: Range<u32> = 5..601;
+
+/// Seconds that a service may stay open for one knock: up to a year.
+const OPENINGS: Range<u32> = 1..365 * 86_400 + 1;
+
+/// A configuration that was read, checked and understood.
+pub struct ServerConfig {
+    /// The server's key.
+    pub private_key: PrivateKey,
+    /// Where one knocks.
+    pub knock_ports: KnockPorts,
+    /// How far a counter may be off.
+    pub window: Seconds,
+    /// Number of the netfilter queue.
+    pub queue: u16,
+    /// Account that the verifier runs as.
+    pub account: String,
+    /// Networks that are never gated.
+    pub trusted: Vec<IpNet>,
+    /// Host names or addresses that clients are told.
+    pub addresses: Vec<String>,
+    /// Directory of the counter store.
+    pub state: PathBuf,
+    /// What can be opened, by name.
+    pub services: Vec<Service>,
+    /// Who may, by name.
+    pub users: Vec<UserEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    server: Server,
+    #[serde(default)]
+    services: BTreeMap<Name, Spanned<ServiceTable>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Server {
+    private_key: PathBuf,
+    knock_ports: Spanned<KnockPorts>,
+    window: Option<Spanned<Seconds>>,
+    answer: Option<Spanned<Answer>>,
+    ruleset: Option<Spanned<Mode>>,
+    queue: Option<u16>,
+    user: Option<Name>,
+    #[serde(default)]
+    trusted: Vec<IpNet>,
+    #[serde(default)]
+    address: Vec<String>,
+    state: Option<PathBuf>,
+}
+
+#[derive(Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Answer {
+    Drop,
+    Reset,
+}
+
+#[derive(Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    Managed,
+    External,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ServiceTable {
+    ports: Spanned<Vec<Port>>,
+    open_for: Option<Spanned<Seconds>>,
+    #[serde(default)]
+    once: bool,
+    selector: Option<u16>,
+    on_close: Option<Spanned<Value>>,
+}
+
+impl ServerConfig {
+    /// Reads the file, the server's key, and the users beside it.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its place.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = secure_file::read(path, Privacy::Public)?;
+        let file: File = toml::from_str(&text).map_err(|error| Diagnostic::of_toml(path, &text, &error))?;
+        let at = |span, message: String| Diagnostic::new(path, &text, span, message);
+        let File { server, services } = file;
+
+        refuse_unbuilt(&server, &at)?;
+        let window = within(server.window, Seconds(60), &WINDOWS, "window", &at)?;
+        let services = services
+            .into_iter()
+            .map(|(name, table)| service(name, table, &at))
+            .collect::<Result<Vec<(Service, Range<usize>)>, Diagnostic>>()?;
+        check_services(&services, &server.knock_ports, &at)?;
+        let services: Vec<Service> = services.into_iter().map(|(service, _)| service).collect();
+
+        let directory = path.parent().unwrap_or(Path::new("."));
+        let key_path = directory.join(&server.private_key);
+        let key = secure_file::read(&key_path, Privacy::Secret)?;
+        let private_key: PrivateKey =
+            key.parse().map_err(|cause| ConfigError::Key { path: key_path, cause })?;
+        let users = users::load(&directory.join("users.d"), &services, private_key.public())?;
+        Ok(Self {
+            private_key,
+            knock_ports: server.knock_ports.into_inner(),
+            window,
+            queue: server.queue.unwrap_or(4097),
+            account: server.user.map_or_else(|| "knockq".to_owned(), String::from),
+            trusted: server.trusted,
+            addresses: server.address,
+            state: server.state.unwrap_or_else(|| STATE_DIRECTORY.into()),
+            services,
+            users,
+        })
+    }
+
+    /// The counter store's file.
+    pub fn store_path(&self) -> PathBuf {
+        self.state.join("counters.redb")
+    }
+
+    /// Agrees on keys with every user (44 us each), for the verifier.
+    ///
+    /// # Errors
+    /// When a key agrees on nothing, which loading has ruled out.
+    pub fn registry(&self) -> Result<Registry, ConfigError> {
+        let user = |entry: &UserEntry| {
+            let secrets = KnockSecrets::derive(Side::Server, &self.private_key, &entry.public_key, None)
+                .map_err(|cause| ConfigError::Key { path: entry.path.clone(), cause })?;
+            Ok(User {
+                name: entry.name.clone(),
+                public_key: entry.public_key,
+                secrets,
+                services: entry.services.clone(),
+                source: entry.source,
+                from: entry.from.clone(),
+                expires: None,
+            })
+        };
+        Ok(Registry {
+            window: self.window.0.into(),
+            knock_ports: self.knock_ports.clone(),
+            services: self.services.clone(),
+            users: self.users.iter().map(user).collect::<Result<_, ConfigError>>()?,
+        })
+    }
+
+    /// The table for this configuration.
+    pub fn ruleset(&self) -> Ruleset {
+        let mut guarded: Vec<Port> = self.services.iter().flat_map(|service| service.ports.clone()).collect();
+        guarded.sort_unstable();
+        guarded.dedup();
+        Ruleset {
+            guarded,
+            knock_ports: self.knock_ports.ranges(),
+            trusted: self.trusted.clone(),
+            queue: self.queue,
+        }
+    }
+}
+
+type At<'a> = dyn Fn(Range<usize>, String) -> Diagnostic + 'a;
+
+fn refuse_unbuilt(server: &Server, at: &At<'_>) -> Result<(), Diagnostic> {
+    let unbuilt = |span, what: &str, instead: &str| {
+        Err(at(span, format!("{what} is not built yet")).with_hint(format!("leave it out, or write {instead}")))
+    };
+    if let Some(answer) = &server.answer
+        && *answer.get_ref() == Answer::Reset
+    {
+        return unbuilt(answer.span(), "answer = \"reset\"", "answer = \"drop\"");
+    }
+    if let Some(mode) = &server.ruleset
+        && *mode.get_ref() == Mode::External
+    {
+        return unbuilt(mode.span(), "ruleset = \"external\"", "ruleset = \"managed\"");
+    }
+    Ok(())
+}
+
+fn within(
+    value: Option<Spanned<Seconds>>,
+    default: Seconds,
+    allowed: &Range<u32>,
+    what: &str,
+    at: &At<'_>,
+) -> Result<Seconds, Diagnostic> {
+    match value {
+        None => Ok(default),
+        Some(value) if allowed.contains(&value.get_ref().0) => Ok(value.into_inner()),
+        Some(value) => {
+            let (least, most) = (Seconds(allowed.start), Seconds(allowed.end - 1));
+            Err(at(value.span(), format!("{what} must be from {least} to {most}, not {}", value.get_ref())))
+        }
+    }
+}
+
+fn service(
+    name: Name,
+    table: Spanned<ServiceTable>,
+    at: &At<'_>,
+) -> Result<(Service, Range<usize>), Diagnostic> {
+    let ServiceTable { ports, open_for, once, selector, on_close } = table.into_inner();
+    if let Some(on_close) = on_close {
+        return Err(at(on_close.span(), "on_close is not built yet".to_owned()).with_hint("leave it out"));
+    }
+    let open_for = within(open_for, Seconds(30), &OPENINGS, "open_for", at)?;
+    let span = ports.span();
+    let ports = ports.into_inner();
+    let Some(first) = ports.first() else {
+        return Err(at(span, format!("service {name} has no port")).with_hint("ports = [\"tcp/22\"]"));
+    };
+    let selector = selector.unwrap_or(first.number);
+    Ok((Service { name, selector, ports, open_for: open_for.0, once }, span))
+}
+
+fn check_services(
+    services: &[(Service, Range<usize>)],
+    knock_ports: &Spanned<KnockPorts>,
+    at: &At<'_>,
+) -> Result<(), Diagnostic> {
+    if services.is_empty() {
+        return Err(at(0..0, "no service is configured".to_owned()).with_hint("add [services.ssh] with ports = [\"tcp/22\"]"));
+    }
+    for (place, (service, span)) in services.iter().enumerate() {
+        let earlier = services.iter().take(place).find(|(other, _)| other.selector == service.selector);
+        if let Some((other, _)) = earlier {
+            let message =
+                format!("services {} and {} have the same selector {}", other.name, service.name, service.selector);
+            return Err(at(span.clone(), message).with_hint("give one of them `selector = N`, a number of its own"));
+        }
+        let is_knocked_at = |port: &&Port| port.transport == Transport::Tcp && knock_ports.get_ref().contains(port.number);
+        if let Some(port) = service.ports.iter().find(is_knocked_at) {
+            let message = format!("knock port {} is guarded by service {}", port.number, service.name);
+            return Err(at(knock_ports.span(), message).with_hint("choose knock ports where no service listens"));
+        }
+    }
+    Ok(())
+}

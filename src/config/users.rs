@@ -1,0 +1,125 @@
+//! `users.d/NAME.toml`: one user a file.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use toml::{Spanned, Value};
+
+use super::secure_file::{self, Privacy};
+use super::{ConfigError, Diagnostic, FileError};
+use crate::crypto::{KeyError, PublicKey};
+use crate::service::{Name, NameError};
+use crate::verify::{Service, SourcePolicy};
+
+/// A user as configured.
+pub struct UserEntry {
+    /// The file's name without `.toml`.
+    pub name: Name,
+    /// The file.
+    pub path: PathBuf,
+    /// Their key.
+    pub public_key: PublicKey,
+    /// Places of what they may open in the list of services.
+    pub services: Vec<usize>,
+    /// Which tokens count.
+    pub source: SourcePolicy,
+    /// Networks they may come from; none listed means any.
+    pub from: Vec<IpNet>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    public_key: Spanned<String>,
+    services: Vec<Spanned<String>>,
+    #[serde(default)]
+    source: Source,
+    #[serde(default)]
+    from: Vec<IpNet>,
+    add_to: Option<Spanned<Value>>,
+    expires: Option<Spanned<Value>>,
+    psk_file: Option<Spanned<Value>>,
+    open_for: Option<Spanned<Value>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+enum Source {
+    #[default]
+    Any,
+    Bound,
+}
+
+/// Reads every user of a directory, in the order of their names.
+///
+/// # Errors
+/// The first thing that is wrong, with its place.
+pub fn load(directory: &Path, services: &[Service], server: &PublicKey) -> Result<Vec<UserEntry>, ConfigError> {
+    let mut owners = HashMap::from([(*server, "the server".to_owned())]);
+    files(directory)?.iter().map(|path| load_one(path, services, &mut owners)).collect()
+}
+
+fn load_one(
+    path: &Path,
+    services: &[Service],
+    owners: &mut HashMap<PublicKey, String>,
+) -> Result<UserEntry, ConfigError> {
+    let text = secure_file::read(path, Privacy::Public)?;
+    let at = |span, message: String| Diagnostic::new(path, &text, span, message);
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name: Name = stem.parse().map_err(|error: NameError| {
+        at(0..0, error.to_string()).with_hint("rename the file: its name is the user's")
+    })?;
+    let file: File = toml::from_str(&text).map_err(|error| Diagnostic::of_toml(path, &text, &error))?;
+
+    let unbuilt = [
+        ("add_to", &file.add_to),
+        ("expires", &file.expires),
+        ("psk_file", &file.psk_file),
+        ("open_for", &file.open_for),
+    ];
+    if let Some((what, Some(value))) = unbuilt.into_iter().find(|(_, value)| value.is_some()) {
+        return Err(at(value.span(), format!("{what} is not built yet")).with_hint("leave it out").into());
+    }
+    let at_key = |message| at(file.public_key.span(), message);
+    let public_key: PublicKey =
+        file.public_key.get_ref().parse().map_err(|error: KeyError| at_key(error.to_string()))?;
+    if let Some(owner) = owners.insert(public_key, format!("user {name}")) {
+        let hint = "one key belongs to one user on one machine: make another with `knockq keygen`";
+        return Err(at_key(format!("{owner} has this public key already")).with_hint(hint).into());
+    }
+    let mut places = Vec::new();
+    for service in &file.services {
+        let place = services.iter().position(|known| known.name.as_str() == service.get_ref());
+        let place = place.ok_or_else(|| {
+            let known: Vec<&str> = services.iter().map(|known| known.name.as_str()).collect();
+            at(service.span(), format!("there is no service `{}`", service.get_ref().escape_default()))
+                .with_hint(format!("services are: {}", known.join(", ")))
+        })?;
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    let source = match file.source {
+        Source::Any => SourcePolicy::Any,
+        Source::Bound => SourcePolicy::Bound,
+    };
+    Ok(UserEntry { name, path: path.to_owned(), public_key, services: places, source, from: file.from })
+}
+
+/// The `*.toml` files of a directory, sorted; none if there is no directory.
+fn files(directory: &Path) -> Result<Vec<PathBuf>, FileError> {
+    let fail = |cause| FileError::Io { path: directory.to_owned(), cause };
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(fail)?,
+    };
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>().map_err(fail)?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    paths.sort();
+    Ok(paths)
+}

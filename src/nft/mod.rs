@@ -1,0 +1,12 @@
+//! The kernel's side: the table, and the elements of its sets.
+
+pub mod elements;
+pub mod load;
+pub mod ruleset;
+
+pub use elements::{Door, Doors, ElementError};
+pub use load::{NftError, check, load};
+pub use ruleset::Ruleset;
+
+/// Name of the one table that is ours, of family `inet`.
+pub const TABLE: &str = "knockq";

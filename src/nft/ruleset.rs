@@ -1,0 +1,122 @@
+//! From configuration to the nft include file.
+//!
+//! The file is idempotent: applied again it duplicates no rule and keeps live elements. It only ever drops, or passes on
+//! to the host's own rules. It is written as flat `add` lines because nft 1.0.6 takes nothing else for a table that
+//! persists without an owner.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+
+use crate::service::Port;
+
+/// Elements that each set of doors holds at most.
+const SET_SIZE: u32 = 65_535;
+
+/// What the table is made of. [`fmt::Display`] writes the include file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Ruleset {
+    /// Ports that are shut to all but those who knocked.
+    pub guarded: Vec<Port>,
+    /// Ports whose SYNs go to the queue.
+    pub knock_ports: Vec<RangeInclusive<u16>>,
+    /// Networks that are never gated.
+    pub trusted: Vec<IpNet>,
+    /// The queue's number.
+    pub queue: u16,
+}
+
+/// Sets, chains and what they are for; `TABLE` is replaced by the table's name.
+const FRAME: &str = "\
+# knockq: shuts the guarded ports, hands SYNs to the knock ports to the daemon.
+# Made by `knockq ruleset`; applying it again changes nothing and keeps open doors.
+add table inet TABLE
+
+# What is shut, and where one knocks.
+add set inet TABLE guarded { type inet_proto . inet_service; }
+add set inet TABLE knock_ports { type inet_service; flags interval; }
+add set inet TABLE trusted4 { type ipv4_addr; flags interval; }
+add set inet TABLE trusted6 { type ipv6_addr; flags interval; }
+
+# The doors: who may connect where. Elements vanish by themselves.
+add set inet TABLE open4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+add set inet TABLE open6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+# For one connection: the limit lets only one of two racing SYNs find the element before it is deleted.
+add set inet TABLE once4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags dynamic,timeout; \
+limit rate 1/week burst 1 packets; }
+add set inet TABLE once6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags dynamic,timeout; \
+limit rate 1/week burst 1 packets; }
+
+add chain inet TABLE knock { type filter hook prerouting priority raw; policy accept; }
+add chain inet TABLE gate { type filter hook prerouting priority dstnat - 10; policy accept; }
+add chain inet TABLE door
+flush chain inet TABLE knock
+flush chain inet TABLE gate
+flush chain inet TABLE door
+flush set inet TABLE guarded
+flush set inet TABLE knock_ports
+flush set inet TABLE trusted4
+flush set inet TABLE trusted6
+
+";
+
+const RULES: &str = "
+# Before conntrack. Nothing but SYNs: a reply to this host's own connection may carry a knock port. No `bypass`: without
+# the daemon the kernel drops them.
+add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport @knock_ports \
+iif != lo fib daddr type local queue num QUEUE
+
+# After conntrack, before DNAT, so that ports published by containers are guarded too.
+add rule inet TABLE gate iif lo accept
+add rule inet TABLE gate fib daddr type != local accept
+add rule inet TABLE gate ct state established,related accept
+add rule inet TABLE gate tcp dport @knock_ports drop
+add rule inet TABLE gate meta l4proto . th dport @guarded goto door
+
+add rule inet TABLE door ip saddr @trusted4 accept
+add rule inet TABLE door ip6 saddr @trusted6 accept
+add rule inet TABLE door ip saddr . meta l4proto . th dport @open4 accept
+add rule inet TABLE door ip6 saddr . meta l4proto . th dport @open6 accept
+add rule inet TABLE door ip saddr . meta l4proto . th dport @once4 \
+delete @once4 { ip saddr . meta l4proto . th dport } accept
+add rule inet TABLE door ip6 saddr . meta l4proto . th dport @once6 \
+delete @once6 { ip6 saddr . meta l4proto . th dport } accept
+add rule inet TABLE door drop
+";
+
+impl Ruleset {
+    fn elements(&self) -> [(&'static str, Vec<String>); 4] {
+        let trusted = IpNet::aggregate(&self.trusted);
+        let (v4, v6): (Vec<&IpNet>, Vec<&IpNet>) = trusted.iter().partition(|net| matches!(net.addr(), IpAddr::V4(_)));
+        [
+            ("guarded", self.guarded.iter().map(|port| format!("{} . {}", port.transport, port.number)).collect()),
+            ("knock_ports", self.knock_ports.iter().map(show_range).collect()),
+            ("trusted4", v4.iter().map(ToString::to_string).collect()),
+            ("trusted6", v6.iter().map(ToString::to_string).collect()),
+        ]
+    }
+}
+
+impl fmt::Display for Ruleset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fill = |text: &str| {
+            text.replace("TABLE", super::TABLE)
+                .replace("SIZE", &SET_SIZE.to_string())
+                .replace("QUEUE", &self.queue.to_string())
+        };
+        f.write_str("#!/usr/sbin/nft -f\n")?;
+        f.write_str(&fill(FRAME))?;
+        for (set, elements) in self.elements() {
+            if !elements.is_empty() {
+                writeln!(f, "add element inet {} {set} {{ {} }}", super::TABLE, elements.join(", "))?;
+            }
+        }
+        f.write_str(&fill(RULES))
+    }
+}
+
+fn show_range(range: &RangeInclusive<u16>) -> String {
+    if range.start() == range.end() { range.start().to_string() } else { format!("{}-{}", range.start(), range.end()) }
+}

@@ -1,0 +1,115 @@
+//! Giving up privileges, for good, before anything from outside is read.
+
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::unistd::{Gid, Uid, User, getgroups, setgroups, setresgid, setresuid};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Whom a process becomes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Identity {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+impl Identity {
+    /// The identity of an account; where there is none by that name, `fallback` for both ids, and `false`.
+    ///
+    /// # Errors
+    /// When the account database cannot be read, or the account is root's.
+    pub fn of_account(name: &str, fallback: u32) -> Result<(Self, bool), SandboxError> {
+        match User::from_name(name).map_err(|_| SandboxError::Account(name.to_owned()))? {
+            Some(user) if user.uid.is_root() || user.gid.as_raw() == 0 => Err(SandboxError::Root(name.to_owned())),
+            Some(user) => Ok((Self { uid: user.uid.as_raw(), gid: user.gid.as_raw() }, true)),
+            None => Ok((Self { uid: fallback, gid: fallback }, false)),
+        }
+    }
+}
+
+/// Why privileges could not be given up. Then nothing else may be done.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// The account database failed.
+    #[error("user `{0}`: the account database cannot be read")]
+    Account(String),
+    /// The daemon's user must not be root.
+    #[error("user `{0}` is root: the daemon's processes must not be")]
+    Root(String),
+    /// A step failed.
+    #[error("cannot {step}: {cause}")]
+    Step {
+        /// What was to be done.
+        step: &'static str,
+        /// What the kernel said.
+        cause: String,
+    },
+    /// A privilege is still there.
+    #[error("{0}, after it was given up")]
+    NotGone(&'static str),
+}
+
+/// Becomes `identity` with no group, no capability but `kept`, no way to gain any, and no core dump; then proves it.
+///
+/// Filters of system calls and files have their place after this call.
+///
+/// # Errors
+/// At the first step that fails or whose effect does not show.
+pub fn give_up_privileges(identity: Identity, kept: Option<Capability>) -> Result<(), SandboxError> {
+    let kept: CapsHashSet = kept.into_iter().collect();
+    for capability in caps::runtime::thread_all_supported().difference(&kept) {
+        step("cut the bounding set", caps::drop(None, CapSet::Bounding, *capability))?;
+    }
+    step("keep a capability over the change of user", caps::securebits::set_keepcaps(!kept.is_empty()))?;
+    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
+    step("leave all groups", setgroups(&[]))?;
+    step("change the group", setresgid(gid, gid, gid))?;
+    step("change the user", setresuid(uid, uid, uid))?;
+    step("clear the ambient set", caps::clear(None, CapSet::Ambient))?;
+    step("clear the inheritable set", caps::clear(None, CapSet::Inheritable))?;
+    step("cut the effective set", caps::set(None, CapSet::Effective, &kept))?;
+    step("cut the permitted set", caps::set(None, CapSet::Permitted, &kept))?;
+    step("forbid new privileges", rustix::thread::set_no_new_privs(true))?;
+    step("forbid core dumps", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
+    prove(identity, &kept)
+}
+
+/// Gives up one capability in every set that could bring it back.
+///
+/// # Errors
+/// When it is still there.
+pub fn give_up_capability(capability: Capability) -> Result<(), SandboxError> {
+    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        step("give up a capability", caps::drop(None, set, capability))?;
+    }
+    Ok(())
+}
+
+fn prove(identity: Identity, kept: &CapsHashSet) -> Result<(), SandboxError> {
+    if setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).is_ok() || Uid::current().as_raw() != identity.uid
+    {
+        return Err(SandboxError::NotGone("the user is root"));
+    }
+    if setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0)).is_ok() || Gid::current().as_raw() != identity.gid
+    {
+        return Err(SandboxError::NotGone("the group is root's"));
+    }
+    if !step("read the groups", getgroups())?.iter().all(|group| group.as_raw() == identity.gid) {
+        return Err(SandboxError::NotGone("a supplementary group is left"));
+    }
+    for set in [CapSet::Effective, CapSet::Permitted, CapSet::Bounding] {
+        if step("read the capabilities", caps::read(None, set))? != *kept {
+            return Err(SandboxError::NotGone("another set of capabilities is left"));
+        }
+    }
+    if !step("read no_new_privs", rustix::thread::no_new_privs())? {
+        return Err(SandboxError::NotGone("new privileges are allowed"));
+    }
+    Ok(())
+}
+
+fn step<T, E: std::fmt::Display>(step: &'static str, result: Result<T, E>) -> Result<T, SandboxError> {
+    result.map_err(|cause| SandboxError::Step { step, cause: cause.to_string() })
+}

@@ -1,0 +1,153 @@
+//! The last accepted counter of every key, on disk (docs/protocol.md section 2).
+//!
+//! The file is made by `init` together with the server's key, whose public half it carries: a store of another server, or
+//! none, would let old knocks be replayed.
+
+use std::collections::HashMap;
+use std::fs::File;
+
+use redb::backends::FileBackend;
+use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use thiserror::Error;
+
+use crate::crypto::PublicKey;
+use crate::verify::{Ledger, Reservation};
+
+/// client_public || server_public -> last accepted n.
+const COUNTERS: TableDefinition<'_, [u8; 64], u64> = TableDefinition::new("counters");
+
+/// Facts about the store itself.
+const FACTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("facts");
+
+/// The server's public key.
+const SERVER: &str = "server_public";
+
+/// No n up to this one is accepted for any key, 8 bytes big-endian.
+const FLOOR: &str = "floor";
+
+/// Bytes of pages that redb keeps in memory.
+const CACHE: usize = 1 << 20;
+
+/// Why the store cannot be used.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// Another process has it open.
+    #[error("is in use by another process")]
+    InUse,
+    /// It is not a store of counters.
+    #[error("is not a counter store")]
+    NotAStore,
+    /// It belongs to another server key.
+    #[error("belongs to the server key {0}")]
+    OtherServer(String),
+    /// Reading or writing failed.
+    #[error("{0}")]
+    Database(#[from] redb::Error),
+}
+
+/// An open store.
+pub struct Store {
+    database: Database,
+    server: PublicKey,
+}
+
+impl Store {
+    /// Makes an empty store in an empty file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create(file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
+        let database = open(file)?;
+        let transaction = database.begin_write().map_err(redb::Error::from)?;
+        {
+            let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
+            facts.insert(SERVER, server.as_bytes().as_slice()).map_err(redb::Error::from)?;
+            facts.insert(FLOOR, floor.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
+            transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        }
+        transaction.commit().map_err(redb::Error::from)?;
+        Ok(())
+    }
+
+    /// Opens the store of this server.
+    ///
+    /// # Errors
+    /// When it is not one, or another server's.
+    pub fn open(file: File, server: PublicKey) -> Result<Self, StoreError> {
+        // redb would make a new, empty database of an empty file.
+        if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+            return Err(StoreError::NotAStore);
+        }
+        let store = Self { database: open(file)?, server };
+        match store.fact(SERVER)? {
+            Some(key) if key == *server.as_bytes() => Ok(store),
+            Some(key) => {
+                let key = <[u8; 32]>::try_from(key).ok().and_then(|key| PublicKey::try_from(key).ok());
+                Err(key.map_or(StoreError::NotAStore, |key| StoreError::OtherServer(key.to_string())))
+            }
+            None => Err(StoreError::NotAStore),
+        }
+    }
+
+    /// The last accepted counter of every key in `known`: what is written, or the floor where that is higher.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn last_counters(&self, known: impl Iterator<Item = PublicKey>) -> Result<HashMap<PublicKey, u64>, StoreError> {
+        let floor = self.fact(FLOOR)?.and_then(|floor| <[u8; 8]>::try_from(floor).ok()).map_or(0, u64::from_be_bytes);
+        let transaction = self.database.begin_read().map_err(redb::Error::from)?;
+        let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        let last = |client: PublicKey| {
+            let written = counters.get(row(&client, &self.server)).map_err(redb::Error::from)?;
+            Ok((client, written.map_or(0, |n| n.value()).max(floor)))
+        };
+        known.map(last).collect()
+    }
+
+    fn fact(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        let transaction = self.database.begin_read().map_err(redb::Error::from)?;
+        let facts = transaction.open_table(FACTS).map_err(|_| StoreError::NotAStore)?;
+        let fact = facts.get(name).map_err(redb::Error::from)?;
+        Ok(fact.map(|value| value.value().to_vec()))
+    }
+}
+
+impl Ledger for Store {
+    type Error = StoreError;
+
+    fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), StoreError> {
+        let mut transaction = self.database.begin_write().map_err(redb::Error::from)?;
+        transaction.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
+        {
+            let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+            for reservation in batch {
+                let row = row(reservation.client(), &self.server);
+                let written = counters.get(row).map_err(redb::Error::from)?.map(|n| n.value());
+                if written.is_none_or(|n| n < reservation.n()) {
+                    counters.insert(row, reservation.n()).map_err(redb::Error::from)?;
+                }
+            }
+        }
+        transaction.commit().map_err(redb::Error::from)?;
+        Ok(())
+    }
+}
+
+fn open(file: File) -> Result<Database, StoreError> {
+    let refuse = |error| match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::InUse,
+        DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+            StoreError::NotAStore
+        }
+        other => StoreError::Database(other.into()),
+    };
+    let backend = FileBackend::new(file).map_err(refuse)?;
+    Database::builder().set_cache_size(CACHE).create_with_backend(backend).map_err(refuse)
+}
+
+fn row(client: &PublicKey, server: &PublicKey) -> [u8; 64] {
+    let mut row = [0; 64];
+    let bytes = client.as_bytes().iter().chain(server.as_bytes());
+    row.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    row
+}
