@@ -1,4 +1,6 @@
 //! knockq hides network services behind single-packet knocks.
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod crypto;
 pub mod nft;

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""An oracle of the knock (token v1, carrier `linux`), for tests only: `oracle.py COMMAND --help` lists the options.
-
+"""An oracle of the knock (token v1, carrier `linux`), for tests only. `oracle.py COMMAND --help` lists the options.
 Written from docs/protocol.md, sections 1 to 4, alone; it shares no code with the Rust implementation. It keeps no
 state: whether a counter was spent is the tests' business. Needs `cryptography` >= 38; `send` and `replay` need root.
 """
@@ -74,24 +73,23 @@ def opened(packet, keys, ports, knock_ports, now, window):
                 if crypt(keys, n, seq + tsval) == plaintext(keys, n, port, bound):
                     return {"counter": n, "port": port, "source": str(bound or "unbound")}
     sys.exit("no token fits")
-
-def check(e):  # a worked example: every computed field, and its token, opened from a packet with the server's key
+def check(e):  # a worked example: every computed field, and its token, opened from a packet
     n, ports, source = e["counter"], port_list(e["knock_ports"]), e["source"] and ipaddress.ip_address(e["source"])
     key = {name: secret(e[name]) for name in e if name.endswith(("_private", "_public", "_key"))}
-    psk = any(key["preshared_key"]) and key["preshared_key"]
+    psk, three = any(key["preshared_key"]) and key["preshared_key"], port_list("443,8443,2222")
     keys = derive(key["client_private"], key["server_public"], True, psk)
-    peer_keys = derive(key["server_private"], key["client_public"], False, psk)  # the same if both public keys are right
     token, here = crypt(keys, n, plaintext(keys, n, e["port"], source)), source or ipaddress.ip_address("127.0.0.1")
     made = {"k_enc": keys[0].hex(), "k_mac": keys[1].hex(), "token": token.hex(),
             "tcp_sequence": int.from_bytes(token[:4], "big"), "tsval": int.from_bytes(token[4:], "big"),
-            "knock_port": knock_port(keys, n, ports),
-            "knock_port_of_443_8443_and_2222": knock_port(keys, n, port_list("443,8443,2222"))}
+            "knock_port": knock_port(keys, n, ports), "knock_port_of_443_8443_and_2222": knock_port(keys, n, three)}
+    assert keys == derive(key["server_private"], key["client_public"], False, psk), f"public keys of counter {n} differ"
     for name in made: assert made[name] == e[name], f"{name} of counter {n}: {made[name]}, the file has {e[name]}"
-    seen = opened(syn(here, here, 32768, e["knock_port"], token), peer_keys, [e["port"]], ports, n, 0)
+    seen = opened(syn(here, here, 32768, e["knock_port"], token), keys, [e["port"]], ports, n, 0)
     assert seen["source"] == str(source or "unbound"), f"the token of counter {n} opened as {seen}"
 
-SYN = "--client-key! --server-key! --knock-ports! --from! --to! --port! --bind --counter --source-port --knock-port --psk"
-OPEN = "hex --server-private! --client-key! --knock-ports! --port! --window --now --psk"
+SYN = "--client-key! --server-key! --knock-ports! --from! --to! --port! --bind --counter --source-port --knock-port"
+OPEN = "open hex --server-private! --client-key! --knock-ports! --port! --psk --window --now"
+COMMANDS = "vectors file", "packet --psk " + SYN, "send --psk --repeat " + SYN, "replay hex --from", OPEN  # !: required
 if __name__ == "__main__":
     sys.excepthook = lambda kind, error, trace: print(f"oracle: {str(error) or kind}", file=sys.stderr)  # and exit 1
     ip, now, cli = ipaddress.ip_address, int(time.time()), argparse.ArgumentParser(description=__doc__)
@@ -99,14 +97,12 @@ if __name__ == "__main__":
              "--from": ip, "--bind": lambda text: ip(text) if text != "none" else None,
              **dict.fromkeys(("--client-key", "--server-key", "--server-private", "--psk"), secret)}  # else a number
     commands = cli.add_subparsers(dest="command", required=True)
-    for pair in "vectors file", "packet " + SYN, "send --repeat " + SYN, "replay hex --from", "open " + OPEN:
-        command, *flags = pair.split()
+    for command, *flags in map(str.split, COMMANDS):
         parser = commands.add_parser(command)
         parser.set_defaults(counter=now, now=now, window=60, repeat=1, source_port=32768 + 2 * secrets.randbelow(14116))
         for flag in flags:
-            how = {"required": True} if flag[-1] == "!" else {}
-            parser.add_argument(flag.strip("!"), type=kinds.get(flag.strip("!"), int),
-                                action="append" if flag == "--port!" else "store", **how)
+            how = {"required": True, "action": "append" if flag == "--port!" else "store"} if flag[-1] == "!" else {}
+            parser.add_argument(flag.strip("!"), type=kinds.get(flag.strip("!"), int), **how)
     source = getattr(a := cli.parse_args(), "from", None)
     if a.command == "vectors":
         for example in a.file: check(example)
@@ -117,7 +113,7 @@ if __name__ == "__main__":
         print(json.dumps(opened(a.hex, keys, a.port, a.knock_ports, a.now, a.window)))
     else:
         keys = derive(a.client_key, a.server_key, True, a.psk)
-        token = crypt(keys, a.counter, plaintext(keys, a.counter, a.port[0], a.bind))
+        token = crypt(keys, a.counter, plaintext(keys, a.counter, a.port[-1], a.bind))
         packet = syn(source, a.to, a.source_port, a.knock_port or knock_port(keys, a.counter, a.knock_ports), token)
         for _ in range(a.repeat if a.command == "send" else 0): transmit(packet)
         print(packet.hex())

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `knockq` command.
+
+fn main() -> std::process::ExitCode {
+    knockq::cli::main()
+}

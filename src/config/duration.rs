@@ -59,9 +59,14 @@ mod tests {
 
     #[test]
     fn durations_are_read_and_shown_in_their_largest_unit() {
-        for (text, seconds, shown) in
-            [("90s", 90, "90s"), ("15m", 900, "15m"), ("2h", 7200, "2h"), ("1d", 86_400, "1d"), ("120s", 120, "2m"), ("0s", 0, "0s")]
-        {
+        for (text, seconds, shown) in [
+            ("90s", 90, "90s"),
+            ("15m", 900, "15m"),
+            ("2h", 7200, "2h"),
+            ("1d", 86_400, "1d"),
+            ("120s", 120, "2m"),
+            ("0s", 0, "0s"),
+        ] {
             let parsed: Seconds = text.parse().unwrap();
             assert_eq!((parsed.0, parsed.to_string().as_str()), (seconds, shown));
         }

@@ -122,8 +122,7 @@ impl ServerConfig {
         let directory = path.parent().unwrap_or(Path::new("."));
         let key_path = directory.join(&server.private_key);
         let key = secure_file::read(&key_path, Privacy::Secret)?;
-        let private_key: PrivateKey =
-            key.parse().map_err(|cause| ConfigError::Key { path: key_path, cause })?;
+        let private_key: PrivateKey = key.parse().map_err(|cause| ConfigError::Key { path: key_path, cause })?;
         let users = users::load(&directory.join("users.d"), &services, private_key.public())?;
         Ok(Self {
             private_key,
@@ -175,12 +174,7 @@ impl ServerConfig {
         let mut guarded: Vec<Port> = self.services.iter().flat_map(|service| service.ports.clone()).collect();
         guarded.sort_unstable();
         guarded.dedup();
-        Ruleset {
-            guarded,
-            knock_ports: self.knock_ports.ranges(),
-            trusted: self.trusted.clone(),
-            queue: self.queue,
-        }
+        Ruleset { guarded, knock_ports: self.knock_ports.ranges(), trusted: self.trusted.clone(), queue: self.queue }
     }
 }
 
@@ -220,11 +214,7 @@ fn within(
     }
 }
 
-fn service(
-    name: Name,
-    table: Spanned<ServiceTable>,
-    at: &At<'_>,
-) -> Result<(Service, Range<usize>), Diagnostic> {
+fn service(name: Name, table: Spanned<ServiceTable>, at: &At<'_>) -> Result<(Service, Range<usize>), Diagnostic> {
     let ServiceTable { ports, open_for, once, selector, on_close } = table.into_inner();
     if let Some(on_close) = on_close {
         return Err(at(on_close.span(), "on_close is not built yet".to_owned()).with_hint("leave it out"));
@@ -245,7 +235,9 @@ fn check_services(
     at: &At<'_>,
 ) -> Result<(), Diagnostic> {
     if services.is_empty() {
-        return Err(at(0..0, "no service is configured".to_owned()).with_hint("add [services.ssh] with ports = [\"tcp/22\"]"));
+        return Err(
+            at(0..0, "no service is configured".to_owned()).with_hint("add [services.ssh] with ports = [\"tcp/22\"]")
+        );
     }
     for (place, (service, span)) in services.iter().enumerate() {
         let earlier = services.iter().take(place).find(|(other, _)| other.selector == service.selector);
@@ -254,7 +246,8 @@ fn check_services(
                 format!("services {} and {} have the same selector {}", other.name, service.name, service.selector);
             return Err(at(span.clone(), message).with_hint("give one of them `selector = N`, a number of its own"));
         }
-        let is_knocked_at = |port: &&Port| port.transport == Transport::Tcp && knock_ports.get_ref().contains(port.number);
+        let is_knocked_at =
+            |port: &&Port| port.transport == Transport::Tcp && knock_ports.get_ref().contains(port.number);
         if let Some(port) = service.ports.iter().find(is_knocked_at) {
             let message = format!("knock port {} is guarded by service {}", port.number, service.name);
             return Err(at(knock_ports.span(), message).with_hint("choose knock ports where no service listens"));

@@ -71,9 +71,9 @@ fn load_one(
     let text = secure_file::read(path, Privacy::Public)?;
     let at = |span, message: String| Diagnostic::new(path, &text, span, message);
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let name: Name = stem.parse().map_err(|error: NameError| {
-        at(0..0, error.to_string()).with_hint("rename the file: its name is the user's")
-    })?;
+    let name: Name = stem
+        .parse()
+        .map_err(|error: NameError| at(0..0, error.to_string()).with_hint("rename the file: its name is the user's"))?;
     let file: File = toml::from_str(&text).map_err(|error| Diagnostic::of_toml(path, &text, &error))?;
 
     let unbuilt = [

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
     DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
@@ -76,6 +76,17 @@ pub enum ElementError {
     NoAnswer,
 }
 
+/// Whose the table is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ownership {
+    /// Made now, and owned by this socket.
+    Made,
+    /// It was there without an owner, and is owned by this socket now.
+    Adopted,
+    /// The kernel is older than Linux 6.9, or a plain table is there.
+    Unsupported,
+}
+
 /// The socket that opens and closes doors.
 pub struct Doors {
     socket: Socket,
@@ -104,7 +115,7 @@ impl Doors {
     /// When the table or the set is gone, the set is full, or the capability is missing.
     pub fn open(&mut self, door: &Door, timeout: Duration, comment: &str) -> Result<(), ElementError> {
         let added = || element(door, Some(timeout), comment);
-        self.transact(vec![
+        self.transact(&[
             (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
             (NfTablesMessage::DeleteSetElement(element(door, None, "")), 0),
             (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
@@ -116,37 +127,47 @@ impl Doors {
     /// # Errors
     /// As [`Doors::open`].
     pub fn close(&mut self, door: &Door) -> Result<(), ElementError> {
-        self.transact(vec![
+        self.transact(&[
             (NfTablesMessage::NewSetElement(element(door, Some(Duration::from_secs(1)), "")), NLM_F_CREATE),
             (NfTablesMessage::DeleteSetElement(element(door, None, "")), 0),
         ])
     }
 
     /// Makes the table, owned by this socket and persistent: then it survives another's `flush ruleset` and the death of
-    /// its owner. A persistent table without an owner is adopted. `false` where the kernel is older than Linux 6.9, or a
-    /// plain table is there already.
+    /// its owner. A persistent table without an owner is adopted.
     ///
     /// # Errors
-    /// Any other than those two.
-    pub fn own_table(&mut self) -> Result<bool, ElementError> {
-        let flags = TableFlags::Owner | TableFlags::Persisent;
-        let attributes = vec![TableAttribute::Name(TABLE.to_owned()), TableAttribute::Flags(flags)];
-        match self.transact(vec![(NfTablesMessage::NewTable(TableMessage { attributes }), NLM_F_CREATE)]) {
-            Ok(()) => Ok(true),
-            Err(ElementError::Refused(error)) if is_unsupported(&error) => Ok(false),
-            Err(error) => Err(error),
+    /// Any but that the kernel or the table that is there does not allow it.
+    pub fn own_table(&mut self) -> Result<Ownership, ElementError> {
+        match self.transact(&[(own(), NLM_F_CREATE | NLM_F_EXCL)]) {
+            Err(ElementError::Refused(error)) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(ElementError::Refused(error)) if is_unsupported(&error) => return Ok(Ownership::Unsupported),
+            done => return done.map(|()| Ownership::Made),
+        }
+        match self.transact(&[(own(), NLM_F_CREATE)]) {
+            Err(ElementError::Refused(error)) if is_unsupported(&error) => Ok(Ownership::Unsupported),
+            done => done.map(|()| Ownership::Adopted),
         }
     }
 
+    /// Deletes the table and all that is in it.
+    ///
+    /// # Errors
+    /// When it is not there, or another's.
+    pub fn delete_table(&mut self) -> Result<(), ElementError> {
+        let attributes = vec![TableAttribute::Name(TABLE.to_owned())];
+        self.transact(&[(NfTablesMessage::DeleteTable(TableMessage { attributes }), 0)])
+    }
+
     /// Sends a batch as one transaction and reads the kernel's verdict, which is there when `send` returns.
-    fn transact(&mut self, messages: Vec<(NfTablesMessage, u16)>) -> Result<(), ElementError> {
+    fn transact(&mut self, messages: &[(NfTablesMessage, u16)]) -> Result<(), ElementError> {
         for _ in 0..RETRIES {
-            match self.try_transact(&messages) {
+            match self.try_transact(messages) {
                 Err(ElementError::Refused(error)) if is_transient(&error) => {}
                 done => return done,
             }
         }
-        self.try_transact(&messages)
+        self.try_transact(messages)
     }
 
     fn try_transact(&mut self, messages: &[(NfTablesMessage, u16)]) -> Result<(), ElementError> {
@@ -199,6 +220,13 @@ impl Doors {
             }
         }
     }
+}
+
+fn own() -> NfTablesMessage {
+    let flags = TableFlags::Owner | TableFlags::Persisent;
+    NfTablesMessage::NewTable(TableMessage {
+        attributes: vec![TableAttribute::Name(TABLE.to_owned()), TableAttribute::Flags(flags)],
+    })
 }
 
 fn element(door: &Door, timeout: Option<Duration>, comment: &str) -> SetElementMessage {

@@ -4,7 +4,7 @@ pub mod elements;
 pub mod load;
 pub mod ruleset;
 
-pub use elements::{Door, Doors, ElementError};
+pub use elements::{Door, Doors, ElementError, Ownership};
 pub use load::{NftError, check, load};
 pub use ruleset::Ruleset;
 

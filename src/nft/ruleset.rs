@@ -87,6 +87,12 @@ add rule inet TABLE door drop
 ";
 
 impl Ruleset {
+    /// The include file for a table that is there and persists: nft 1.0.6 cannot name such a table's flags, so it must not
+    /// try to add it.
+    pub fn for_table_that_persists(&self) -> String {
+        self.to_string().replace(&format!("add table inet {}\n", super::TABLE), "")
+    }
+
     fn elements(&self) -> [(&'static str, Vec<String>); 4] {
         let trusted = IpNet::aggregate(&self.trusted);
         let (v4, v6): (Vec<&IpNet>, Vec<&IpNet>) = trusted.iter().partition(|net| matches!(net.addr(), IpAddr::V4(_)));

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use nfq::{Queue, Verdict};
 use rustix::io::Errno;
@@ -48,7 +49,7 @@ pub enum QueueError {
     },
 }
 
-/// A bound queue.
+/// The socket of a queue.
 pub struct KernelQueue {
     queue: Queue,
     /// A second descriptor of nfq's socket, which nfq itself keeps to itself.
@@ -57,30 +58,43 @@ pub struct KernelQueue {
 }
 
 impl KernelQueue {
+    /// Opens the socket. Looking up its descriptor needs a process that may still look at itself, so do it before
+    /// privileges are given up.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn open(number: u16) -> Result<Self, QueueError> {
+        let open = || {
+            let before = open_sockets()?;
+            let queue = Queue::open()?;
+            let socket = socket_opened_since(&before)?;
+            io::Result::Ok(Self { queue, socket, number })
+        };
+        open().map_err(|source| QueueError::Io { number, source })
+    }
+
     /// Binds the queue. From now on its packets wait for [`KernelQueue::drain`]; never in fail-open mode.
     ///
     /// Do it before the table is loaded: nfq throws packets away that come while it configures.
     ///
     /// # Errors
     /// [`QueueError`]. The caller must hold CAP_NET_ADMIN: then a refusal means that another process has the queue.
-    pub fn bind(number: u16) -> Result<Self, QueueError> {
-        Self::try_bind(number).map_err(|source| match Errno::from_io_error(&source) {
+    pub fn bind(&mut self) -> Result<(), QueueError> {
+        let number = self.number;
+        self.try_bind().map_err(|source| match Errno::from_io_error(&source) {
             Some(Errno::PERM | Errno::BUSY) => QueueError::Taken { number },
             Some(Errno::PROTONOSUPPORT | Errno::INVAL | Errno::OPNOTSUPP) => QueueError::Unsupported { number },
             _ => QueueError::Io { number, source },
         })
     }
 
-    fn try_bind(number: u16) -> io::Result<Self> {
-        let before = open_descriptors()?;
-        let mut queue = Queue::open()?;
-        let socket = descriptor_opened_since(&before)?;
-        set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER)?;
-        queue.bind(number)?;
-        queue.set_copy_range(number, COPY_LEN)?;
-        queue.set_queue_max_len(number, QUEUE_LEN)?;
-        queue.set_nonblocking(true);
-        Ok(Self { queue, socket, number })
+    fn try_bind(&mut self) -> io::Result<()> {
+        set_socket_recv_buffer_size_force(&self.socket, SOCKET_BUFFER)?;
+        self.queue.bind(self.number)?;
+        self.queue.set_copy_range(self.number, COPY_LEN)?;
+        self.queue.set_queue_max_len(self.number, QUEUE_LEN)?;
+        self.queue.set_nonblocking(true);
+        Ok(())
     }
 
     /// Takes up to a burst of packets, drops each and shows it to `each`; returns how many there were.
@@ -109,17 +123,17 @@ impl AsFd for KernelQueue {
     }
 }
 
-fn open_descriptors() -> io::Result<BTreeSet<RawFd>> {
-    let numbers = fs::read_dir("/proc/self/fd")?.map(|entry| Ok(entry?.file_name().to_string_lossy().parse().ok()));
-    Ok(numbers.collect::<io::Result<Vec<Option<RawFd>>>>()?.into_iter().flatten().collect())
+/// The sockets among this process's descriptors.
+fn open_sockets() -> io::Result<BTreeSet<RawFd>> {
+    let entries = fs::read_dir("/proc/self/fd")?.collect::<io::Result<Vec<_>>>()?;
+    let is_socket = |path: &Path| fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
+    let sockets = entries.iter().filter(|entry| is_socket(&entry.path()));
+    Ok(sockets.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }
 
 /// A duplicate of the one socket that this thread has opened since, by asking the kernel for our own descriptor.
-fn descriptor_opened_since(before: &BTreeSet<RawFd>) -> io::Result<OwnedFd> {
-    let is_socket = |number: &RawFd| {
-        fs::read_link(format!("/proc/self/fd/{number}")).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"))
-    };
-    let number = open_descriptors()?.difference(before).copied().find(is_socket).ok_or(io::ErrorKind::NotFound)?;
+fn socket_opened_since(before: &BTreeSet<RawFd>) -> io::Result<OwnedFd> {
+    let number = open_sockets()?.difference(before).copied().next().ok_or(io::ErrorKind::NotFound)?;
     let myself = pidfd_open(getpid(), PidfdFlags::empty())?;
     Ok(pidfd_getfd(&myself, number, PidfdGetfdFlags::empty())?)
 }

@@ -1,4 +1,25 @@
-//! The daemon: three processes, re-executed from one binary.
+//! The daemon: three processes, re-executed from one binary, each with less than the one before.
+//!
+//! ```text
+//! keeper    root; reads the configuration, starts the others, runs nft; sees no packet and no frame
+//!    | channel (stdin)                        | channel (stdin)
+//! monitor   own uid, CAP_NET_ADMIN          verifier   own uid, nothing
+//!    queue -> DROP, header records  --pipe-->  parse, decide, counters durable
+//!    set elements by netlink      <--frames--  "open", "close"
+//! ```
+//!
+//! Any death stops all. Nothing listens on the queue then, so the kernel drops what is queued, and doors close by their own
+//! timeouts.
+
+pub mod book;
+pub mod channel;
 pub mod frames;
+pub mod handover;
+pub mod keeper;
+pub mod log;
+pub mod monitor;
+pub mod policy;
+pub mod refusals;
 pub mod sandbox;
 pub mod store;
+pub mod verifier;

@@ -76,23 +76,14 @@ pub fn give_up_privileges(identity: Identity, kept: Option<Capability>) -> Resul
     prove(identity, &kept)
 }
 
-/// Gives up one capability in every set that could bring it back.
-///
-/// # Errors
-/// When it is still there.
-pub fn give_up_capability(capability: Capability) -> Result<(), SandboxError> {
-    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
-        step("give up a capability", caps::drop(None, set, capability))?;
-    }
-    Ok(())
-}
-
 fn prove(identity: Identity, kept: &CapsHashSet) -> Result<(), SandboxError> {
-    if setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).is_ok() || Uid::current().as_raw() != identity.uid
+    if setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).is_ok()
+        || Uid::current().as_raw() != identity.uid
     {
         return Err(SandboxError::NotGone("the user is root"));
     }
-    if setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0)).is_ok() || Gid::current().as_raw() != identity.gid
+    if setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0)).is_ok()
+        || Gid::current().as_raw() != identity.gid
     {
         return Err(SandboxError::NotGone("the group is root's"));
     }

@@ -87,6 +87,11 @@ struct Miss {
 }
 
 impl Claim {
+    /// Gives it up; its counter stays taken.
+    pub const fn refuse(&self, reason: Reason) -> Refusal {
+        Refusal::of(reason, None, Some(self.source))
+    }
+
     /// Makes the counters of a batch durable.
     ///
     /// # Errors

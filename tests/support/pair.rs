@@ -17,7 +17,6 @@ pub const WINDOW: u64 = 60;
 /// A user's side: its key, as the client derives it.
 pub struct Client {
     pub key: KnockKey,
-    pub public_key: PublicKey,
 }
 
 /// A server whose ledger is a map.
@@ -98,7 +97,7 @@ pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Clie
         edit(place, &mut user);
         users.push(user);
         let secrets = KnockSecrets::derive(Side::Client, &own, server.public(), None).unwrap();
-        clients.push(Client { key: KnockKey::new(&secrets), public_key: *own.public() });
+        clients.push(Client { key: KnockKey::new(&secrets) });
     }
     let registry = Registry {
         window: WINDOW,

@@ -1,0 +1,55 @@
+//! `knockq check`
+
+use std::fs;
+use std::fs::OpenOptions;
+
+use clap::Args;
+
+use super::failure::Failure;
+use super::{ConfigArg, note, print};
+use crate::config::ServerConfig;
+use crate::config::secure_file::{self, Privacy};
+use crate::serve::keeper::ServeError;
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  knockq check --config /etc/knockq/knockq.toml")]
+pub(super) struct Check {
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+impl Check {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let path = self.config.config;
+        let config = ServerConfig::load(&path)?;
+        config.registry()?;
+        secure_file::open(&config.store_path(), Privacy::Secret, OpenOptions::new().read(true))
+            .map_err(ServeError::Store)?;
+        warn_of_ephemeral_ports(&config);
+        let (services, users) = (config.services.len(), config.users.len());
+        let knock_ports = config.knock_ports.iter().count();
+        print(&format!("{}: ok (services {services}, users {users}, knock ports {knock_ports})\n", path.display()))
+    }
+}
+
+/// A connection of this host's own may take a knock port in that range as its source.
+pub(super) fn warn_of_ephemeral_ports(config: &ServerConfig) {
+    let range = ephemeral_ports();
+    if let Some(port) = config.knock_ports.iter().find(|port| range.contains(port)) {
+        note(&format!(
+            "warning: knock port {port} lies inside net.ipv4.ip_local_port_range ({}-{})",
+            range.start(),
+            range.end()
+        ));
+    }
+}
+
+/// The kernel's range for source ports; Linux's default where it cannot be read.
+pub(super) fn ephemeral_ports() -> std::ops::RangeInclusive<u16> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = text.split_whitespace().map_while(|number| number.parse().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(low), Some(high)) => low..=high,
+        _ => 32_768..=60_999,
+    }
+}

@@ -1,0 +1,230 @@
+//! From the modules' errors to message, hint and exit code.
+
+use std::fmt;
+use std::io;
+
+use crate::client::counter::CounterError;
+use crate::client::port::PortError;
+use crate::client::{HomeError, ProfileError, SendError};
+use crate::config::{ConfigError, Diagnostic, FileError};
+use crate::nft::NftError;
+use crate::packet::PersonaError;
+use crate::queue::QueueError;
+use crate::serve::keeper::ServeError;
+use crate::serve::monitor::MonitorError;
+use crate::serve::verifier::VerifierError;
+
+/// Something did not work.
+pub(super) const FAILED: u8 = 1;
+/// The command line is wrong (sysexits.h: EX_USAGE).
+pub(super) const USAGE: u8 = 64;
+/// A privilege is missing (EX_NOPERM).
+pub(super) const PERMISSION: u8 = 77;
+/// A configuration, key or profile is wrong (EX_CONFIG).
+pub(super) const CONFIGURATION: u8 = 78;
+
+/// How a command ends when it does not succeed.
+pub(super) struct Failure {
+    message: String,
+    hint: Option<String>,
+    pub(super) code: u8,
+}
+
+impl Failure {
+    pub(super) const fn new(message: String) -> Self {
+        Self { message, hint: None, code: FAILED }
+    }
+
+    pub(super) fn hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    pub(super) fn code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+
+    fn maybe_hint(self, hint: Option<String>) -> Self {
+        Self { hint, ..self }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.message.is_empty() {
+            writeln!(f, "knockq: {}", self.message)?;
+        }
+        match &self.hint {
+            Some(hint) => writeln!(f, "Hint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl From<FileError> for Failure {
+    fn from(error: FileError) -> Self {
+        let code = if error.is_permission() { PERMISSION } else { CONFIGURATION };
+        Self::new(error.to_string()).maybe_hint(error.hint()).code(code)
+    }
+}
+
+impl From<Diagnostic> for Failure {
+    fn from(error: Diagnostic) -> Self {
+        ConfigError::Content(error).into()
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        match error {
+            ConfigError::File(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
+                Self::new(format!("{}: {cause}", path.display()))
+                    .hint("make a configuration with `knockq init --protect tcp/22`, or name one with --config")
+                    .code(CONFIGURATION)
+            }
+            ConfigError::File(error) => error.into(),
+            other => Self::new(other.to_string()).maybe_hint(other.hint()).code(CONFIGURATION),
+        }
+    }
+}
+
+impl From<NftError> for Failure {
+    fn from(error: NftError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            NftError::Missing => failure.hint("apt-get install nftables"),
+            NftError::NoQueueStatement => failure.hint("modprobe nft_queue, or boot a distribution's kernel"),
+            NftError::NotPermitted(_) => failure.hint("run this as root").code(PERMISSION),
+            NftError::Refused(_) => failure.hint("see the table with `nft list table inet knockq`"),
+            NftError::Run(_) => failure,
+        }
+    }
+}
+
+impl From<ServeError> for Failure {
+    fn from(error: ServeError) -> Self {
+        let message = error.to_string();
+        match error {
+            ServeError::Config(error) => error.into(),
+            ServeError::Nft(error) => error.into(),
+            ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
+                Self::new(format!("{}: the counter store is missing", path.display()))
+                    .hint("`knockq init` makes it; without it old knocks could be replayed")
+                    .code(CONFIGURATION)
+            }
+            ServeError::Store(error) => error.into(),
+            ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
+            ServeError::Account(_) => Self::new(message).code(CONFIGURATION),
+            ServeError::QueueTaken { .. } => {
+                Self::new(message).hint("is another knockq running? Else set `queue = N` in [server]")
+            }
+            // The child has said what was wrong.
+            ServeError::ChildFailed { code, .. } => Self::new(String::new()).code(code),
+            ServeError::Table(_) => Self::new(message).hint("is another knockq running? It owns the table"),
+            ServeError::ChildDied { .. } | ServeError::TooSlow(_) | ServeError::Io(_) => Self::new(message),
+        }
+    }
+}
+
+impl From<MonitorError> for Failure {
+    fn from(error: MonitorError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            MonitorError::Queue(QueueError::Taken { .. }) => failure.hint("set another `queue = N` in [server]"),
+            MonitorError::Queue(QueueError::Unsupported { .. }) => failure.hint("modprobe nfnetlink_queue"),
+            _ => failure,
+        }
+    }
+}
+
+impl From<VerifierError> for Failure {
+    fn from(error: VerifierError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            VerifierError::Store { .. } => failure
+                .hint(
+                    "put back the store that belongs to this server key; a wrong one would let old knocks be replayed",
+                )
+                .code(CONFIGURATION),
+            _ => failure,
+        }
+    }
+}
+
+impl From<HomeError> for Failure {
+    fn from(error: HomeError) -> Self {
+        let failure = Self::new(error.to_string()).code(CONFIGURATION);
+        match error {
+            HomeError::NoHome => failure.hint("set HOME, or XDG_CONFIG_HOME and XDG_STATE_HOME"),
+            HomeError::File(error) => error.into(),
+            HomeError::NoKey { .. } => failure.hint("make one with `knockq keygen`"),
+            HomeError::Key { .. } => failure.hint("restore it, or move it away and make another with `knockq keygen`"),
+        }
+    }
+}
+
+impl From<ProfileError> for Failure {
+    fn from(error: ProfileError) -> Self {
+        let failure = Self::new(error.to_string()).code(CONFIGURATION);
+        match error {
+            ProfileError::Home(error) => error.into(),
+            ProfileError::File(error) => error.into(),
+            ProfileError::Content(error) => error.into(),
+            ProfileError::Exists(_) => failure.hint("choose another name, or remove the profile's file first"),
+            ProfileError::Missing(_) => failure.hint("add one with `knockq host add NAME PROFILE`"),
+            ProfileError::KnownKey { .. } => {
+                failure.hint("if both are one server, add it with --same-server; else somebody copied a key")
+            }
+            ProfileError::OtherClient { .. } => {
+                failure.hint("send this machine's public key to the administrator: `knockq keygen --show`")
+            }
+            ProfileError::OwnKey(_) | ProfileError::Lacks { .. } => {
+                failure.hint("ask the administrator for a new profile")
+            }
+            ProfileError::NoService { known, .. } => {
+                failure.hint(format!("name one of: {}", known.join(", "))).code(USAGE)
+            }
+        }
+    }
+}
+
+impl From<CounterError> for Failure {
+    fn from(error: CounterError) -> Self {
+        let failure = Self::new(error.to_string()).code(CONFIGURATION);
+        match error {
+            CounterError::File(error) => error.into(),
+            CounterError::Damaged { .. } | CounterError::UsedUp { .. } => {
+                failure.hint("make a new key: move the old one away, `knockq keygen`, and ask for a new profile")
+            }
+        }
+    }
+}
+
+impl From<SendError> for Failure {
+    fn from(error: SendError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            SendError::NotPermitted => failure
+                .hint("sudo setcap cap_net_raw+ep \"$(command -v knockq)\", or run it with sudo -E")
+                .code(PERMISSION),
+            SendError::Home(error) => error.into(),
+            SendError::Profile(error) => error.into(),
+            SendError::File(error) => error.into(),
+            SendError::Counter(error) => error.into(),
+            SendError::Key { .. } => failure.hint("ask the administrator for a new profile").code(CONFIGURATION),
+            SendError::Resolve { .. } => {
+                failure.hint("check the name and the resolver, or put an address into the profile")
+            }
+            SendError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
+            SendError::Port(PortError::NoRoute { .. }) => failure.hint("check the network: ip route"),
+            SendError::Port(PortError::Source { .. }) => failure.hint("see the own addresses with: ip address"),
+            SendError::Persona(PersonaError::NoTimestamps) => failure.hint("sysctl net.ipv4.tcp_timestamps=1"),
+            SendError::Send { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
+                failure.hint("this host's own firewall forbids it: allow output to the knock ports")
+            }
+            SendError::StillShut { checks, .. } => {
+                failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
+            }
+            _ => failure,
+        }
+    }
+}

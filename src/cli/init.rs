@@ -1,0 +1,277 @@
+//! `knockq init`
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{self, OpenOptions};
+use std::io::{self, IsTerminal};
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nix::net::if_::InterfaceFlags;
+
+use super::check::{ephemeral_ports, warn_of_ephemeral_ports};
+use super::failure::{CONFIGURATION, Failure, USAGE};
+use super::{note, print};
+use crate::client::address::is_global;
+use crate::config::secure_file::{self, Privacy};
+use crate::config::server::STATE_DIRECTORY;
+use crate::config::{FileError, ServerConfig};
+use crate::crypto::{KnockPorts, KnockPortsError, PrivateKey};
+use crate::serve::store::Store;
+use crate::service::Port;
+
+/// Knock ports that are chosen where none are given.
+const KNOCK_PORTS: u16 = 1024;
+
+/// Where the search for them begins.
+const FIRST_KNOCK_PORT: u16 = 20_000;
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  knockq init --protect tcp/22 --protect udp/51820 --address vpn.example.org")]
+pub(super) struct Init {
+    /// A port to shut to all but those who knock
+    #[arg(long, value_name = "TRANSPORT/PORT", required = true)]
+    protect: Vec<Port>,
+    /// Ports to knock at, such as 20000-21023 [default: 1024 where nobody listens]
+    #[arg(long, value_name = "PORTS", value_delimiter = ',')]
+    knock_ports: Vec<String>,
+    /// Name or address that clients reach this host by [default: its own addresses]
+    #[arg(long, value_name = "HOST")]
+    address: Vec<String>,
+    /// Where to put the configuration
+    #[arg(long, value_name = "DIR", default_value = "/etc/knockq")]
+    dir: PathBuf,
+    /// Where to keep the counters
+    #[arg(long, value_name = "DIR", default_value = STATE_DIRECTORY)]
+    state: PathBuf,
+}
+
+impl Init {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let knock_ports = self.choose_knock_ports()?;
+        let addresses = if self.address.is_empty() { host_addresses() } else { self.address.clone() };
+        let trusted = offer_trust();
+        let paths = Paths {
+            key: self.dir.join("server.key"),
+            config: self.dir.join("knockq.toml"),
+            users: self.dir.join("users.d"),
+            ruleset: self.dir.join("knockq.nft"),
+            store: self.state.join("counters.redb"),
+        };
+        paths.refuse_existing()?;
+
+        let mut made = Made::default();
+        for directory in [&self.dir, &self.state, &paths.users] {
+            secure_file::create_directory(directory)?;
+        }
+        let key = PrivateKey::generate().map_err(|error| Failure::new(error.to_string()))?;
+        made.file(&paths.key, &key.to_file_line(), Privacy::Secret)?;
+        made.file(&paths.config, &self.config_text(&knock_ports, &addresses, trusted), Privacy::Public)?;
+        made.store(&paths.store, &key)?;
+        let config = ServerConfig::load(&paths.config)?;
+        made.file(&paths.ruleset, &config.ruleset().to_string(), Privacy::Public)?;
+        made.keep();
+        warn_of_ephemeral_ports(&config);
+        print(&self.next_steps(&paths, &key, &config))
+    }
+
+    fn choose_knock_ports(&self) -> Result<KnockPorts, Failure> {
+        let fail = |error: KnockPortsError| Failure::new(format!("--knock-ports: {error}")).code(USAGE);
+        if !self.knock_ports.is_empty() {
+            return KnockPorts::try_from(self.knock_ports.clone()).map_err(fail);
+        }
+        let mut taken = listening_ports();
+        taken.extend(self.protect.iter().map(|port| port.number));
+        let limit = *ephemeral_ports().start();
+        let is_free = |first: &u16| {
+            first
+                .checked_add(KNOCK_PORTS - 1)
+                .is_some_and(|last| last < limit && taken.range(*first..=last).next().is_none())
+        };
+        let above = (FIRST_KNOCK_PORT..limit.max(FIRST_KNOCK_PORT)).step_by(usize::from(KNOCK_PORTS));
+        let below = (1024..FIRST_KNOCK_PORT).rev().step_by(usize::from(KNOCK_PORTS));
+        let first = above.chain(below).find(is_free).ok_or_else(|| {
+            Failure::new(format!("no {KNOCK_PORTS} ports in a row are free below {limit}"))
+                .hint("choose some yourself: --knock-ports 20000-20255,21000-21255")
+        })?;
+        KnockPorts::new([first..=first + (KNOCK_PORTS - 1)]).map_err(fail)
+    }
+
+    fn config_text(&self, knock_ports: &KnockPorts, addresses: &[String], trusted: Option<IpAddr>) -> String {
+        let list = |items: &[String]| items.iter().map(|item| format!("{item:?}")).collect::<Vec<_>>().join(", ");
+        let mut text = String::from("# knockq: see docs/configuration.md; check it with `knockq check`.\n\n[server]\n");
+        let _ = writeln!(text, "private_key = \"server.key\"");
+        let _ = writeln!(text, "knock_ports = [{}]", list(&Vec::from(knock_ports.clone())));
+        if addresses.is_empty() {
+            let _ = writeln!(text, "# address   = [\"server.example.org\"]   # what goes into profiles");
+        } else {
+            let _ = writeln!(text, "address     = [{}]   # what goes into profiles", list(addresses));
+        }
+        if let Some(address) = trusted {
+            let length = if address.is_ipv4() { 32 } else { 128 };
+            let _ = writeln!(text, "trusted     = [\"{address}/{length}\"]   # never gated");
+        }
+        if self.state != Path::new(STATE_DIRECTORY) {
+            let _ = writeln!(text, "state       = {:?}", self.state.display().to_string());
+        }
+        for port in self.protect.iter().collect::<BTreeSet<_>>() {
+            let _ = writeln!(
+                text,
+                "\n[services.{}]\nports    = [\"{port}\"]\nopen_for = \"30s\"   # how long new connections may be made",
+                service_name(port)
+            );
+        }
+        text
+    }
+
+    fn next_steps(&self, paths: &Paths, key: &PrivateKey, config: &ServerConfig) -> String {
+        let option = if self.dir == Path::new("/etc/knockq") {
+            String::new()
+        } else {
+            format!(" --config {}", paths.config.display())
+        };
+        let service = config.services.first().map(|service| service.name.to_string()).unwrap_or_default();
+        format!(
+            "Wrote {} and beside it server.key, users.d/ and knockq.nft; counters are in {}.\n\
+             Server key: {}\nKnock ports: {}\n\n\
+             Next:\n  \
+             1. On the client:  knockq keygen\n  \
+             2. Here:           knockq user add NAME --key PUBLIC-KEY --allow {service}{option}\n  \
+             3. On the client:  knockq host add HOST -      (paste the profile that step 2 printed)\n  \
+             4. Here:           knockq serve{option}\n  \
+             5. On the client:  knockq send HOST {service} --wait\n\n\
+             The host's own firewall must allow the guarded port: knockq only shuts it.\n\
+             Keep a session open until step 5 has worked. Knocks need clocks within {} of each other.\n",
+            paths.config.display(),
+            self.state.display(),
+            key.public(),
+            config.knock_ports,
+            config.window,
+        )
+    }
+}
+
+struct Paths {
+    key: PathBuf,
+    config: PathBuf,
+    users: PathBuf,
+    ruleset: PathBuf,
+    store: PathBuf,
+}
+
+impl Paths {
+    fn refuse_existing(&self) -> Result<(), Failure> {
+        match [&self.key, &self.config, &self.ruleset, &self.store].into_iter().find(|path| path.exists()) {
+            Some(path) => Err(Failure::new(format!("{}: exists already, and init overwrites nothing", path.display()))
+                .hint("move it away, or name other directories with --dir and --state")
+                .code(CONFIGURATION)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Files that are taken away again unless all of them could be made.
+#[derive(Default)]
+struct Made(Vec<PathBuf>);
+
+impl Made {
+    fn file(&mut self, path: &Path, contents: &str, privacy: Privacy) -> Result<(), Failure> {
+        secure_file::create(path, contents, privacy)?;
+        self.0.push(path.to_owned());
+        Ok(())
+    }
+
+    fn store(&mut self, path: &Path, key: &PrivateKey) -> Result<(), Failure> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(|cause| FileError::Io { path: path.to_owned(), cause })?;
+        self.0.push(path.to_owned());
+        Store::create(file, key.public(), 0).map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Under SSH, the address that one would lock out; asked for on a terminal, mentioned elsewhere.
+fn offer_trust() -> Option<IpAddr> {
+    let connection = std::env::var("SSH_CONNECTION").ok()?;
+    let address: IpAddr = connection.split_whitespace().next()?.parse().ok()?;
+    if !io::stdin().is_terminal() {
+        note(&format!(
+            "You are logged in from {address}. To keep that address out of the gate, add trusted = [\"{address}\"]"
+        ));
+        return None;
+    }
+    note(&format!("You are logged in from {address}. Keep that address out of the gate? [y/N]"));
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer).ok()?;
+    matches!(answer.trim(), "y" | "Y" | "yes").then_some(address)
+}
+
+/// The name in /etc/services, else `tcp-22`.
+fn service_name(port: &Port) -> String {
+    let services = fs::read_to_string("/etc/services").unwrap_or_default();
+    let wanted = format!("{}/{}", port.number, port.transport);
+    let name = services.lines().find_map(|line| {
+        let mut fields = line.split_whitespace();
+        let name = fields.next()?;
+        (fields.next()? == wanted && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'))
+            .then(|| name.to_owned())
+    });
+    name.unwrap_or_else(|| format!("{}-{}", port.transport, port.number))
+}
+
+/// TCP ports that somebody listens on, of either family.
+fn listening_ports() -> BTreeSet<u16> {
+    let is_listening = |line: &str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (_, port) = fields.next()?.rsplit_once(':')?;
+        (fields.nth(1)? == "0A").then(|| u16::from_str_radix(port, 16).ok())?
+    };
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
+    tables.iter().flat_map(|table| table.lines().filter_map(is_listening)).collect()
+}
+
+/// This host's addresses that a client could use: global ones, or else any that are not link-local.
+pub(super) fn host_addresses() -> Vec<String> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
+    let mut addresses: Vec<IpAddr> = interfaces
+        .filter(|interface| {
+            interface.flags.contains(InterfaceFlags::IFF_UP) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+        })
+        .filter_map(|interface| {
+            let storage = interface.address?;
+            let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        })
+        .filter(|address| match address {
+            IpAddr::V4(v4) => !v4.is_link_local(),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        })
+        .collect();
+    if addresses.iter().any(is_global) {
+        addresses.retain(is_global);
+    }
+    addresses.iter().map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::service_name;
+
+    #[test]
+    fn a_service_without_a_name_is_called_by_its_port() {
+        assert_eq!(service_name(&"tcp/64999".parse().unwrap()), "tcp-64999");
+    }
+}

@@ -1,0 +1,113 @@
+//! The command line: words into calls. `main` alone prints errors and picks exit codes.
+
+mod check;
+mod failure;
+mod host;
+mod init;
+mod keygen;
+mod ruleset;
+mod send;
+mod serve;
+mod user;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use failure::{Failure, USAGE};
+
+/// Where the server's configuration is, unless `--config` names another file.
+const CONFIG: &str = "/etc/knockq/knockq.toml";
+
+#[derive(Parser)]
+#[command(
+    name = "knockq",
+    version,
+    about = "Hides network services: one SYN that looks like any other opens a closed port, for its sender, for a while",
+    after_help = "On a server:  knockq init --protect tcp/22\nOn a client:  knockq keygen\n\n\
+                  Exit codes: 0 done, 1 failed, 64 usage, 77 permission, 78 configuration.",
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Server: make key, configuration, counter store and nft include file
+    Init(init::Init),
+    /// Server: check configuration, keys and permissions
+    Check(check::Check),
+    /// Server: print the nft include file for this configuration
+    Ruleset(ruleset::PrintRuleset),
+    /// Server: run the daemon, in the foreground
+    Serve(serve::Serve),
+    /// Server: who may knock
+    User(user::User),
+    /// Client: make this machine's key and print its public half
+    Keygen(keygen::Keygen),
+    /// Client: the hosts that one knocks at
+    Host(host::Host),
+    /// Client: knock
+    Send(send::Send),
+    /// One of the daemon's processes; only `knockq serve` can start it
+    #[command(hide = true)]
+    Monitor(serve::Child),
+    /// One of the daemon's processes; only `knockq serve` can start it
+    #[command(hide = true)]
+    Verifier(serve::Child),
+}
+
+#[derive(Args)]
+struct ConfigArg {
+    /// The server's configuration
+    #[arg(long, value_name = "FILE", default_value = CONFIG)]
+    config: PathBuf,
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let done = match cli.command {
+        Command::Init(init) => init.run(),
+        Command::Check(check) => check.run(),
+        Command::Ruleset(ruleset) => ruleset.run(),
+        Command::Serve(serve) => serve.run(),
+        Command::User(user) => user.run(),
+        Command::Keygen(keygen) => keygen.run(),
+        Command::Host(host) => host.run(),
+        Command::Send(send) => send.run(),
+        Command::Monitor(child) => child.run_monitor(),
+        Command::Verifier(child) => child.run_verifier(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let _ = write!(io::stderr(), "{failure}");
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// Prints what was asked for. A reader that went away is a failure, not a panic.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|error| Failure::new(format!("stdout: {error}")))
+}
+
+/// Says something that is not the result.
+fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}

@@ -1,0 +1,263 @@
+//! Counters that this key has issued, so that none is used twice (docs/protocol.md section 2).
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+use crate::config::FileError;
+use crate::config::secure_file::{self, Privacy};
+use crate::crypto::PublicKey;
+
+/// Counters that are kept one by one; beyond, the smallest goes into the floor. Only so many knocks sent while the clock
+/// was wrong could lock a key out.
+const KEPT: usize = 4096;
+
+/// Flows of this boot that are remembered.
+const FLOWS: usize = 4096;
+
+/// Names one boot of this kernel.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The rule, without files.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Issued {
+    /// All counters up to here count as issued.
+    floor: u64,
+    issued: BTreeSet<u64>,
+}
+
+impl Issued {
+    /// The least counter that is not before `now`, above all that were issued up to `now + window`, and not issued.
+    pub fn next(&self, now: u64, window: u64) -> Option<u64> {
+        let end = now.checked_add(window)?;
+        let last = self.issued.range(..=end).next_back().copied();
+        let mut n = now.max(self.floor.checked_add(1)?).max(last.map_or(Some(0), |last| last.checked_add(1))?);
+        while self.issued.contains(&n) {
+            n = n.checked_add(1)?;
+        }
+        Some(n)
+    }
+
+    /// Notes that a counter is used.
+    pub fn record(&mut self, n: u64) {
+        self.issued.insert(n);
+        while self.issued.len() > KEPT {
+            if let Some(smallest) = self.issued.pop_first() {
+                self.floor = self.floor.max(smallest);
+            }
+        }
+    }
+
+    /// Whether a counter was issued that a server would take only later than `end`.
+    pub fn has_beyond(&self, end: u64) -> bool {
+        self.issued.last().is_some_and(|&last| last > end)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut issued = Self::default();
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            match line.strip_prefix("floor ") {
+                Some(floor) => issued.floor = floor.parse().ok()?,
+                None => {
+                    issued.issued.insert(line.parse().ok()?);
+                }
+            }
+        }
+        Some(issued)
+    }
+
+    fn to_text(&self) -> String {
+        let mut text = format!(
+            "# knockq: counters that were used with one server. Do not edit, copy or delete.\nfloor {}\n",
+            self.floor
+        );
+        for n in &self.issued {
+            let _ = writeln!(text, "{n}");
+        }
+        text
+    }
+}
+
+/// Why no counter can be issued.
+#[derive(Debug, Error)]
+pub enum CounterError {
+    /// The file is refused.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The file does not hold what this program writes.
+    #[error("{}: is damaged, so counters could be used twice", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// So many knocks were sent under a wrong clock that none is left.
+    #[error("{}: every counter up to {floor} is used up, and that is in the future", path.display())]
+    UsedUp {
+        /// The file.
+        path: PathBuf,
+        /// Unix seconds.
+        floor: u64,
+    },
+}
+
+/// The counters of one (client, server), locked against other processes.
+pub struct CounterFile {
+    path: PathBuf,
+    issued: Issued,
+    _lock: File,
+}
+
+impl CounterFile {
+    /// Locks and reads the file; the lock is held until this is dropped.
+    ///
+    /// # Errors
+    /// [`CounterError`].
+    pub fn open(directory: &Path, client: &PublicKey, server: &PublicKey) -> Result<Self, CounterError> {
+        secure_file::create_directory(directory)?;
+        let digest = Sha256::new().chain_update(client.as_bytes()).chain_update(server.as_bytes()).finalize();
+        let name: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let path = directory.join(&name);
+        let lock = lock(&directory.join(format!("{name}.lock")))?;
+        let issued = if path.exists() {
+            let text = secure_file::read(&path, Privacy::Secret)?;
+            Issued::parse(&text).ok_or_else(|| CounterError::Damaged { path: path.clone() })?
+        } else {
+            Issued::default()
+        };
+        Ok(Self { path, issued, _lock: lock })
+    }
+
+    /// Issues a counter; it is on disk when this returns.
+    ///
+    /// # Errors
+    /// [`CounterError`]; then no counter may be used.
+    pub fn issue(&mut self, now: u64, window: u64) -> Result<u64, CounterError> {
+        let used_up = || CounterError::UsedUp { path: self.path.clone(), floor: self.issued.floor };
+        let n = self.issued.next(now, window).filter(|_| self.issued.floor <= now.saturating_add(window));
+        let n = n.ok_or_else(used_up)?;
+        self.issued.record(n);
+        secure_file::replace(&self.path, &self.issued.to_text(), Privacy::Secret)?;
+        Ok(n)
+    }
+
+    /// See [`Issued::has_beyond`].
+    pub fn has_beyond(&self, end: u64) -> bool {
+        self.issued.has_beyond(end)
+    }
+}
+
+/// The flows of knocks sent since this machine booted: within a boot the kernel's sequence numbers of a repeated flow are
+/// on a line, and a token is not.
+pub struct FlowFile {
+    path: PathBuf,
+    boot: String,
+    flows: Vec<String>,
+    _lock: File,
+}
+
+impl FlowFile {
+    /// Locks and reads the file; flows of an earlier boot are forgotten.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn open(directory: &Path) -> Result<Self, FileError> {
+        secure_file::create_directory(directory)?;
+        let path = directory.join("flows");
+        let lock = lock(&directory.join("flows.lock"))?;
+        let boot = std::fs::read_to_string(BOOT_ID).map_err(|cause| FileError::io(Path::new(BOOT_ID), cause))?;
+        let boot = boot.trim().to_owned();
+        let text = if path.exists() { secure_file::read(&path, Privacy::Secret)?.to_string() } else { String::new() };
+        let flows = text.strip_prefix(&boot).map(|rest| rest.lines().filter(|line| !line.is_empty()));
+        let flows = flows.map(|lines| lines.map(str::to_owned).collect()).unwrap_or_default();
+        Ok(Self { path, boot, flows, _lock: lock })
+    }
+
+    /// Whether a knock used this flow.
+    pub fn contains(&self, source: SocketAddr, destination: SocketAddr) -> bool {
+        self.flows.contains(&format!("{source} {destination}"))
+    }
+
+    /// Remembers a flow.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn record(&mut self, source: SocketAddr, destination: SocketAddr) -> Result<(), FileError> {
+        self.flows.push(format!("{source} {destination}"));
+        let surplus = self.flows.len().saturating_sub(FLOWS);
+        self.flows.drain(..surplus);
+        secure_file::replace(&self.path, &format!("{}\n{}\n", self.boot, self.flows.join("\n")), Privacy::Secret)
+    }
+}
+
+fn lock(path: &Path) -> Result<File, FileError> {
+    let fail = |cause: io::Error| FileError::io(path, cause);
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path).map_err(fail)?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|errno| fail(errno.into()))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Issued;
+    use proptest::prelude::{any, proptest};
+    use std::collections::BTreeSet;
+
+    const NOW: u64 = 1_790_000_000;
+
+    #[test]
+    fn counters_start_at_the_clock_and_never_fall_behind_an_issued_one() {
+        let mut issued = Issued::default();
+        for (now, expected) in
+            [(NOW, NOW), (NOW, NOW + 1), (NOW + 1, NOW + 2), (NOW + 10, NOW + 10), (NOW + 5, NOW + 11)]
+        {
+            let n = issued.next(now, 60).unwrap();
+            assert_eq!(n, expected);
+            issued.record(n);
+        }
+    }
+
+    #[test]
+    fn a_clock_that_was_two_hours_ahead_locks_nobody_out() {
+        let mut issued = Issued::default();
+        issued.record(issued.next(NOW + 7200, 60).unwrap());
+        assert_eq!(issued.next(NOW, 60), Some(NOW));
+        assert!(issued.has_beyond(NOW + 60), "and it is known that one lies ahead");
+        assert_eq!(issued.next(NOW + 7200, 60), Some(NOW + 7201));
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let mut issued = Issued::default();
+        for n in [NOW, NOW + 1, u64::MAX] {
+            issued.record(n);
+        }
+        assert_eq!(Issued::parse(&issued.to_text()), Some(issued));
+        for damaged in ["floor x\n", "12\n1x\n", "-1\n", "\n"] {
+            assert_eq!(Issued::parse(damaged), None, "{damaged:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_clock_makes_a_counter_repeat_or_locks_a_key_out(clocks in proptest::collection::vec(any::<u64>(), 1..400)) {
+            let mut issued = Issued::default();
+            let mut seen = BTreeSet::new();
+            for now in clocks {
+                if let Some(n) = issued.next(now, 60) {
+                    assert!(n >= now && seen.insert(n));
+                    issued.record(n);
+                }
+            }
+            let n = issued.next(NOW, 60).unwrap();
+            assert!((NOW..=NOW + 61).contains(&n), "{n}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Where a user's key, profiles and counters are.
+
+use std::env;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::config::FileError;
+use crate::config::secure_file::{self, Privacy};
+use crate::crypto::{KeyError, PrivateKey};
+use crate::service::Name;
+
+/// Why the user's own files cannot be used.
+#[derive(Debug, Error)]
+pub enum HomeError {
+    /// No directory to look in.
+    #[error("HOME is not set, so there is no place for keys and profiles")]
+    NoHome,
+    /// A file is refused.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// There is no key yet.
+    #[error("{}: there is no key yet", path.display())]
+    NoKey {
+        /// Where it would be.
+        path: PathBuf,
+    },
+    /// The key file holds no key.
+    #[error("{}: {cause}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: KeyError,
+    },
+}
+
+/// The two directories of the XDG base directory specification that are ours.
+pub struct Home {
+    configuration: PathBuf,
+    state: PathBuf,
+}
+
+impl Home {
+    /// `$XDG_CONFIG_HOME/knockq` and `$XDG_STATE_HOME/knockq`, by default under `~/.config` and `~/.local/state`.
+    ///
+    /// # Errors
+    /// [`HomeError::NoHome`].
+    pub fn of_environment() -> Result<Self, HomeError> {
+        let directory = |variable: &str, below_home: &str| {
+            let set = env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+            let home = || Some(PathBuf::from(env::var_os("HOME").filter(|home| !home.is_empty())?).join(below_home));
+            set.or_else(home).map(|path| path.join("knockq")).ok_or(HomeError::NoHome)
+        };
+        Ok(Self {
+            configuration: directory("XDG_CONFIG_HOME", ".config")?,
+            state: directory("XDG_STATE_HOME", ".local/state")?,
+        })
+    }
+
+    /// The private key's file.
+    pub fn key_path(&self) -> PathBuf {
+        self.configuration.join("key")
+    }
+
+    /// The directory of the host profiles.
+    pub fn hosts(&self) -> PathBuf {
+        self.configuration.join("hosts")
+    }
+
+    /// The file of one host profile.
+    pub fn host_path(&self, name: &Name) -> PathBuf {
+        self.hosts().join(format!("{name}.toml"))
+    }
+
+    /// The directory of counters.
+    pub fn counters(&self) -> PathBuf {
+        self.state.join("counters")
+    }
+
+    /// Makes the key.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn make_key(&self) -> Result<PrivateKey, HomeError> {
+        let path = self.key_path();
+        let key = PrivateKey::generate().map_err(|cause| HomeError::Key { path: path.clone(), cause })?;
+        secure_file::create_directory(&self.configuration)?;
+        secure_file::create(&path, &key.to_file_line(), Privacy::Secret)?;
+        Ok(key)
+    }
+
+    /// Reads the key.
+    ///
+    /// # Errors
+    /// When there is none, or its file is not safe.
+    pub fn key(&self) -> Result<PrivateKey, HomeError> {
+        let path = self.key_path();
+        if !path.exists() {
+            return Err(HomeError::NoKey { path });
+        }
+        let text = secure_file::read(&path, Privacy::Secret)?;
+        text.parse().map_err(|cause| HomeError::Key { path, cause })
+    }
+}

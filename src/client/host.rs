@@ -1,0 +1,236 @@
+//! Profiles: what a client knows of a host that it knocks at.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::{Home, HomeError};
+use crate::config::secure_file::{self, Privacy};
+use crate::config::{Diagnostic, FileError, Seconds};
+use crate::crypto::{KnockPorts, PublicKey};
+use crate::service::{Name, Port};
+
+/// Bytes of a profile at most.
+pub const MAX_LEN: usize = 1 << 16;
+
+/// A profile. Written, its first base64 text is the server's public key.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// The server's public key.
+    pub server_key: Key,
+    /// The public key that the server knows this user by.
+    pub client_key: Key,
+    /// Names or addresses of the server, in the order in which they are tried.
+    pub address: Vec<String>,
+    /// Where one knocks.
+    pub knock_ports: KnockPorts,
+    /// How far a counter may be off the server's clock.
+    pub window: Seconds,
+    /// What is opened when no service is named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default: Option<Name>,
+    /// The address that the server sees this client come from, where it is fixed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<IpAddr>,
+    /// What this user may open.
+    pub services: BTreeMap<Name, ProfileService>,
+}
+
+/// A public key as text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Key(pub PublicKey);
+
+impl TryFrom<String> for Key {
+    type Error = crate::crypto::KeyError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
+}
+
+impl From<Key> for String {
+    fn from(key: Key) -> Self {
+        key.0.to_string()
+    }
+}
+
+/// A service as the client needs to know it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProfileService {
+    /// The number that stands for it in a token.
+    pub selector: u16,
+    /// The ports that it opens.
+    pub ports: Vec<Port>,
+    /// Only one connection gets in.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub once: bool,
+}
+
+/// Why a profile cannot be used or added.
+#[derive(Debug, Error)]
+pub enum ProfileError {
+    /// The user's files are refused.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// The profile's file is refused.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// It is no profile.
+    #[error(transparent)]
+    Content(#[from] Diagnostic),
+    /// There is one by that name.
+    #[error("host {0}: there is a profile by this name")]
+    Exists(Name),
+    /// There is none by that name.
+    #[error("host {0}: there is no profile by this name")]
+    Missing(String),
+    /// The server's key is known from elsewhere.
+    #[error("host {name}: its server key is that of host {other}, which has another address")]
+    KnownKey {
+        /// The new profile.
+        name: Name,
+        /// The profile that has the key.
+        other: Name,
+    },
+    /// It was made for another key than this machine's.
+    #[error("host {name}: this profile was made for the key {made_for}, but this machine's key is {own}")]
+    OtherClient {
+        /// The new profile.
+        name: Name,
+        /// The key in the profile.
+        made_for: PublicKey,
+        /// The key here.
+        own: PublicKey,
+    },
+    /// Client and server cannot have one key.
+    #[error("host {0}: its server key is this machine's own key")]
+    OwnKey(Name),
+    /// It lists no address or no service.
+    #[error("host {name}: the profile has no {what}")]
+    Lacks {
+        /// The profile.
+        name: Name,
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// No such service in the profile.
+    #[error("host {host}: the profile has no service `{asked}`")]
+    NoService {
+        /// The profile.
+        host: Name,
+        /// What was asked for.
+        asked: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+}
+
+impl Profile {
+    /// Reads a profile's text.
+    ///
+    /// # Errors
+    /// With the place of what is wrong.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, Diagnostic> {
+        toml::from_str(text).map_err(|error| Diagnostic::of_toml(path, text, &error))
+    }
+
+    /// The profile as text.
+    pub fn to_text(&self) -> String {
+        toml::to_string(self).unwrap_or_default()
+    }
+
+    /// Loads the profile of this name.
+    ///
+    /// # Errors
+    /// [`ProfileError`].
+    pub fn load(home: &Home, name: &str) -> Result<(Name, Self), ProfileError> {
+        let missing = || ProfileError::Missing(name.escape_default().to_string());
+        let name: Name = name.parse().map_err(|_| missing())?;
+        let path = home.host_path(&name);
+        if !path.exists() {
+            return Err(missing());
+        }
+        let text = secure_file::read(&path, Privacy::Secret)?;
+        let profile = Self::parse(&path, &text)?;
+        Ok((name, profile))
+    }
+
+    /// Adds a profile under a name of the user's choice. `same_server` allows a server key that another profile has under
+    /// another address.
+    ///
+    /// # Errors
+    /// [`ProfileError`]; nothing is written then.
+    pub fn add(&self, home: &Home, name: &Name, same_server: bool) -> Result<(), ProfileError> {
+        let lacks = |what| Err(ProfileError::Lacks { name: name.clone(), what });
+        if self.address.is_empty() {
+            return lacks("address");
+        }
+        if self.services.is_empty() {
+            return lacks("service");
+        }
+        let own = *home.key()?.public();
+        if self.server_key.0 == own {
+            return Err(ProfileError::OwnKey(name.clone()));
+        }
+        if self.client_key.0 != own {
+            return Err(ProfileError::OtherClient { name: name.clone(), made_for: self.client_key.0, own });
+        }
+        let path = home.host_path(name);
+        if path.exists() {
+            return Err(ProfileError::Exists(name.clone()));
+        }
+        let has_other_address = |other: &Self| !other.address.iter().any(|address| self.address.contains(address));
+        let all = Self::all(home)?;
+        let namesake = all.iter().find(|(_, other)| other.server_key == self.server_key && has_other_address(other));
+        if let Some((other, _)) = namesake.filter(|_| !same_server) {
+            return Err(ProfileError::KnownKey { name: name.clone(), other: other.clone() });
+        }
+        secure_file::create_directory(&home.hosts())?;
+        Ok(secure_file::create(&path, &self.to_text(), Privacy::Secret)?)
+    }
+
+    /// The service of this name or with this port; with none given, the default or the only one.
+    ///
+    /// # Errors
+    /// [`ProfileError::NoService`].
+    pub fn service(&self, host: &Name, asked: Option<&str>) -> Result<(&Name, &ProfileService), ProfileError> {
+        let is_port = |service: &ProfileService| {
+            let number = asked.and_then(|asked| asked.parse::<u16>().ok());
+            number.is_some_and(|number| service.ports.iter().any(|port| port.number == number))
+        };
+        let found = match (asked, &self.default) {
+            (Some(asked), _) => self
+                .services
+                .iter()
+                .find(|(name, _)| name.as_str() == asked)
+                .or_else(|| self.services.iter().find(|(_, service)| is_port(service))),
+            (None, Some(default)) => self.services.get_key_value(default),
+            (None, None) => self.services.iter().next().filter(|_| self.services.len() == 1),
+        };
+        found.ok_or_else(|| ProfileError::NoService {
+            host: host.clone(),
+            asked: asked.unwrap_or("(default)").escape_default().to_string(),
+            known: self.services.keys().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn all(home: &Home) -> Result<Vec<(Name, Self)>, ProfileError> {
+        let directory = home.hosts();
+        let fail = |cause| FileError::Io { path: directory.clone(), cause };
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(fail)?,
+        };
+        let paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<PathBuf>>>().map_err(fail)?;
+        let names = paths.iter().filter_map(|path| path.file_name()?.to_str()?.strip_suffix(".toml"));
+        names.map(|name| Self::load(home, name)).collect()
+    }
+}

@@ -1,0 +1,12 @@
+//! The client: profiles of the hosts one knocks at, counters, and the one packet.
+
+pub mod address;
+pub mod counter;
+pub mod home;
+pub mod host;
+pub mod port;
+pub mod send;
+
+pub use home::{Home, HomeError};
+pub use host::{Profile, ProfileError};
+pub use send::{SendError, Sent};

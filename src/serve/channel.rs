@@ -1,0 +1,133 @@
+//! The connection between the keeper and a child: one-byte messages, with descriptors.
+//!
+//! The child finds its end as standard input, which is the one way to inherit a descriptor without unsafe code.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+
+/// Descriptors that one message carries at most.
+const MAX_DESCRIPTORS: usize = 4;
+
+/// What is said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// Keeper to child: these descriptors are yours.
+    Start,
+    /// Monitor to keeper: the queue is bound, the table may be loaded.
+    Bound,
+    /// Keeper to monitor: the table is loaded.
+    Loaded,
+    /// Child to keeper: it works.
+    Ready,
+}
+
+impl Message {
+    const ALL: [Self; 4] = [Self::Start, Self::Bound, Self::Loaded, Self::Ready];
+
+    const fn byte(self) -> u8 {
+        match self {
+            Self::Start => 1,
+            Self::Bound => 2,
+            Self::Loaded => 3,
+            Self::Ready => 4,
+        }
+    }
+}
+
+/// One end.
+pub struct Channel(OwnedFd);
+
+/// A pair of connected ends that keep messages apart, closed on exec.
+///
+/// # Errors
+/// The kernel's.
+pub fn message_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+impl Channel {
+    /// A keeper's end.
+    pub const fn new(end: OwnedFd) -> Self {
+        Self(end)
+    }
+
+    /// A child's end.
+    ///
+    /// # Errors
+    /// When standard input is closed.
+    pub fn of_stdin() -> io::Result<Self> {
+        Ok(Self(io::stdin().as_fd().try_clone_to_owned()?))
+    }
+
+    /// Says something and hands over copies of descriptors. If the peer is gone, that is noticed where its answer is
+    /// awaited.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn send(&self, message: Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        match sendmsg(&self.0, &[IoSlice::new(&[message.byte()])], &mut ancillary, SendFlags::NOSIGNAL) {
+            Ok(_) | Err(Errno::PIPE) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for a message; `None` when the peer is gone.
+    ///
+    /// # Errors
+    /// `InvalidData` for anything that is not a message.
+    pub fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = [0; 2];
+        let received = recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let descriptors = ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+            _ => Vec::new(),
+        });
+        let descriptors: Vec<OwnedFd> = descriptors.collect();
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        let is_whole = received.bytes == 1 && !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        let message = Message::ALL.into_iter().find(|message| is_whole && bytes == [message.byte(), 0]);
+        message.map(|message| Some((message, descriptors))).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Waits for one message and no other; `None` when the peer is gone.
+    ///
+    /// # Errors
+    /// `InvalidData` for another message or number of descriptors.
+    pub fn expect<const N: usize>(&self, expected: Message) -> io::Result<Option<[OwnedFd; N]>> {
+        match self.receive()? {
+            Some((message, descriptors)) if message == expected => {
+                descriptors.try_into().map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
+            }
+            Some(_) => Err(io::ErrorKind::InvalidData.into()),
+            None => Ok(None),
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.0
+    }
+}

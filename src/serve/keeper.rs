@@ -1,0 +1,391 @@
+//! The keeper: root, but it sees no packet and no frame. It reads the configuration, starts the others, loads the table,
+//! and stops all when one of them dies.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use caps::{CapSet, Capability};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use super::channel::{Channel, Message, message_pair};
+use super::handover;
+use super::log::{self, Style};
+use super::policy::{Opening, Policy};
+use super::sandbox::{Identity, SandboxError};
+use super::verifier::Settings;
+use crate::config::secure_file::{self, Privacy};
+use crate::config::{ConfigError, FileError, ServerConfig};
+use crate::nft::{self, Doors, ElementError, NftError, Ownership};
+use crate::queue::relay;
+
+/// Ids of the verifier where the configured account does not exist: `nobody`'s, as everywhere.
+const VERIFIER_FALLBACK: u32 = 65_534;
+
+/// Ids of the monitor where its account does not exist: it must not be the verifier's.
+const MONITOR_FALLBACK: u32 = 65_533;
+
+/// Time that a child has to become ready: ten thousand users take two seconds.
+const START: Duration = Duration::from_secs(60);
+
+/// Time that a child has to end when it is told to.
+const STOP: Duration = Duration::from_secs(5);
+
+/// Where the kernel lists who has which queue.
+const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
+
+/// Why the daemon does not start, or stops.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// Not enough privileges to begin with.
+    #[error("serve: needs root with CAP_NET_ADMIN")]
+    NotRoot,
+    /// The configuration is refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The counter store is not there or not safe.
+    #[error(transparent)]
+    Store(FileError),
+    /// The account is unusable.
+    #[error(transparent)]
+    Account(#[from] SandboxError),
+    /// Another process has the queue.
+    #[error("queue {number}: already bound by {owner}")]
+    QueueTaken {
+        /// Its number.
+        number: u16,
+        /// The process, as far as the kernel tells.
+        owner: String,
+    },
+    /// nft did not load the table.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The table could not be made.
+    #[error(transparent)]
+    Table(#[from] ElementError),
+    /// A child reported its own error and ended with this code.
+    #[error("{process} could not start")]
+    ChildFailed {
+        /// Which.
+        process: &'static str,
+        /// Its exit code.
+        code: u8,
+    },
+    /// A child died.
+    #[error("{process} {end}; stopping all, and every door closes by its own timeout")]
+    ChildDied {
+        /// Which.
+        process: &'static str,
+        /// How.
+        end: String,
+    },
+    /// A child did not become ready.
+    #[error("{0} did not become ready within a minute")]
+    TooSlow(&'static str),
+    /// The kernel refused something.
+    #[error("serve: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// [`ServeError`]. Doors that are open stay open for the time that they have left; the gate stays shut.
+pub fn run(config_path: &Path, style: Style) -> Result<(), ServeError> {
+    log::start("knockq", style);
+    let may = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
+    if !rustix::process::geteuid().is_root() || !may {
+        return Err(ServeError::NotRoot);
+    }
+    let config = ServerConfig::load(config_path)?;
+    let mut keeper = Keeper::start(&config, style)?;
+    let served = keeper.bring_up(&config).and_then(|()| keeper.watch());
+    keeper.stop();
+    match served {
+        Err(Ended::Asked) | Ok(()) => {
+            info!("stopped; doors that are open keep the time that they have left");
+            Ok(())
+        }
+        Err(Ended::Failed(error)) => Err(error),
+    }
+}
+
+/// Why the keeper leaves its work.
+enum Ended {
+    /// SIGTERM or SIGINT.
+    Asked,
+    Failed(ServeError),
+}
+
+impl<E: Into<ServeError>> From<E> for Ended {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+struct Keeper {
+    monitor: Process,
+    verifier: Process,
+    signals: [(i32, UnixStream); 3],
+    /// What the children have said so far.
+    said: Vec<(&'static str, Message)>,
+    is_ready: bool,
+}
+
+struct Process {
+    name: &'static str,
+    child: Child,
+    channel: Option<Channel>,
+}
+
+/// What woke the keeper.
+enum Event {
+    Signal(i32),
+    Message(&'static str, Message),
+    Gone,
+}
+
+impl Keeper {
+    /// Starts both children and hands each what is its own.
+    fn start(config: &ServerConfig, style: Style) -> Result<Self, ServeError> {
+        let settings = handover::seal(&verifier_settings(config)?)?;
+        let policy = handover::seal(&monitor_policy(config)?)?;
+        let store = open_store(&config.store_path())?;
+        refuse_taken_queue(config.queue)?;
+
+        let signals = [SIGTERM, SIGINT, SIGHUP].map(|signal| {
+            let (ours, handlers) = UnixStream::pair()?;
+            pipe::register(signal, handlers)?;
+            io::Result::Ok((signal, ours))
+        });
+        let [terminate, interrupt, hangup] = signals;
+        let (relay_reader, relay_writer) = relay::pipe()?;
+        let (frames_of_verifier, frames_of_monitor) = message_pair()?;
+        let verifier = Process::spawn("verifier", style)?;
+        let monitor = Process::spawn("monitor", style)?;
+        verifier.send(Message::Start, &[&relay_reader, &frames_of_verifier, &settings, &store])?;
+        monitor.send(Message::Start, &[&relay_writer, &frames_of_monitor, &policy])?;
+        Ok(Self { monitor, verifier, signals: [terminate?, interrupt?, hangup?], said: Vec::new(), is_ready: false })
+    }
+
+    /// The order matters: the verifier understands knocks, then the queue is bound, then the table sends it packets.
+    fn bring_up(&mut self, config: &ServerConfig) -> Result<(), Ended> {
+        self.wait_for("verifier", Message::Ready)?;
+        self.wait_for("monitor", Message::Bound)?;
+        let persists = load_table(config)?;
+        self.monitor.send(Message::Loaded, &[])?;
+        self.wait_for("monitor", Message::Ready)?;
+        self.is_ready = true;
+        if !persists {
+            info!(
+                "this kernel (before 6.9) or a table that was there lets others flush the gate: keep the include file in /etc/nftables.conf"
+            );
+        }
+        let (users, services) = (config.users.len(), config.services.len());
+        info!(users, services, knock_ports = %config.knock_ports, queue = config.queue, "ready");
+        sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
+        Ok(())
+    }
+
+    /// Waits until it is told to stop or a child dies.
+    fn watch(&mut self) -> Result<(), Ended> {
+        loop {
+            match self.next_event(None)? {
+                Some(Event::Signal(SIGHUP)) => {
+                    warn!("reload is not built yet: restart to apply a changed configuration");
+                }
+                Some(Event::Signal(_)) => return Err(Ended::Asked),
+                Some(Event::Gone) => return Err(Ended::Failed(self.bury())),
+                Some(Event::Message(..)) | None => {}
+            }
+        }
+    }
+
+    /// Waits until a child has said something, which it may have done already.
+    fn wait_for(&mut self, process: &'static str, message: Message) -> Result<(), Ended> {
+        let deadline = Instant::now() + START;
+        while !self.said.contains(&(process, message)) {
+            match self.next_event(Some(deadline))? {
+                Some(Event::Message(from, said)) => self.said.push((from, said)),
+                Some(Event::Signal(SIGHUP)) => {}
+                Some(Event::Signal(_)) => return Err(Ended::Asked),
+                Some(Event::Gone) => return Err(Ended::Failed(self.bury())),
+                None => return Err(Ended::Failed(ServeError::TooSlow(process))),
+            }
+        }
+        Ok(())
+    }
+
+    fn next_event(&self, deadline: Option<Instant>) -> io::Result<Option<Event>> {
+        loop {
+            let signals = self.signals.iter().map(|(_, stream)| stream.as_fd());
+            let children = [&self.monitor, &self.verifier];
+            let channels = children.iter().filter_map(|child| child.channel.as_ref()).map(AsFd::as_fd);
+            let mut sources: Vec<PollFd<'_>> =
+                signals.chain(channels).map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN)).collect();
+            let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            match poll(&mut sources, timeout.and_then(|time| Timespec::try_from(time).ok()).as_ref()) {
+                Ok(0) => return Ok(None),
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            let is_ready: Vec<bool> = sources.iter().map(|source| !source.revents().is_empty()).collect();
+            if let Some(((signal, stream), _)) = self.signals.iter().zip(&is_ready).find(|(_, ready)| **ready) {
+                let mut byte = [0];
+                (&mut &*stream).read_exact(&mut byte)?;
+                return Ok(Some(Event::Signal(*signal)));
+            }
+            let is_ready = is_ready.iter().skip(self.signals.len());
+            if let Some((child, _)) = children.iter().zip(is_ready).find(|(_, ready)| **ready) {
+                return Ok(Some(match child.channel.as_ref().map(Channel::receive) {
+                    Some(Ok(Some((message, _)))) => Event::Message(child.name, message),
+                    _ => Event::Gone,
+                }));
+            }
+        }
+    }
+
+    /// Ends both children and tells the cause: one that was killed, or else one that failed. A child whose peer is gone
+    /// ends quietly.
+    fn bury(&mut self) -> ServeError {
+        let ends = self.end_children();
+        let killed = ends.iter().find_map(|(process, status)| Some((*process, status.as_ref()?.signal()?)));
+        let failed = ends
+            .iter()
+            .find_map(|(process, status)| Some((*process, status.as_ref()?.code().filter(|code| *code != 0)?)));
+        match (killed, failed) {
+            (Some((process, signal)), _) => {
+                ServeError::ChildDied { process, end: format!("was killed by signal {signal}") }
+            }
+            (None, Some((process, code))) => ServeError::ChildFailed { process, code: u8::try_from(code).unwrap_or(1) },
+            (None, None) => ServeError::ChildDied { process: "a child", end: "ended".to_owned() },
+        }
+    }
+
+    fn stop(&mut self) {
+        if self.is_ready {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        }
+        self.end_children();
+    }
+
+    fn end_children(&mut self) -> [(&'static str, Option<ExitStatus>); 2] {
+        for child in [&mut self.monitor, &mut self.verifier] {
+            child.channel = None; // the end of the channel tells it to go
+        }
+        [&mut self.monitor, &mut self.verifier].map(|child| (child.name, child.end()))
+    }
+}
+
+impl Process {
+    fn spawn(name: &'static str, style: Style) -> io::Result<Self> {
+        let (ours, theirs) = message_pair()?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(format!("knockq: {name}")).arg(name);
+        for (flag, is_set) in [("--priorities", style.priorities), ("--debug", style.debug)] {
+            if is_set {
+                command.arg(flag);
+            }
+        }
+        let child = command
+            .env_clear()
+            .current_dir("/")
+            .process_group(0) // a terminal's Ctrl-C is the keeper's to handle
+            .stdin(theirs)
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self { name, child, channel: Some(Channel::new(ours)) })
+    }
+
+    fn send(&self, message: Message, descriptors: &[&OwnedFd]) -> io::Result<()> {
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(|descriptor| descriptor.as_fd()).collect();
+        self.channel.as_ref().map_or(Ok(()), |channel| channel.send(message, &descriptors))
+    }
+
+    /// Waits for its end; kills it if it takes too long.
+    fn end(&mut self) -> Option<ExitStatus> {
+        let deadline = Instant::now() + STOP;
+        while Instant::now() < deadline {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(status);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = self.child.kill();
+        self.child.wait().ok()
+    }
+}
+
+fn verifier_settings(config: &ServerConfig) -> Result<Settings, ServeError> {
+    let (identity, exists) = Identity::of_account(&config.account, VERIFIER_FALLBACK)?;
+    if !exists {
+        warn!("there is no user `{}`, so the verifier runs as uid {VERIFIER_FALLBACK}", config.account);
+    }
+    Ok(Settings {
+        identity,
+        server: *config.private_key.public(),
+        store_path: config.store_path().display().to_string(),
+        registry: config.registry()?,
+    })
+}
+
+fn monitor_policy(config: &ServerConfig) -> Result<Policy, ServeError> {
+    let account = format!("{}-monitor", config.account);
+    let (identity, exists) = Identity::of_account(&account, MONITOR_FALLBACK)?;
+    if !exists {
+        warn!("there is no user `{account}`, so the monitor runs as uid {MONITOR_FALLBACK}");
+    }
+    let openings = config.services.iter().flat_map(|service| {
+        let (once, seconds) = (service.once, service.open_for);
+        service.ports.iter().map(move |&port| Opening { port, once, seconds })
+    });
+    Ok(Policy { identity, queue: config.queue, openings: openings.collect() })
+}
+
+fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {
+    let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true).write(true));
+    Ok(file.map_err(ServeError::Store)?.into())
+}
+
+/// The kernel would only say that it is not permitted.
+fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
+    let queues = fs::read_to_string(QUEUES).unwrap_or_default();
+    for line in queues.lines() {
+        let mut fields = line.split_whitespace();
+        if fields.next().and_then(|field| field.parse().ok()) == Some(number) {
+            let port = fields.next().unwrap_or("?");
+            let name = fs::read_to_string(format!("/proc/{port}/comm")).unwrap_or_default();
+            let owner = match name.trim_end() {
+                "" => format!("netlink port {port}"),
+                name => format!("process {port} ({name})"),
+            };
+            return Err(ServeError::QueueTaken { number, owner });
+        }
+    }
+    Ok(())
+}
+
+/// Loads the table, all or nothing; `true` if it persists without us and nobody else can flush it.
+fn load_table(config: &ServerConfig) -> Result<bool, ServeError> {
+    // Made and let go at once: nft fills the orphan, then the monitor adopts it.
+    let ownership = Doors::new()?.own_table()?;
+    let persists = ownership != Ownership::Unsupported;
+    let ruleset = config.ruleset();
+    let loaded = nft::load(&if persists { ruleset.for_table_that_persists() } else { ruleset.to_string() });
+    if loaded.is_err() && ownership == Ownership::Made {
+        let _ = Doors::new()?.delete_table(); // it is empty; the error that is reported is the cause
+    }
+    loaded?;
+    Ok(persists)
+}

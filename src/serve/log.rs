@@ -1,0 +1,64 @@
+//! One line an event on standard error: text for people, with `<N>` priorities under systemd.
+
+use std::fmt;
+use std::io;
+
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+/// How lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Style {
+    /// Each line begins with the priority of sd-daemon(3).
+    pub priorities: bool,
+    /// Lines for every packet too.
+    pub debug: bool,
+}
+
+impl Style {
+    /// Under systemd, standard error is the journal's.
+    pub fn of_environment(debug: bool) -> Self {
+        Self { priorities: std::env::var_os("JOURNAL_STREAM").is_some(), debug }
+    }
+}
+
+struct Lines {
+    process: &'static str,
+    priorities: bool,
+}
+
+impl<S, N> FormatEvent<S, N> for Lines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut line: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let (priority, word) = match *event.metadata().level() {
+            Level::ERROR => (3, "error: "),
+            Level::WARN => (4, "warning: "),
+            Level::INFO => (6, ""),
+            Level::DEBUG | Level::TRACE => (7, "debug: "),
+        };
+        if self.priorities {
+            write!(line, "<{priority}>")?;
+        }
+        write!(line, "{}: {}", self.process, if self.priorities { "" } else { word })?;
+        context.format_fields(line.by_ref(), event)?;
+        writeln!(line)
+    }
+}
+
+/// Sends this process's lines to standard error.
+pub fn start(process: &'static str, style: Style) {
+    let level = if style.debug { Level::DEBUG } else { Level::INFO };
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_writer(io::stderr)
+        .event_format(Lines { process, priorities: style.priorities })
+        .finish();
+    // A second call in one process leaves the first in charge.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+}

@@ -1,0 +1,195 @@
+//! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
+//! its policy permits.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use caps::Capability;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+use super::book::Book;
+use super::channel::{Channel, Message};
+use super::frames::{FRAME_LEN, Frame, FrameError};
+use super::handover;
+use super::policy::Policy;
+use super::sandbox::{self, SandboxError};
+use crate::nft::{Door, Doors, ElementError, Ownership};
+use crate::queue::{KernelQueue, QueueError, RelayWriter};
+
+/// Time between two looks at what has run out.
+const TICK: Duration = Duration::from_secs(10);
+
+/// Frames taken at one go, so that the queue gets its turn.
+const BURST: usize = 64;
+
+/// Why the monitor stops.
+#[derive(Debug, Error)]
+pub enum MonitorError {
+    /// A privilege stayed.
+    #[error("monitor: {0}")]
+    Sandbox(#[from] SandboxError),
+    /// The queue is not to be had, or failed.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The element socket is not to be had.
+    #[error("monitor: {0}")]
+    Elements(#[from] ElementError),
+    /// The verifier sent what it never would.
+    #[error("monitor: the verifier broke the protocol ({0}); stopping")]
+    Frame(#[from] FrameError),
+    /// The verifier asked for what the configuration does not have.
+    #[error("monitor: the verifier asked for a door that is not configured; stopping")]
+    NotPermitted,
+    /// A descriptor failed.
+    #[error("monitor: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Runs the monitor until the keeper goes away.
+///
+/// # Errors
+/// [`MonitorError`]: whatever it is, all processes stop.
+pub fn run() -> Result<(), MonitorError> {
+    ignore_signals()?;
+    let keeper = Channel::of_stdin()?;
+    let Some([relay, frames, settings]) = keeper.expect(Message::Start)? else { return Ok(()) };
+    let policy: Policy = handover::unseal(settings)?;
+    let mut queue = KernelQueue::open(policy.queue)?;
+    sandbox::give_up_privileges(policy.identity, Some(Capability::CAP_NET_ADMIN))?;
+
+    queue.bind()?;
+    keeper.send(Message::Bound, &[])?;
+    let Some([]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
+    let mut doors = Doors::new()?;
+    if doors.own_table()? != Ownership::Unsupported {
+        info!("the table is owned: nobody else can change or flush it");
+    }
+    keeper.send(Message::Ready, &[])?;
+    Monitor { keeper, queue, relay: RelayWriter::new(relay), frames, policy, doors, book: Book::default() }.serve()
+}
+
+/// The keeper alone decides when it is time; a terminal's Ctrl-C reaches it too.
+pub(super) fn ignore_signals() -> io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
+    }
+    Ok(())
+}
+
+struct Monitor {
+    keeper: Channel,
+    queue: KernelQueue,
+    relay: RelayWriter,
+    frames: OwnedFd,
+    policy: Policy,
+    doors: Doors,
+    book: Book,
+}
+
+impl Monitor {
+    fn serve(mut self) -> Result<(), MonitorError> {
+        let tick = Timespec { tv_sec: i64::try_from(TICK.as_secs()).unwrap_or(1), tv_nsec: 0 };
+        let mut last_tick = Instant::now();
+        loop {
+            let (queue, frames, keeper) = {
+                let mut sources = [
+                    PollFd::new(&self.queue, PollFlags::IN),
+                    PollFd::new(&self.frames, PollFlags::IN),
+                    PollFd::new(&self.keeper, PollFlags::IN),
+                ];
+                match poll(&mut sources, Some(&tick)) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(error) => return Err(io::Error::from(error).into()),
+                }
+                let [queue, frames, keeper] = sources.each_ref().map(|source| !source.revents().is_empty());
+                (queue, frames, keeper)
+            };
+            let verifier_lives = (!frames || self.take_frames()?) && (!queue || self.take_packets()?);
+            if keeper || !verifier_lives {
+                return Ok(()); // the keeper tells why
+            }
+            if last_tick.elapsed() >= TICK {
+                last_tick = Instant::now();
+                self.tick(last_tick);
+            }
+        }
+    }
+
+    /// Drops what is queued and hands the headers on; `false` when the verifier is gone.
+    fn take_packets(&mut self) -> Result<bool, MonitorError> {
+        let mut pushed = Ok(());
+        let relay = &mut self.relay;
+        self.queue.drain(|packet| {
+            if pushed.is_ok() {
+                pushed = relay.push(packet);
+            }
+        })?;
+        Ok(pushed.and_then(|()| relay.flush()).is_ok())
+    }
+
+    /// Answers a few frames; `false` when the verifier is gone.
+    fn take_frames(&mut self) -> Result<bool, MonitorError> {
+        for _ in 0..BURST {
+            let mut frame = [0; FRAME_LEN + 1];
+            let length = match recv(self.frames.as_fd(), &mut frame, RecvFlags::DONTWAIT) {
+                Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(false),
+                Ok((length, _)) => length,
+                Err(Errno::AGAIN) => break,
+                Err(error) => return Err(io::Error::from(error).into()),
+            };
+            let frame = Frame::decode(frame.get(..length).unwrap_or_default())?;
+            if !self.policy.permits(&frame) {
+                return Err(MonitorError::NotPermitted);
+            }
+            self.answer(&frame);
+        }
+        Ok(true)
+    }
+
+    /// Does what a permitted frame asks. What the kernel refuses is logged; the door stays as it was.
+    fn answer(&mut self, frame: &Frame) {
+        let now = Instant::now();
+        match frame {
+            Frame::Open { source, port, once, seconds, user, service } => {
+                let door = Door { source: *source, port: *port, once: *once };
+                let time = self.book.open(door, user, *seconds, now);
+                match self.doors.open(&door, time, &format!("{user} {service}")) {
+                    Ok(()) => info!(%user, %service, %source, %port, seconds, once, "granted"),
+                    Err(error) => warn!(%user, %service, %source, %port, "not granted: {error}"),
+                }
+            }
+            Frame::Close { source, port, user } => {
+                for once in [false, true] {
+                    self.close(&Door { source: *source, port: *port, once }, user, now);
+                }
+            }
+        }
+    }
+
+    fn close(&mut self, door: &Door, user: &crate::service::Name, now: Instant) {
+        let done = match self.book.close(door, user, now) {
+            Some(left) => self.doors.open(door, left, ""),
+            None => self.doors.close(door),
+        };
+        match done {
+            Ok(()) => debug!(%user, source = %door.source, port = %door.port, "taken back"),
+            Err(error) => warn!(%user, source = %door.source, port = %door.port, "not taken back: {error}"),
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.book.forget(now);
+        match self.relay.take_lost() {
+            0 => {}
+            lost => warn!(lost, "the verifier is slower than the SYNs come: some were dropped unseen"),
+        }
+    }
+}
