@@ -1,0 +1,499 @@
+//! Hosts that are network namespaces, joined by veth, with real daemons and real clients in them.
+//!
+//! ```text
+//!   alice 10.77.1.2, fd77:1::2 --- 10.77.1.1, fd77:1::1  server  10.77.2.1, fd77:2::1 --- 10.77.2.2, fd77:2::2 mallory
+//! ```
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+pub const KNOCKQ: &str = env!("CARGO_BIN_EXE_knockq");
+
+/// Time that a connection to an open port may take on a slow machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Time after which a silent port counts as shut: the first retransmission comes after one second.
+const SHUT: Duration = Duration::from_millis(600);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+impl Family {
+    pub fn flag(self) -> &'static str {
+        match self {
+            Self::V4 => "-4",
+            Self::V6 => "-6",
+        }
+    }
+
+    /// The server as alice knows it.
+    pub fn server(self) -> IpAddr {
+        self.pick("10.77.1.1", "fd77:1::1")
+    }
+
+    pub fn alice(self) -> IpAddr {
+        self.pick("10.77.1.2", "fd77:1::2")
+    }
+
+    pub fn mallory(self) -> IpAddr {
+        self.pick("10.77.2.2", "fd77:2::2")
+    }
+
+    pub fn pick(self, v4: &str, v6: &str) -> IpAddr {
+        match self {
+            Self::V4 => v4.parse().unwrap(),
+            Self::V6 => v6.parse().unwrap(),
+        }
+    }
+}
+
+/// A host: a network namespace that goes away with it.
+pub struct Host {
+    pub name: String,
+}
+
+impl Host {
+    pub fn new(lab: u32, role: &str) -> Self {
+        let name = format!("kq{}-{lab}-{role}", std::process::id());
+        run(Command::new("ip").args(["netns", "add", &name]));
+        let host = Self { name };
+        host.ip("link set lo up");
+        host
+    }
+
+    /// Runs on a thread of this host; processes started there are there too.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(format!("/run/netns/{}", self.name)).unwrap();
+        thread::scope(|scope| {
+            let entered = scope.spawn(move || {
+                setns(&namespace, CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            });
+            entered.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    pub fn ip(&self, arguments: &str) {
+        run(Command::new("ip").args(["-n", &self.name]).args(arguments.split_whitespace()));
+    }
+
+    pub fn sh(&self, script: &str) -> String {
+        let output = self.enter(|| Command::new("sh").args(["-euc", script]).output().unwrap());
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    pub fn nft(&self, arguments: &[&str]) -> String {
+        let output = self.enter(|| Command::new("nft").args(arguments).output().unwrap());
+        assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    pub fn sysctl(&self, key: &str, value: &str) {
+        self.enter(|| fs::write(format!("/proc/sys/{key}"), value)).unwrap_or_else(|error| panic!("{key}: {error}"));
+    }
+
+    /// Joins this host's `interface` with another's.
+    pub fn join(&self, interface: &str, other: &Self, other_interface: &str) {
+        run(Command::new("ip").args(["link", "add", interface, "netns", &self.name, "type", "veth", "peer"]).args([
+            "name",
+            other_interface,
+            "netns",
+            &other.name,
+        ]));
+        for (host, interface) in [(self, interface), (other, other_interface)] {
+            host.ip(&format!("link set {interface} up"));
+        }
+    }
+
+    pub fn address(&self, interface: &str, v4: &str, v6: &str) {
+        self.ip(&format!("addr add {v4} dev {interface}"));
+        self.ip(&format!("addr add {v6} dev {interface} nodad"));
+    }
+
+    /// Serves a banner, then echoes, on every address of this host until the process ends.
+    pub fn serve(&self, port: u16) {
+        let listener = self.enter(|| TcpListener::bind(("::", port)).unwrap());
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                thread::spawn(move || {
+                    let mut stream = stream;
+                    let _ = stream.write_all(format!("welcome to {port}\n").as_bytes());
+                    let mut buffer = [0; 64];
+                    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                        let _ = stream.write_all(&buffer[..length]);
+                    }
+                });
+            }
+        });
+    }
+
+    /// A connection to an open port, with its banner read; `None` if the port stays silent.
+    pub fn connect(&self, server: IpAddr, port: u16) -> Option<TcpStream> {
+        let address = SocketAddr::new(server, port);
+        let mut stream = self.enter(|| TcpStream::connect_timeout(&address, SHUT)).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut banner = [0; 11];
+        stream.read_exact(&mut banner).unwrap();
+        assert_eq!(&banner, b"welcome to ");
+        while banner[0] != b'\n' {
+            stream.read_exact(&mut banner[..1]).unwrap();
+        }
+        Some(stream)
+    }
+
+    pub fn reaches(&self, server: IpAddr, port: u16) -> bool {
+        self.connect(server, port).is_some()
+    }
+
+    pub fn oracle(&self, arguments: &[&str]) -> Output {
+        let oracle = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracle.py");
+        self.enter(|| Command::new("python3").arg(oracle).args(arguments).output().unwrap())
+    }
+
+    /// What the oracle printed; it must succeed.
+    pub fn oracle_says(&self, arguments: &[&str]) -> String {
+        let output = self.oracle(arguments);
+        assert!(output.status.success(), "oracle {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+    }
+}
+
+/// Still talking after whatever happened in between.
+pub fn echoes(stream: &mut TcpStream) -> bool {
+    let mut answer = [0; 5];
+    stream.write_all(b"hello").is_ok() && stream.read_exact(&mut answer).is_ok() && answer == *b"hello"
+}
+
+/// Three hosts, a configured server, and alice's key and profile.
+pub struct Lab {
+    pub alice: Host,
+    pub mallory: Host,
+    pub server: Host,
+    pub directory: Scratch,
+}
+
+impl Lab {
+    /// A server that guards ssh (22) for 3 s and mail (25); alice may open ssh alone. Web (80) is not guarded.
+    pub fn new() -> Self {
+        Self::with("open_for = \"3s\"")
+    }
+
+    /// The same, with other settings for ssh.
+    pub fn with(ssh: &str) -> Self {
+        let lab = Self::network();
+        lab.configure(&format!(
+            "[services.ssh]\nports = [\"tcp/22\"]\n{ssh}\n[services.mail]\nports = [\"tcp/25\"]\nopen_for = \"3s\"\n"
+        ));
+        lab.add_user("alice", &["ssh"]);
+        for port in [22, 25, 80] {
+            lab.server.serve(port);
+        }
+        lab
+    }
+
+    /// Hosts and wires, nothing else.
+    pub fn network() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let lab = COUNT.fetch_add(1, Ordering::Relaxed);
+        let [alice, mallory, server] = ["alice", "mallory", "server"].map(|role| Host::new(lab, role));
+        for (number, client) in [(1, &alice), (2, &mallory)] {
+            client.join("eth0", &server, &format!("eth{number}"));
+            client.address("eth0", &format!("10.77.{number}.2/24"), &format!("fd77:{number}::2/64"));
+            server.address(&format!("eth{number}"), &format!("10.77.{number}.1/24"), &format!("fd77:{number}::1/64"));
+            client.ip(&format!("route add default via 10.77.{number}.1"));
+            client.ip(&format!("-6 route add default via fd77:{number}::1"));
+        }
+        Self { alice, mallory, server, directory: Scratch::new() }
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.directory.path.join("etc/knockq.toml")
+    }
+
+    /// `knockq init`, then these services instead of its own.
+    pub fn configure(&self, services: &str) {
+        let path = |part: &str| self.directory.path.join(part).display().to_string();
+        let addresses = ["--address", "10.77.1.1", "--address", "fd77:1::1"];
+        let directories = ["--dir", &path("etc"), "--state", &path("state")];
+        succeeds(&self.knockq(&self.server, &[&["init", "--protect", "tcp/22"], &addresses[..], &directories].concat()));
+        let text = fs::read_to_string(self.config()).unwrap();
+        let (head, _) = text.split_once("[services").unwrap();
+        fs::write(self.config(), format!("{head}{services}")).unwrap();
+    }
+
+    /// Sets a line of `[server]`.
+    pub fn set(&self, line: &str) {
+        let text = fs::read_to_string(self.config()).unwrap();
+        fs::write(self.config(), text.replace("[server]\n", &format!("[server]\n{line}\n"))).unwrap();
+    }
+
+    /// A user's `keygen`, the administrator's `user add`, the user's `host add`: as the README says.
+    pub fn add_user(&self, name: &str, services: &[&str]) {
+        let key = succeeds(&self.knockq_as(name, &self.alice, &["keygen"]));
+        let config = self.config().display().to_string();
+        let mut arguments = vec!["user", "add", name, "--key", key.trim_end(), "--config", &config];
+        arguments.extend(services.iter().flat_map(|service| ["--allow", service]));
+        let profile = succeeds(&self.knockq(&self.server, &arguments));
+        let path = self.directory.path.join(format!("{name}.profile"));
+        fs::write(&path, profile).unwrap();
+        succeeds(&self.knockq_as(name, &self.alice, &["host", "add", "server", path.to_str().unwrap()]));
+    }
+
+    pub fn knockq(&self, host: &Host, arguments: &[&str]) -> Output {
+        self.knockq_as("alice", host, arguments)
+    }
+
+    pub fn knockq_as(&self, user: &str, host: &Host, arguments: &[&str]) -> Output {
+        let home = self.home(user);
+        fs::create_dir_all(&home).unwrap();
+        host.enter(|| {
+            let mut command = Command::new(KNOCKQ);
+            command.env_clear().env("HOME", home).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+            command.args(arguments).stdin(Stdio::null()).output().unwrap()
+        })
+    }
+
+    pub fn home(&self, user: &str) -> PathBuf {
+        self.directory.path.join("home").join(user)
+    }
+
+    /// Alice knocks; she must be able to send it.
+    pub fn knock(&self, family: Family, more: &[&str]) {
+        succeeds(&self.knockq(&self.alice, &[&["send", "server", family.flag()], more].concat()));
+    }
+
+    /// The packet of a knock that is not sent, in hexadecimal.
+    pub fn print_knock(&self, family: Family, more: &[&str]) -> String {
+        let printed = self.knockq(&self.alice, &[&["send", "server", family.flag(), "--print", "hex"], more].concat());
+        succeeds(&printed).trim_end().to_owned()
+    }
+
+    pub fn start(&self) -> Daemon {
+        Daemon::start(self)
+    }
+
+    pub fn server_key(&self) -> String {
+        let profile = fs::read_to_string(self.directory.path.join("alice.profile")).unwrap();
+        let line = profile.lines().find(|line| line.starts_with("server_key")).unwrap();
+        line.split('"').nth(1).unwrap().to_owned()
+    }
+
+    /// Seconds that are left of a door, if it is open.
+    pub fn door(&self, source: IpAddr, port: u16) -> Option<String> {
+        let listing = self.server.nft(&["list", "table", "inet", "knockq"]);
+        let key = format!("{source} . tcp . {port} ");
+        let elements = listing.split(['{', ',', '}']).map(str::trim);
+        elements.filter(|element| element.starts_with(&key)).map(str::to_owned).next()
+    }
+}
+
+/// A daemon in the server's namespace.
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    fn start(lab: &Lab) -> Self {
+        let mut daemon = Self::spawn(lab, &[]);
+        daemon.wait_for("knockq: ready");
+        assert!(daemon.child.try_wait().unwrap().is_none(), "{}", daemon.log());
+        daemon
+    }
+
+    pub fn spawn(lab: &Lab, environment: &[(&str, &str)]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let log = lab.directory.path.join(format!("serve-{}.log", COUNT.fetch_add(1, Ordering::Relaxed)));
+        let stderr = File::create(&log).unwrap();
+        let child = lab.server.enter(|| {
+            let mut command = Command::new(KNOCKQ);
+            command.args(["serve", "--config"]).arg(lab.config()).envs(environment.iter().copied());
+            command.stdin(Stdio::null()).stderr(stderr).spawn().unwrap()
+        });
+        Self { child, log }
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Waits until the log has this text; fails if it does not come.
+    #[track_caller]
+    pub fn wait_for(&mut self, text: &str) {
+        let start = Instant::now();
+        while !self.log().contains(text) {
+            let has_ended = self.child.try_wait().unwrap().is_some();
+            assert!(!has_ended && start.elapsed() < PATIENCE, "no `{text}` in the log:\n{}", self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ids of keeper, monitor and verifier.
+    pub fn processes(&self) -> [(&'static str, Pid); 3] {
+        let keeper = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+        let of = |role: &str| {
+            let is_role = |pid: &&str| {
+                fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().starts_with(&format!("knockq: {role}"))
+            };
+            Pid::from_raw(children.split_whitespace().find(is_role).unwrap().parse().unwrap())
+        };
+        [
+            ("keeper", Pid::from_raw(keeper.cast_signed())),
+            ("monitor", of("monitor")),
+            ("verifier", of("verifier")),
+        ]
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    /// Waits for its end, which must come soon; tells the exit code.
+    #[track_caller]
+    pub fn end(&mut self) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(start.elapsed() < PATIENCE, "the daemon does not end:\n{}", self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn stop(mut self) -> String {
+        self.signal(Signal::SIGTERM);
+        assert_eq!(self.end(), Some(0), "{}", self.log());
+        self.log()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            self.signal(Signal::SIGTERM);
+            let _ = self.child.wait();
+        }
+        if thread::panicking() {
+            eprintln!("--- the daemon's log\n{}---", self.log());
+        }
+    }
+}
+
+/// A directory for one test.
+pub struct Scratch {
+    pub path: PathBuf,
+}
+
+impl Scratch {
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("knockq-test-{}-{number}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self { path }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// What tcpdump saw on one interface.
+pub struct Capture {
+    child: Child,
+    file: PathBuf,
+}
+
+impl Capture {
+    pub fn start(lab: &Lab, host: &Host, interface: &str, filter: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let file = lab.directory.path.join(format!("{number}.pcap"));
+        let errors = lab.directory.path.join(format!("{number}.tcpdump"));
+        let stderr = File::create(&errors).unwrap();
+        let child = host.enter(|| {
+            let mut command = Command::new("tcpdump");
+            command.args(["--immediate-mode", "-U", "-Z", "root", "-i", interface, "-w"]).arg(&file).arg(filter);
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap()
+        });
+        let start = Instant::now();
+        while !fs::read_to_string(&errors).unwrap().contains("listening on") {
+            assert!(start.elapsed() < PATIENCE, "tcpdump: {}", fs::read_to_string(&errors).unwrap());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Self { child, file }
+    }
+
+    /// Ends the capture; the packets from the IP header on.
+    pub fn packets(mut self) -> Vec<Vec<u8>> {
+        thread::sleep(Duration::from_millis(300));
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        self.child.wait().unwrap();
+        parse_pcap(&self.file)
+    }
+}
+
+/// The classic pcap format over Ethernet: a file header of 24 bytes, a record header of 16, a frame header of 14.
+fn parse_pcap(file: &Path) -> Vec<Vec<u8>> {
+    let bytes = fs::read(file).unwrap();
+    let mut rest = bytes.get(24..).unwrap_or_default();
+    let mut packets = Vec::new();
+    while let Some((header, more)) = rest.split_at_checked(16) {
+        let length = u32::from_le_bytes(header[8..12].try_into().unwrap());
+        let (frame, more) = more.split_at(usize::try_from(length).unwrap());
+        packets.push(frame[14..].to_vec());
+        rest = more;
+    }
+    packets
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[track_caller]
+pub fn succeeds(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// Waits until something is so; fails if it does not come to pass.
+#[track_caller]
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what} does not come to pass");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
