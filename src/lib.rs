@@ -1,4 +1,30 @@
-//! knockq hides network services behind single-packet knocks.
+//! knockq hides network services.
+//!
+//! A knock is one TCP SYN to a closed port. Eight bytes that a genuine SYN draws at random, its sequence number and its
+//! timestamp, are ciphertext; everything else is what the sender's own kernel would have sent. One nft rule hands such SYNs
+//! to `knockq serve` through a netfilter queue, where each is dropped at once, knock or not. A knock that is decoded, fresh
+//! and permitted puts (source, port) into an nft set for a while: the door to the guarded port.
+//!
+//! The modules, each of which knows only those above it (`tests/layers.rs` holds them to that):
+//!
+//! | module | is |
+//! |---|---|
+//! | [`service`] | what a knock opens: names, transports, ports |
+//! | [`crypto`] | pure: keys, and the eight bytes of a token |
+//! | [`packet`] | pure: a SYN read, and a SYN built as this kernel would |
+//! | [`verify`] | pure: `handle(bytes, now) -> Decision` |
+//! | [`queue`] | the kernel's queue, and the relay of packet headers |
+//! | [`nft`] | the table, and the elements of its sets |
+//! | [`config`] | files that administrators and users edit |
+//! | [`serve`] | the daemon: keeper, monitor, verifier |
+//! | [`client`] | profiles, counters, and the one packet |
+//! | [`cli`] | words into calls |
+//!
+//! The specification is `docs/protocol.md`. The library is here for the tests, the examples and the benchmarks; the command
+//! is the interface.
+
+#![forbid(unsafe_code)]
+
 pub mod cli;
 pub mod client;
 pub mod config;

@@ -22,6 +22,7 @@ use super::policy::Policy;
 use super::sandbox::{self, SandboxError};
 use crate::nft::{Door, Doors, ElementError, Ownership};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
+use crate::service::Name;
 
 /// Time between two looks at what has run out.
 const TICK: Duration = Duration::from_secs(10);
@@ -162,7 +163,7 @@ impl Monitor {
                 let door = Door { source: *source, port: *port, once: *once };
                 let time = self.book.open(door, user, *seconds, now);
                 match self.doors.open(&door, time, &format!("{user} {service}")) {
-                    Ok(()) => info!(%user, %service, %source, %port, seconds, once, "granted"),
+                    Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
                     Err(error) => warn!(%user, %service, %source, %port, "not granted: {error}"),
                 }
             }
@@ -174,7 +175,7 @@ impl Monitor {
         }
     }
 
-    fn close(&mut self, door: &Door, user: &crate::service::Name, now: Instant) {
+    fn close(&mut self, door: &Door, user: &Name, now: Instant) {
         let done = match self.book.close(door, user, now) {
             Some(left) => self.doors.open(door, left, ""),
             None => self.doors.close(door),

@@ -1,9 +1,10 @@
 //! Refusals in the log: the first of its kind at once, the rest counted and told together.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::service::Name;
 use crate::verify::{Reason, Refusal};
@@ -16,9 +17,16 @@ const MAX_KINDS: usize = 64;
 
 /// What was refused since the last telling.
 pub struct Refusals {
-    counts: HashMap<(Reason, Option<Name>), u64>,
+    counts: HashMap<Kind, u64>,
     strangers: u64,
     since: Instant,
+}
+
+/// What is told together.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Kind {
+    reason: Reason,
+    of: Option<(Name, IpAddr)>,
 }
 
 impl Refusals {
@@ -29,19 +37,21 @@ impl Refusals {
 
     /// Counts a refusal. One that the operator could do something about is told if it is the first of its kind.
     pub fn count(&mut self, refusal: &Refusal) {
-        let Some(explanation) = refusal.reason.explanation() else {
+        let Some(hint) = refusal.reason.explanation() else {
             self.strangers = self.strangers.saturating_add(1);
             return;
         };
-        let has_room = self.counts.len() < MAX_KINDS;
-        let kind = (refusal.reason, refusal.user.clone().filter(|_| has_room));
-        let count = self.counts.entry(kind).or_default();
-        if *count == 0 {
-            let user = refusal.user.as_ref().map(tracing::field::display);
-            let source = refusal.source.map(tracing::field::display);
-            warn!(reason = refusal.reason.as_str(), user, source, "refused: {explanation}");
+        let mut kind = Kind { reason: refusal.reason, of: refusal.user.clone().zip(refusal.source) };
+        if self.counts.len() >= MAX_KINDS && !self.counts.contains_key(&kind) {
+            kind.of = None;
         }
+        let count = self.counts.entry(kind.clone()).or_default();
         *count = count.saturating_add(1);
+        match (*count, kind.of) {
+            (1, Some((user, source))) => warn!(reason = %kind.reason, %user, %source, hint, "refused"),
+            (1, None) => warn!(reason = %kind.reason, hint, "refused"),
+            _ => {}
+        }
     }
 
     /// Tells what came more than once, if the period is over.
@@ -50,11 +60,14 @@ impl Refusals {
         if since < PERIOD {
             return;
         }
-        for ((reason, user), count) in self.counts.drain().filter(|(_, count)| *count > 1) {
-            let user = user.as_ref().map(tracing::field::display);
-            info!(reason = reason.as_str(), user, count, since = format!("{}s", since.as_secs()), "refused");
+        let since = format!("{}s", since.as_secs());
+        for (Kind { reason, of }, count) in self.counts.drain().filter(|(_, count)| *count > 1) {
+            match of {
+                Some((user, source)) => info!(%reason, %user, %source, count, %since, "refused"),
+                None => info!(%reason, count, %since, "refused"),
+            }
         }
-        tracing::debug!(count = self.strangers, since = format!("{}s", since.as_secs()), "SYNs of strangers");
+        debug!(count = self.strangers, %since, "SYNs of strangers");
         self.strangers = 0;
         self.since = now;
     }

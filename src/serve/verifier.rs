@@ -207,8 +207,8 @@ impl Process {
 
     async fn withdraw(&self, withdrawal: Withdrawal) {
         let Withdrawal { user, source, elsewhere, ports } = withdrawal;
-        let explanation = Reason::SpentTwice.explanation().unwrap_or_default();
-        warn!(reason = Reason::SpentTwice.as_str(), %user, %source, %elsewhere, "grant taken back: {explanation}");
+        let hint = Reason::SpentTwice.explanation();
+        warn!(reason = %Reason::SpentTwice, %user, %source, %elsewhere, hint, "withdrawn");
         for port in ports {
             self.ask(&Frame::Close { source, port, user: user.clone() }).await;
         }
@@ -241,7 +241,7 @@ fn decide(verifier: &mut Verifier, refusals: &mut Refusals, block: &[u8]) -> Vec
     for packet in records(block) {
         match verifier.handle(packet, now) {
             Decision::Refused(refusal) => {
-                debug!(reason = refusal.reason.as_str(), source = ?refusal.source, "packet");
+                debug!(reason = %refusal.reason, source = ?refusal.source, "packet");
                 refusals.count(&refusal);
             }
             decision => decisions.push(decision),

@@ -1,5 +1,7 @@
 //! Why a packet ended as it did.
 
+use std::fmt;
+
 use crate::packet::NotSyn;
 
 /// The one end of every packet. Counters and logs are made of these and of nothing else.
@@ -118,6 +120,12 @@ impl Reason {
             Self::Expired => "the user's entry has expired",
             _ => return None,
         })
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 

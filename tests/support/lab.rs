@@ -4,6 +4,8 @@
 //!   alice 10.77.1.2, fd77:1::2 --- 10.77.1.1, fd77:1::1  server  10.77.2.1, fd77:2::1 --- 10.77.2.2, fd77:2::2 mallory
 //! ```
 
+#![allow(dead_code, reason = "each test and example uses its own part")]
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -17,13 +19,17 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-pub const KNOCKQ: &str = env!("CARGO_BIN_EXE_knockq");
-
-/// Time that a connection to an open port may take on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Time that something may take that does happen: an emulated machine is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Time after which a silent port counts as shut: the first retransmission comes after one second.
 const SHUT: Duration = Duration::from_millis(600);
+
+/// The binary that was built with this test or example: two directories up from both.
+pub fn knockq() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    own.ancestors().nth(2).unwrap().join("knockq")
+}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Family {
@@ -237,7 +243,9 @@ impl Lab {
         let path = |part: &str| self.directory.path.join(part).display().to_string();
         let addresses = ["--address", "10.77.1.1", "--address", "fd77:1::1"];
         let directories = ["--dir", &path("etc"), "--state", &path("state")];
-        succeeds(&self.knockq(&self.server, &[&["init", "--protect", "tcp/22"], &addresses[..], &directories].concat()));
+        succeeds(
+            &self.knockq(&self.server, &[&["init", "--protect", "tcp/22"], &addresses[..], &directories].concat()),
+        );
         let text = fs::read_to_string(self.config()).unwrap();
         let (head, _) = text.split_once("[services").unwrap();
         fs::write(self.config(), format!("{head}{services}")).unwrap();
@@ -269,7 +277,7 @@ impl Lab {
         let home = self.home(user);
         fs::create_dir_all(&home).unwrap();
         host.enter(|| {
-            let mut command = Command::new(KNOCKQ);
+            let mut command = Command::new(knockq());
             command.env_clear().env("HOME", home).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
             command.args(arguments).stdin(Stdio::null()).output().unwrap()
         })
@@ -328,7 +336,7 @@ impl Daemon {
         let log = lab.directory.path.join(format!("serve-{}.log", COUNT.fetch_add(1, Ordering::Relaxed)));
         let stderr = File::create(&log).unwrap();
         let child = lab.server.enter(|| {
-            let mut command = Command::new(KNOCKQ);
+            let mut command = Command::new(knockq());
             command.args(["serve", "--config"]).arg(lab.config()).envs(environment.iter().copied());
             command.stdin(Stdio::null()).stderr(stderr).spawn().unwrap()
         });
@@ -360,11 +368,7 @@ impl Daemon {
             };
             Pid::from_raw(children.split_whitespace().find(is_role).unwrap().parse().unwrap())
         };
-        [
-            ("keeper", Pid::from_raw(keeper.cast_signed())),
-            ("monitor", of("monitor")),
-            ("verifier", of("verifier")),
-        ]
+        [("keeper", Pid::from_raw(keeper.cast_signed())), ("monitor", of("monitor")), ("verifier", of("verifier"))]
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -1,0 +1,32 @@
+# Two commands for newcomers, on a fresh Debian with Rust, make and gcc: `make demo` and `make test`.
+# Each installs what it lacks (as root, with apt-get) and puts everything else under target/.
+
+CARGO  ?= cargo
+TARGET := x86_64-unknown-linux-gnu
+OUT    := target/$(TARGET)/debug
+
+# Static, so that the same binaries run here and in a virtual machine with a kernel that has nft's queue statement.
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS := -C target-feature=+crt-static
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := $(CURDIR)/tests/vm/runner
+
+.PHONY: all demo test check clean
+all:
+	$(CARGO) build --release
+
+# A knock opens a real gated port on a real kernel, shown step by step, and the door closes.
+demo:
+	$(CARGO) build --quiet --target $(TARGET) --bin knockq --example demo
+	@tests/vm/runner $(OUT)/examples/demo
+
+# Everything: unit, vectors, properties, in memory, command line, end to end on a real kernel.
+test:
+	@tests/all
+
+# What a reviewer's machine checks before it runs the tests.
+check:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --target $(TARGET) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --target $(TARGET) --no-deps --document-private-items
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,484 @@
+//! The commands as people type them: what they print, how they end, and what they leave behind.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+const KNOCKQ: &str = env!("CARGO_BIN_EXE_knockq");
+
+/// A directory with a server's and a client's files.
+struct World {
+    path: PathBuf,
+}
+
+impl World {
+    fn empty() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("knockq-cli-{}-{number}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self { path }
+    }
+
+    /// After `init`, `keygen`, `user add alice` and `host add home`.
+    fn new() -> Self {
+        let world = Self::empty();
+        world.init(&["--protect", "tcp/22", "--knock-ports", "20000-21023", "--address", "192.0.2.1"]).succeeds();
+        let key = world.run(&["keygen"]).succeeds();
+        let profile = world.user_add("alice", key.trim_end(), &[]).succeeds();
+        fs::write(world.path("alice.profile"), profile).unwrap();
+        world.run(&["host", "add", "home", &world.text("alice.profile")]).succeeds();
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    fn config(&self) -> PathBuf {
+        self.path("etc/knockq.toml")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(KNOCKQ);
+        command.env_clear().env("HOME", &self.path).args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ran {
+        Ran(self.command(arguments).output().unwrap())
+    }
+
+    fn init(&self, arguments: &[&str]) -> Ran {
+        self.run(&[&["init", "--dir", &self.text("etc"), "--state", &self.text("state")], arguments].concat())
+    }
+
+    fn user_add(&self, name: &str, key: &str, more: &[&str]) -> Ran {
+        let config = self.config().display().to_string();
+        self.run(&[&["user", "add", name, "--key", key, "--config", &config], more].concat())
+    }
+
+    fn check(&self) -> Ran {
+        self.run(&["check", "--config", &self.config().display().to_string()])
+    }
+
+    fn serve(&self) -> Ran {
+        self.run(&["serve", "--config", &self.config().display().to_string()])
+    }
+
+    fn edit(&self, file: &str, from: &str, to: &str) {
+        let path = self.path(file);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    fn mode(&self, file: &str, mode: u32) {
+        fs::set_permissions(self.path(file), fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    walk(&path, found);
+                } else {
+                    found.push(path);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        walk(&self.path, &mut found);
+        found.sort();
+        found
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+struct Ran(Output);
+
+impl Ran {
+    #[track_caller]
+    fn succeeds(&self) -> String {
+        assert!(self.0.status.success(), "{}", self.errors());
+        String::from_utf8(self.0.stdout.clone()).unwrap()
+    }
+
+    fn errors(&self) -> String {
+        String::from_utf8_lossy(&self.0.stderr).into_owned()
+    }
+
+    /// Ends with this code, says all of this, and panics nowhere.
+    #[track_caller]
+    fn fails(&self, code: i32, said: &[&str]) {
+        let errors = self.errors();
+        assert_eq!(self.0.status.code(), Some(code), "{errors}");
+        for text in said {
+            assert!(errors.contains(text), "`{text}` is not in:\n{errors}");
+        }
+        assert!(!errors.contains("panicked"), "{errors}");
+    }
+}
+
+#[test]
+fn init_makes_all_files_with_safe_modes_and_says_what_comes_next() {
+    let world = World::empty();
+    let said = world.init(&["--protect", "tcp/22", "--protect", "udp/51820"]).succeeds();
+    for step in ["knockq keygen", "knockq user add", "knockq host add", "knockq serve", "knockq send"] {
+        assert!(said.contains(step), "{said}");
+    }
+    for (file, mode) in [
+        ("etc", 0o700),
+        ("etc/server.key", 0o600),
+        ("etc/knockq.toml", 0o644),
+        ("etc/knockq.nft", 0o644),
+        ("etc/users.d", 0o700),
+        ("state", 0o700),
+        ("state/counters.redb", 0o600),
+    ] {
+        let permissions = fs::metadata(world.path(file)).unwrap().permissions();
+        assert_eq!(permissions.mode() & 0o7777, mode, "{file}");
+    }
+    let ruleset = fs::read_to_string(world.path("etc/knockq.nft")).unwrap();
+    assert!(ruleset.contains("guarded { tcp . 22, udp . 51820 }"), "{ruleset}");
+    assert!(world.check().succeeds().contains("ok (services 2, users 0, knock ports 1024)"));
+    let key = fs::read_to_string(world.path("etc/server.key")).unwrap();
+    assert!(!said.contains(key.trim_end()), "the private key is never printed");
+}
+
+#[test]
+fn init_overwrites_nothing_and_leaves_nothing_behind_when_it_fails() {
+    let world = World::new();
+    let before: Vec<Vec<u8>> = world.files().iter().map(|file| fs::read(file).unwrap()).collect();
+    world.init(&["--protect", "tcp/22"]).fails(78, &["server.key: exists already", "Hint: "]);
+    let after: Vec<Vec<u8>> = world.files().iter().map(|file| fs::read(file).unwrap()).collect();
+    assert_eq!(before, after);
+
+    let world = World::empty();
+    world
+        .init(&["--protect", "tcp/22", "--knock-ports", "20-30"])
+        .fails(78, &["knock port 22 is guarded by service", "Hint: "]);
+    assert_eq!(world.files(), Vec::<PathBuf>::new(), "nothing half-written");
+}
+
+#[test]
+fn words_that_are_wrong_are_usage_errors() {
+    let world = World::empty();
+    world.run(&[]).fails(64, &["Usage"]);
+    world.run(&["knock"]).fails(64, &["knock"]);
+    world.run(&["send"]).fails(64, &["HOST"]);
+    world.run(&["send", "home", "--strict"]).fails(64, &["--strict"]);
+    world.run(&["send", "home", "-4", "-6"]).fails(64, &["cannot be used with"]);
+    world.run(&["send", "home", "--source", "here"]).fails(64, &["not an IP address, nor `none`"]);
+    world.init(&["--protect", "22"]).fails(64, &["`22` is not a port"]);
+    world.init(&["--protect", "tcp/22", "--knock-ports", "9-1"]).fails(64, &["`9-1` is no range of ports"]);
+    world.run(&["keygen", "../x"]).fails(64, &["../x"]);
+    world.run(&["host", "add", "../x", "-"]).fails(64, &["is not a name"]);
+    assert!(world.run(&["--help"]).succeeds().contains("Exit codes"));
+    for command in ["init", "check", "ruleset", "serve", "keygen", "send"] {
+        assert!(world.run(&[command, "--help"]).succeeds().contains("Example"), "{command} --help has no example");
+    }
+    for words in [["user", "add"], ["host", "add"]] {
+        assert!(world.run(&[words[0], words[1], "--help"]).succeeds().contains("Example"), "{words:?}");
+    }
+}
+
+#[test]
+fn a_configuration_that_is_wrong_is_shown_with_its_place() {
+    let cases: &[(&str, &str, &[&str])] = &[
+        ("private_key", "private_kee", &["knockq.toml:4:1: unknown field `private_kee`", "^"]),
+        ("[\"20000-21023\"]", "[\"20000-\"]", &["knockq.toml:5:15: `20000-` is no range of ports"]),
+        ("[\"20000-21023\"]", "[\"1-16385\"]", &["a server has 1 to 16384 knock ports, not 16385"]),
+        ("[\"20000-21023\"]", "[\"22\"]", &["knockq.toml:5:15: knock port 22 is guarded by service", "Hint: "]),
+        ("[\"20000-21023\"]", "[\"20000-20001\", \"20001\"]", &["knock port 20001 is listed twice"]),
+        ("open_for = \"30s\"", "open_for = \"30\"", &["`30` is no duration"]),
+        ("open_for = \"30s\"", "open_for = \"0s\"", &["open_for must be from 1s to 365d, not 0s"]),
+        ("ports    = [\"tcp/22\"]", "ports = []", &["has no port", "Hint: "]),
+        ("ports    = [\"tcp/22\"]", "ports = [\"sctp/22\"]", &["`sctp/22` is not a port"]),
+        ("[server]", "[server]\nwindow = \"1d\"", &["knockq.toml:4:10: window must be from 5s to 10m, not 1d"]),
+        ("[server]", "[server]\nanswer = \"reset\"", &["answer = \"reset\" is not built yet", "Hint: "]),
+        ("[server]", "[server]\nruleset = \"external\"", &["ruleset = \"external\" is not built yet", "Hint: "]),
+        ("[server]", "[server]\ntrusted = [\"10.0.0.0/33\"]", &["knockq.toml:4:"]),
+        ("[server]", "[server\n", &["knockq.toml:3:"]),
+        ("[services.ssh]", "[services.\"a b\"]", &["`a b` is not a name"]),
+        ("open_for = \"30s\"", "on_close = \"kill\"", &["on_close is not built yet"]),
+        ("open_for = \"30s\"", "\n[services.two]\nports = [\"tcp/22\"]", &["have the same selector 22", "Hint: "]),
+    ];
+    for (from, to, said) in cases {
+        let world = World::new();
+        world.edit("etc/knockq.toml", from, to);
+        world.check().fails(78, said);
+        world.serve().fails(78, said);
+    }
+}
+
+#[test]
+fn a_user_that_is_wrong_is_shown_with_its_place() {
+    let key = |world: &World| world.run(&["keygen", "--show"]).succeeds().trim_end().to_owned();
+    let cases: &[(&str, &str, &[&str])] = &[
+        ("[\"ssh\"]", "[\"mail\"]", &["alice.toml:2:15: there is no service `mail`", "Hint: services are: ssh"]),
+        ("services", "servces", &["alice.toml:2:1: unknown field `servces`"]),
+        ("services", "expires = 2030-01-01\nservices", &["alice.toml:2:11: expires is not built yet"]),
+        ("services", "add_to = [\"inet filter a\"]\nservices", &["add_to is not built yet"]),
+        ("services", "source = \"some\"\nservices", &["alice.toml:2:10: unknown variant `some`"]),
+        ("services", "from = [\"10.0.0.0\"]\nservices", &["alice.toml:2:"]),
+    ];
+    for (from, to, said) in cases {
+        let world = World::new();
+        world.edit("etc/users.d/alice.toml", from, to);
+        world.check().fails(78, said);
+    }
+    let world = World::new();
+    let own = key(&world);
+    for (wrong, said) in [
+        ("AAAA", "not a key: 3 bytes instead of 32"),
+        ("%%%%", "one line of standard base64"),
+        ("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "public key is of low order"),
+        ("7v///////////////////////////////////////38=", "public key is not canonical"),
+    ] {
+        world.edit("etc/users.d/alice.toml", &own, wrong);
+        world.check().fails(78, &["alice.toml:1:14: ", said]);
+        world.edit("etc/users.d/alice.toml", wrong, &own);
+    }
+    fs::copy(world.path("etc/users.d/alice.toml"), world.path("etc/users.d/bob.toml")).unwrap();
+    world.check().fails(78, &["bob.toml:1:14: user alice has this public key already", "Hint: "]);
+    fs::rename(world.path("etc/users.d/bob.toml"), world.path("etc/users.d/-rf.toml")).unwrap();
+    world.check().fails(78, &["-rf.toml:1:1: `-rf` is not a name", "Hint: rename the file"]);
+}
+
+#[test]
+fn files_that_others_could_read_or_change_are_refused_by_name() {
+    let cases: &[(&str, u32, &[&str])] = &[
+        ("etc/server.key", 0o644, &["server.key: must not be readable by others (mode 0644)", "Hint: chmod 600 "]),
+        ("etc/server.key", 0o640, &["must not be readable by others (mode 0640)"]),
+        ("etc/knockq.toml", 0o666, &["knockq.toml: must not be writable by others (mode 0666)", "Hint: chmod go-w "]),
+        ("etc/users.d/alice.toml", 0o664, &["alice.toml: must not be writable by others (mode 0664)"]),
+        ("etc", 0o777, &["etc: must not be writable by others (mode 0777)"]),
+        ("etc/users.d", 0o777, &["users.d: must not be writable by others (mode 0777)"]),
+        ("state/counters.redb", 0o644, &["counters.redb: must not be readable by others (mode 0644)"]),
+        ("state", 0o777, &["state: must not be writable by others (mode 0777)"]),
+    ];
+    for (file, mode, said) in cases {
+        let world = World::new();
+        world.mode(file, *mode);
+        world.check().fails(78, said);
+        world.serve().fails(78, said);
+    }
+    let world = World::new();
+    world.mode(".config/knockq/key", 0o644);
+    world.run(&["send", "home", "--print", "hex"]).fails(78, &["key: must not be readable by others (mode 0644)"]);
+}
+
+#[test]
+fn files_that_are_no_plain_files_are_refused_by_name() {
+    type Make = fn(&Path);
+    let kinds: &[(Make, &str)] = &[
+        (|path| symlink("/dev/null", path).unwrap(), "is not a regular file"),
+        (|path| fs::create_dir(path).unwrap(), "is not a regular file"),
+        (
+            |path| assert!(Command::new("mkfifo").args(["-m", "600"]).arg(path).status().unwrap().success()),
+            "is not a regular file",
+        ),
+        (|path| fs::write(path, [0xff; 9]).unwrap(), "is not UTF-8 text"),
+        (|path| fs::write(path, vec![b'A'; (1 << 20) + 1]).unwrap(), "is larger than 1 MiB"),
+        (|_| {}, "No such file or directory"),
+    ];
+    for (make, said) in kinds {
+        let world = World::new();
+        fs::remove_file(world.path("etc/server.key")).unwrap();
+        make(&world.path("etc/server.key"));
+        if world.path("etc/server.key").is_file() && !world.path("etc/server.key").is_symlink() {
+            world.mode("etc/server.key", 0o600);
+        }
+        world.check().fails(78, &["server.key: ", said]);
+    }
+    let world = World::new();
+    fs::write(world.path("etc/server.key"), "").unwrap();
+    world.check().fails(78, &["server.key: not a key: 0 bytes instead of 32", "Hint: "]);
+}
+
+#[test]
+fn a_missing_store_stops_the_server() {
+    let world = World::new();
+    fs::remove_file(world.path("state/counters.redb")).unwrap();
+    for ran in [world.check(), world.serve()] {
+        ran.fails(78, &["counters.redb: the counter store is missing", "Hint: "]);
+    }
+}
+
+#[test]
+fn user_add_refuses_what_exists_and_writes_nothing_then() {
+    let world = World::new();
+    let own = world.run(&["keygen", "--show"]).succeeds();
+    let server = fs::read_to_string(world.path("alice.profile")).unwrap();
+    let server = server.split('"').nth(1).unwrap();
+    let other = "y4p1aUaYDQ5GXyhXHs0XxBvXjsH7bfmeStQcm0hFJks=";
+    let before = world.files();
+    world.user_add("alice", other, &[]).fails(78, &["user alice: exists already", "Hint: "]);
+    world
+        .user_add("bob", own.trim_end(), &[])
+        .fails(78, &["user bob: user alice has this public key already", "Hint: "]);
+    world.user_add("bob", server, &[]).fails(78, &["this is the server's own key", "Hint: "]);
+    world.user_add("bob", "AAAA", &[]).fails(64, &["--key: not a key: 3 bytes instead of 32", "Hint: "]);
+    world
+        .user_add("bob", other, &["--allow", "mail"])
+        .fails(64, &["there is no service `mail`", "Hint: services are: ssh"]);
+    world.user_add("b/b", other, &[]).fails(64, &["is not a name"]);
+    world.user_add("bob", other, &["--from", "10.0.0.0/40"]).fails(64, &["--from"]);
+    assert_eq!(world.files(), before);
+    let said = world.user_add("bob", other, &["--allow", "ssh", "--from", "10.0.0.0/8", "--source", "bound"]);
+    assert!(said.errors().contains("applies at the next start"), "{}", said.errors());
+    said.succeeds();
+    assert!(world.check().succeeds().contains("users 2"));
+}
+
+#[test]
+fn a_profile_is_refused_if_its_key_address_or_name_is_not_what_it_should_be() {
+    let world = World::new();
+    let add =
+        |name: &str, more: &[&str]| world.run(&[&["host", "add", name, &world.text("alice.profile")], more].concat());
+    add("home", &[]).fails(78, &["host home: there is a profile by this name", "Hint: "]);
+    add("same", &[]).succeeds();
+    world.edit("alice.profile", "192.0.2.1", "192.0.2.99");
+    add("other", &[]).fails(78, &["host other: its server key is that of host", "Hint: "]);
+    add("other", &["--same-server"]).succeeds();
+
+    let own = world.run(&["keygen", "--show"]).succeeds();
+    world.edit("alice.profile", own.trim_end(), "y4p1aUaYDQ5GXyhXHs0XxBvXjsH7bfmeStQcm0hFJks=");
+    add("third", &[]).fails(78, &["host third: this profile was made for the key", "Hint: "]);
+    fs::write(world.path("alice.profile"), "hello\n").unwrap();
+    add("third", &[]).fails(78, &["alice.profile:1:"]);
+    let mut paste =
+        world.command(&["host", "add", "pasted", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    paste.stdin.take().unwrap().write_all(b"[services]\n").unwrap();
+    Ran(paste.wait_with_output().unwrap()).fails(78, &["missing field `server_key`"]);
+}
+
+#[test]
+fn the_client_says_what_it_lacks() {
+    let world = World::empty();
+    world.run(&["keygen", "--show"]).fails(78, &["key: there is no key yet", "Hint: make one with `knockq keygen`"]);
+    world.run(&["keygen"]).succeeds();
+    world.run(&["keygen"]).fails(1, &["there is a key already", "Hint: "]);
+    world
+        .run(&["send", "home", "--print", "hex"])
+        .fails(78, &["host home: there is no profile by this name", "Hint: "]);
+    Ran(world.command(&["keygen"]).env_remove("HOME").output().unwrap()).fails(78, &["HOME is not set", "Hint: "]);
+
+    let world = World::new();
+    world.run(&["send", "home", "mail", "--print", "hex"]).fails(64, &["no service `mail`", "Hint: name one of: ssh"]);
+    world.run(&["send", "home", "-6", "--print", "hex"]).fails(1, &["host home: has no IPv6 address", "Hint: "]);
+    world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "no-such-host.invalid");
+    world.run(&["send", "home", "--print", "hex"]).fails(1, &["no-such-host.invalid: cannot be resolved", "Hint: "]);
+    world.edit(".config/knockq/hosts/home.toml", "no-such-host.invalid", "127.0.0.1");
+    world.run(&["send", "home", "--print", "hex"]).succeeds();
+    let files = fs::read_dir(world.path(".local/state/knockq/counters")).unwrap().map(|entry| entry.unwrap().path());
+    let is_counters = |path: &PathBuf| path.extension().is_none() && path.file_name().unwrap() != "flows";
+    fs::write(files.into_iter().find(is_counters).unwrap(), "garbage\n").unwrap();
+    world
+        .run(&["send", "home", "--print", "hex"])
+        .fails(78, &["is damaged, so counters could be used twice", "Hint: "]);
+}
+
+#[test]
+fn no_counter_is_used_twice_even_by_many_processes_at_once() {
+    let world = World::new();
+    world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "127.0.0.1");
+    let printed = std::thread::scope(|scope| {
+        let knocks: Vec<_> =
+            (0..20).map(|_| scope.spawn(|| world.run(&["send", "home", "--print", "hex"]).succeeds())).collect();
+        knocks.into_iter().map(|knock| knock.join().unwrap()).collect::<Vec<_>>()
+    });
+    let mut sequences: Vec<&str> = printed.iter().map(|packet| &packet[48..56]).collect();
+    sequences.sort_unstable();
+    sequences.dedup();
+    assert_eq!(sequences.len(), 20);
+}
+
+#[test]
+fn without_its_capability_send_names_the_remedy() {
+    let world = World::new();
+    let binary = world.path("knockq");
+    fs::copy(KNOCKQ, &binary).unwrap();
+    for path in [world.path.clone(), binary.clone()] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let ran = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"])
+        .arg(&binary)
+        .args(["send", "home"])
+        .env("HOME", &world.path)
+        .output()
+        .unwrap();
+    Ran(ran).fails(77, &["cannot open a raw socket: operation not permitted", "Hint: sudo setcap cap_net_raw+ep"]);
+    let ran = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+        .arg(&binary)
+        .args(["serve", "--config"])
+        .arg(world.config())
+        .output()
+        .unwrap();
+    Ran(ran).fails(77, &["serve: needs root with CAP_NET_ADMIN", "Hint: run it as root"]);
+    let ran = Command::new("setpriv")
+        .args(["--bounding-set=-net_admin", "--inh-caps=-all"])
+        .arg(&binary)
+        .args(["serve", "--config"])
+        .arg(world.config())
+        .output()
+        .unwrap();
+    Ran(ran).fails(77, &["serve: needs root with CAP_NET_ADMIN"]);
+}
+
+#[test]
+fn without_a_route_or_timestamps_send_says_so() {
+    let world = World::new();
+    let isolated = |script: &str| {
+        let script = format!("{script}; exec \"$0\" send home");
+        let ran = Command::new("unshare").args(["-n", "sh", "-c", &script, KNOCKQ]).env("HOME", &world.path).output();
+        Ran(ran.unwrap())
+    };
+    isolated(":").fails(1, &["192.0.2.1: ", "unreachable", "Hint: "]);
+    isolated("ip link set lo up; ip route add local 192.0.2.1 dev lo; echo 0 > /proc/sys/net/ipv4/tcp_timestamps")
+        .fails(1, &["TCP timestamps are switched off", "Hint: sysctl net.ipv4.tcp_timestamps=1"]);
+    isolated("ip link set lo up; ip route add local 192.0.2.1 dev lo; echo 0 > /proc/sys/net/ipv4/tcp_fastopen")
+        .succeeds();
+}
+
+#[test]
+fn the_daemons_processes_cannot_be_started_by_hand() {
+    let world = World::empty();
+    for process in ["monitor", "verifier"] {
+        world.run(&[process]).fails(1, &[process]);
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let world = World::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let config = world.config().display().to_string();
+    let ran = world.command(&["ruleset", "--config", &config]).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+    Ran(ran).fails(1, &["stdout: Broken pipe"]);
+}

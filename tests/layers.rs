@@ -1,0 +1,78 @@
+//! The direction of the modules: who may know whom.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Each module and what it may use, the lowest first. A single file may have a line of its own, which then holds for it.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("service", &[]),
+    ("crypto", &[]),
+    ("packet", &[]),
+    ("verify", &["service", "crypto", "packet"]),
+    ("queue", &[]),
+    ("nft", &["service"]),
+    ("config", &["service", "crypto", "verify", "nft"]),
+    // Looks at no byte of a packet: it knows neither packet nor crypto nor verify.
+    ("serve/monitor.rs", &["service", "queue", "nft"]),
+    ("serve/frames.rs", &["service"]),
+    ("serve/policy.rs", &["service"]),
+    ("serve/book.rs", &["service", "nft"]),
+    // Has no file and no way to the kernel's tables.
+    ("serve/verifier.rs", &["crypto", "verify", "queue"]),
+    // Sees no packet and no decision.
+    ("serve/keeper.rs", &["config", "nft", "queue"]),
+    ("serve", &["service", "crypto", "verify", "queue"]),
+    ("client", &["service", "crypto", "packet", "config"]),
+    ("cli", &["service", "crypto", "packet", "queue", "nft", "config", "serve", "client"]),
+    ("bin", &[]),
+];
+
+#[test]
+fn every_module_uses_only_those_below_it() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut checked = 0;
+    for file in rust_files(&source) {
+        let name = file.strip_prefix(&source).unwrap().to_str().unwrap().to_owned();
+        if name == "lib.rs" {
+            continue;
+        }
+        let module = name.split(['/', '.']).next().unwrap();
+        let allowed = LAYERS
+            .iter()
+            .find(|(layer, _)| *layer == name)
+            .or_else(|| LAYERS.iter().find(|(layer, _)| *layer == module));
+        let (_, allowed) = allowed.unwrap_or_else(|| panic!("src/{name}: no layer is given for it"));
+        for used in used_modules(&fs::read_to_string(&file).unwrap()) {
+            assert!(used == module || allowed.contains(&used.as_str()), "src/{name} must not use crate::{used}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 50, "only {checked} uses were found: this test no longer sees them");
+}
+
+#[test]
+fn nothing_uses_unsafe_code() {
+    let manifest = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();
+    assert!(manifest.contains("unsafe_code = \"forbid\""));
+    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    assert!(lib.contains("#![forbid(unsafe_code)]"));
+}
+
+/// The modules that follow `crate::`, outside tests.
+fn used_modules(text: &str) -> BTreeSet<String> {
+    let code = text.split("#[cfg(test)]").next().unwrap();
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let uses = lines.flat_map(|line| line.split("crate::").skip(1));
+    uses.map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>())
+        .filter(|name| name.starts_with(char::is_lowercase) && name != "cli")
+        .collect()
+}
+
+fn rust_files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let nested = entries.map(|path| if path.is_dir() { rust_files(&path) } else { vec![path] });
+    nested.flatten().filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
+}
