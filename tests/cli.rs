@@ -466,6 +466,17 @@ fn without_a_route_or_timestamps_send_says_so() {
 }
 
 #[test]
+fn a_host_without_nft_is_told_to_install_it() {
+    let world = World::new();
+    let config = world.config().display().to_string();
+    let hidden = "mount -t tmpfs none /usr/sbin && exec \"$0\" \"$@\"";
+    for arguments in [["ruleset", "--check", "--config", &config].as_slice(), &["serve", "--config", &config]] {
+        let ran = Command::new("unshare").args(["-mn", "sh", "-c", hidden, KNOCKQ]).args(arguments).output().unwrap();
+        Ran(ran).fails(1, &["/usr/sbin/nft: not found", "Hint: apt-get install nftables"]);
+    }
+}
+
+#[test]
 fn the_daemons_processes_cannot_be_started_by_hand() {
     let world = World::empty();
     for process in ["monitor", "verifier"] {

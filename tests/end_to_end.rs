@@ -378,8 +378,10 @@ fn an_independent_oracle_knocks_and_reads_our_knocks() {
 fn the_include_file_applied_again_doubles_no_rule_and_keeps_open_doors() {
     let lab = Lab::with("open_for = \"1h\"");
     let daemon = lab.start();
-    lab.knock(Family::V4, &[]);
-    lab.wait_for_door(Family::V4.alice(), 22);
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
     daemon.stop();
     let shape = || {
         let listing = lab.server.nft(&["list", "table", "inet", "knockq"]);
@@ -388,15 +390,27 @@ fn the_include_file_applied_again_doubles_no_rule_and_keeps_open_doors() {
     let before = shape();
     let config = lab.config().display().to_string();
     let file = lab.directory.path.join("again.nft");
-    fs::write(&file, succeeds(&lab.knockq(&lab.server, &["ruleset", "--check", "--config", &config]))).unwrap();
+    let printed = succeeds(&lab.knockq(&lab.server, &["ruleset", "--config", &config]));
+    // nft cannot name the flags of a table that persists, so there (Linux 6.9) the line that adds it must go
+    let persists = daemon_owned_the_table(&lab);
+    fs::write(&file, if persists { printed.replace("add table inet knockq\n", "") } else { printed }).unwrap();
     for _ in 0..2 {
         lab.server.nft(&["-f", file.to_str().unwrap()]);
     }
     assert_eq!(shape(), before);
-    assert!(lab.door(Family::V4.alice(), 22).is_some());
-    assert!(lab.alice.reaches(Family::V4.server(), 22));
+    for family in FAMILIES {
+        assert!(lab.door(family.alice(), 22).is_some());
+        assert!(lab.alice.reaches(family.server(), 22));
+    }
     let _daemon = lab.start();
-    assert!(lab.door(Family::V4.alice(), 22).is_some(), "a start keeps them too");
+    assert!(FAMILIES.iter().all(|family| lab.door(family.alice(), 22).is_some()), "a start keeps them too");
+}
+
+/// Whether this kernel lets the daemon own its table, as its log says.
+fn daemon_owned_the_table(lab: &Lab) -> bool {
+    let logs = fs::read_dir(&lab.directory.path).unwrap().map(|entry| entry.unwrap().path());
+    let logs = logs.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    logs.into_iter().any(|log| fs::read_to_string(log).unwrap().contains("the table is owned"))
 }
 
 #[test]
@@ -440,6 +454,26 @@ fn the_death_of_any_process_stops_all_with_one_line_and_opens_nothing() {
             lab.knock(family, &[]);
             lab.stays_shut(family);
         }
+    }
+}
+
+#[test]
+fn a_table_that_somebody_deletes_is_back_at_once_with_its_open_doors() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for (number, family) in FAMILIES.into_iter().enumerate() {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        lab.server.sh("nft flush ruleset");
+        // Linux 6.9 and newer leave the table alone; elsewhere it is loaded again
+        eventually("the gate", || !lab.mallory.reaches(family.server(), 22));
+        if !daemon.log().contains("the table is owned") {
+            eventually("the restoration", || daemon.log().matches("it is loaded again").count() == number + 1);
+        }
+        let element = lab.wait_for_door(family.alice(), 22);
+        assert!(element.contains("comment \"alice ssh\""), "{element}");
+        assert!(lab.alice.reaches(family.server(), 22), "open doors are open again");
+        assert!(!lab.mallory.reaches(family.server(), 22));
     }
 }
 
@@ -528,6 +562,17 @@ fn a_queue_or_table_that_is_taken_is_named_and_nothing_changes() {
 }
 
 #[test]
+fn a_table_that_nft_cannot_fill_stops_the_start_and_changes_nothing() {
+    let lab = Lab::new();
+    lab.server.sh("nft 'add table inet knockq; add set inet knockq open4 { type ipv4_addr; }'");
+    let before = lab.server.nft(&["list", "ruleset"]);
+    let mut daemon = Daemon::spawn(&lab, &[]);
+    assert_eq!(daemon.end(), Some(1));
+    assert!(daemon.log().contains("knockq: nft: ") && daemon.log().contains("Hint: "), "{}", daemon.log());
+    assert_eq!(lab.server.nft(&["list", "ruleset"]), before);
+}
+
+#[test]
 fn a_broken_configuration_starts_nothing_and_leaves_the_last_gate() {
     let lab = Lab::new();
     lab.start().stop();
@@ -555,51 +600,46 @@ fn a_store_of_another_server_is_refused() {
 }
 
 #[test]
-fn a_hundred_knocks_under_a_flood_of_syns_are_all_honoured() {
+fn knocks_under_a_flood_of_syns_are_all_honoured() {
     let lab = Lab::with("open_for = \"1h\"");
     let daemon = lab.start();
-    let flow = |source: IpAddr, destination_port| Flow {
-        source,
-        source_port: 40_000,
-        destination: Family::V4.server(),
-        destination_port,
-    };
-    let persona = Persona::new(&KERNEL, &Family::V4.server()).unwrap();
     let ports = KnockPorts::new([20_000..=21_023]).unwrap();
     let key = lab.alice_key();
-    let is_over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        // bounded: 20,000 SYNs of a stranger at most
-        scope.spawn(|| {
-            lab.mallory.enter(|| {
-                let socket = raw_socket();
-                for number in 0..20_000_u32 {
-                    let port = 20_000 + u16::try_from(number % 1024).unwrap();
-                    let sequence = number.wrapping_mul(2_654_435_761);
-                    send_raw(
-                        &socket,
-                        &persona.syn(&flow(Family::V4.mallory(), port), sequence, number, number).unwrap(),
-                    );
-                    if is_over.load(Ordering::Relaxed) {
-                        break;
+    let first = unix_now() - 50;
+    for (round, family) in (0..).zip(FAMILIES) {
+        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        let syn = |source: IpAddr, destination_port, sequence, tsval| {
+            let flow = Flow { source, source_port: 40_000, destination: family.server(), destination_port };
+            persona.syn(&flow, sequence, tsval, 7).unwrap()
+        };
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // bounded: 20,000 SYNs of a stranger at most
+            scope.spawn(|| {
+                lab.mallory.enter(|| {
+                    let socket = raw_socket(family);
+                    for number in (0..20_000_u32).take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                        let port = 20_000 + u16::try_from(number % 1024).unwrap();
+                        let packet = syn(family.mallory(), port, number.wrapping_mul(2_654_435_761), number);
+                        send_raw(&socket, family, &packet);
                     }
+                });
+            });
+            lab.alice.enter(|| {
+                let socket = raw_socket(family);
+                for n in (first + round * 50..).take(50) {
+                    let token = key.seal(n, 22, Binding::Unbound);
+                    let port = key.pad(n).knock_port(&ports);
+                    send_raw(&socket, family, &syn(family.alice(), port, token.sequence, token.tsval));
+                    thread::sleep(Duration::from_millis(10));
                 }
             });
+            let grants = || daemon.log().matches(&format!("source={} ", family.alice())).count();
+            eventually("fifty grants", || grants() == 50);
+            is_over.store(true, Ordering::Relaxed);
         });
-        lab.alice.enter(|| {
-            let socket = raw_socket();
-            let first = unix_now() - 50;
-            for n in first..first + 100 {
-                let token = key.seal(n, 22, Binding::Unbound);
-                let flow = flow(Family::V4.alice(), key.pad(n).knock_port(&ports));
-                send_raw(&socket, &persona.syn(&flow, token.sequence, token.tsval, 7).unwrap());
-                thread::sleep(Duration::from_millis(10));
-            }
-        });
-        let grants = || daemon.log().matches("granted").count();
-        eventually("a hundred grants", || grants() == 100);
-        is_over.store(true, Ordering::Relaxed);
-    });
+    }
+    assert_eq!(daemon.log().matches("granted").count(), 100);
 }
 
 const KERNEL: KernelSettings = KernelSettings {
@@ -613,12 +653,13 @@ const KERNEL: KernelSettings = KernelSettings {
     mtu: 1500,
 };
 
-fn raw_socket() -> OwnedFd {
-    socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap()
+fn raw_socket(family: Family) -> OwnedFd {
+    let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
+    socket_with(domain, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap()
 }
 
-fn send_raw(socket: &OwnedFd, packet: &[u8]) {
-    sendto(socket, packet, SendFlags::empty(), &SocketAddr::new(Family::V4.server(), 0)).unwrap();
+fn send_raw(socket: &OwnedFd, family: Family, packet: &[u8]) {
+    sendto(socket, packet, SendFlags::empty(), &SocketAddr::new(family.server(), 0)).unwrap();
 }
 
 impl Lab {

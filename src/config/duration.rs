@@ -19,10 +19,10 @@ impl FromStr for Seconds {
 
     fn from_str(text: &str) -> Result<Self, DurationError> {
         let wrong = || DurationError(text.escape_default().to_string());
-        let unit = text.chars().last().and_then(|last| UNITS.iter().find(|(letter, _)| *letter == last));
-        let (letter, factor) = unit.ok_or_else(wrong)?;
-        let number: u32 = text.trim_end_matches(*letter).parse().map_err(|_| wrong())?;
-        number.checked_mul(*factor).map(Self).ok_or_else(wrong)
+        let split = |(letter, factor): &(char, u32)| Some((text.strip_suffix(*letter)?, *factor));
+        let (number, factor) = UNITS.iter().find_map(split).ok_or_else(wrong)?;
+        let number: u32 = number.parse().map_err(|_| wrong())?;
+        number.checked_mul(factor).map(Self).ok_or_else(wrong)
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use crate::nft::Door;
 use crate::service::Name;
 
-/// Doors at most: what the kernel's sets hold.
-const MAX_DOORS: usize = 4 * 65_535;
+/// Doors at which the book is looked through for what has run out: what the kernel's four sets hold.
+const MANY_DOORS: usize = 4 * 65_535;
 
 /// The live grants of every door.
 #[derive(Default)]
@@ -18,33 +18,45 @@ pub struct Book {
     doors: HashMap<Door, Vec<Grant>>,
 }
 
-struct Grant {
-    user: Name,
-    until: Instant,
+/// One user's time at a door.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Grant {
+    /// Who knocked.
+    pub user: Name,
+    /// For what.
+    pub service: Name,
+    /// When it ends.
+    pub until: Instant,
 }
 
 impl Book {
-    /// Notes a grant, or renews it; tells for how long the door is to stay open.
-    pub fn open(&mut self, door: Door, user: &Name, seconds: u32, now: Instant) -> Duration {
-        if self.doors.len() >= MAX_DOORS {
+    /// Notes a grant, or renews it. A door for one connection holds one grant: those before it may be spent.
+    pub fn note(&mut self, door: Door, grant: Grant, now: Instant) {
+        if self.doors.len() >= MANY_DOORS {
             self.forget(now);
         }
-        let until = now + Duration::from_secs(seconds.into());
         let grants = self.doors.entry(door).or_default();
-        grants.retain(|grant| grant.until > now && grant.user != *user);
-        grants.push(Grant { user: user.clone(), until });
-        time_left(grants, now).unwrap_or_default()
+        grants.retain(|other| !door.once && other.until > now && other.user != grant.user);
+        grants.push(grant);
     }
 
-    /// Strikes a user's grant; tells for how long the door is to stay open for others, `None` if it is to be closed.
-    pub fn close(&mut self, door: &Door, user: &Name, now: Instant) -> Option<Duration> {
-        let grants = self.doors.get_mut(door)?;
-        grants.retain(|grant| grant.until > now && grant.user != *user);
-        let left = time_left(grants, now);
-        if left.is_none() {
-            self.doors.remove(door);
-        }
-        left
+    /// Strikes a user's grant out; `false` if there was none.
+    pub fn strike(&mut self, door: &Door, user: &Name) -> bool {
+        let Some(grants) = self.doors.get_mut(door) else { return false };
+        let before = grants.len();
+        grants.retain(|grant| grant.user != *user);
+        grants.len() < before
+    }
+
+    /// The grant that keeps a door open for longest, and for how long.
+    pub fn longest(&self, door: &Door, now: Instant) -> Option<(&Grant, Duration)> {
+        let grants = self.doors.get(door)?.iter().filter(|grant| grant.until > now);
+        grants.max_by_key(|grant| grant.until).map(|grant| (grant, grant.until.saturating_duration_since(now)))
+    }
+
+    /// The doors that should stand open, but for those of one connection, which may be spent.
+    pub fn standing(&self, now: Instant) -> Vec<Door> {
+        self.doors.keys().filter(|door| !door.once && self.longest(door, now).is_some()).copied().collect()
     }
 
     /// Forgets what has run out. Call it now and then.
@@ -56,51 +68,67 @@ impl Book {
     }
 }
 
-fn time_left(grants: &[Grant], now: Instant) -> Option<Duration> {
-    grants.iter().map(|grant| grant.until.saturating_duration_since(now)).max()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Book, Door, Duration, Instant, Name};
+    use super::{Book, Door, Duration, Grant, Instant, Name};
 
-    fn door() -> Door {
-        Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false }
+    fn door(once: bool) -> Door {
+        Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once }
     }
 
     fn name(text: &str) -> Name {
         text.parse().unwrap()
     }
 
-    const fn seconds(seconds: u64) -> Duration {
-        Duration::from_secs(seconds)
+    fn grant(user: &str, now: Instant, seconds: u64) -> Grant {
+        Grant { user: name(user), service: name("ssh"), until: now + Duration::from_secs(seconds) }
+    }
+
+    fn left(book: &Book, once: bool, now: Instant) -> Option<u64> {
+        book.longest(&door(once), now).map(|(_, left)| left.as_secs())
     }
 
     #[test]
     fn a_door_stays_open_for_the_longest_of_its_grants() {
         let (mut book, now) = (Book::default(), Instant::now());
-        assert_eq!(book.open(door(), &name("alice"), 60, now), seconds(60));
-        assert_eq!(book.open(door(), &name("bob"), 30, now), seconds(60));
-        assert_eq!(book.open(door(), &name("bob"), 30, now + seconds(50)), seconds(30));
+        book.note(door(false), grant("alice", now, 60), now);
+        book.note(door(false), grant("bob", now, 30), now);
+        assert_eq!(left(&book, false, now), Some(60));
+        let later = now + Duration::from_secs(50);
+        book.note(door(false), grant("bob", later, 30), later);
+        assert_eq!(left(&book, false, later), Some(30));
+        assert_eq!(book.standing(later), [door(false)]);
     }
 
     #[test]
-    fn taking_one_users_grant_back_leaves_the_others() {
+    fn striking_one_user_out_leaves_the_others() {
         let (mut book, now) = (Book::default(), Instant::now());
-        book.open(door(), &name("alice"), 60, now);
-        book.open(door(), &name("bob"), 30, now);
-        assert_eq!(book.close(&door(), &name("alice"), now + seconds(10)), Some(seconds(20)));
-        assert_eq!(book.close(&door(), &name("bob"), now + seconds(10)), None);
-        assert!(book.doors.is_empty());
+        book.note(door(false), grant("alice", now, 60), now);
+        book.note(door(false), grant("bob", now, 30), now);
+        assert!(book.strike(&door(false), &name("alice")));
+        assert_eq!(left(&book, false, now), Some(30));
+        assert!(!book.strike(&door(false), &name("alice")), "twice");
+        assert!(book.strike(&door(false), &name("bob")));
+        assert_eq!(left(&book, false, now), None);
+        assert!(!book.strike(&door(true), &name("bob")), "another door");
+    }
+
+    #[test]
+    fn a_door_for_one_connection_is_never_prolonged_by_a_grant_that_may_be_spent_nor_restored() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        book.note(door(true), grant("alice", now, 60), now);
+        book.note(door(true), grant("bob", now, 30), now);
+        assert_eq!(left(&book, true, now), Some(30));
+        assert!(book.standing(now).is_empty());
     }
 
     #[test]
     fn what_has_run_out_is_forgotten() {
         let (mut book, now) = (Book::default(), Instant::now());
-        book.open(door(), &name("alice"), 60, now);
-        book.forget(now + seconds(59));
+        book.note(door(false), grant("alice", now, 60), now);
+        book.forget(now + Duration::from_secs(59));
         assert_eq!(book.doors.len(), 1);
-        book.forget(now + seconds(60));
+        book.forget(now + Duration::from_secs(60));
         assert!(book.doors.is_empty());
     }
 }

@@ -26,10 +26,12 @@ pub enum Message {
     Loaded,
     /// Child to keeper: it works.
     Ready,
+    /// Monitor to keeper: somebody took the table away, load it again.
+    Lost,
 }
 
 impl Message {
-    const ALL: [Self; 4] = [Self::Start, Self::Bound, Self::Loaded, Self::Ready];
+    const ALL: [Self; 5] = [Self::Start, Self::Bound, Self::Loaded, Self::Ready, Self::Lost];
 
     const fn byte(self) -> u8 {
         match self {
@@ -37,6 +39,7 @@ impl Message {
             Self::Bound => 2,
             Self::Loaded => 3,
             Self::Ready => 4,
+            Self::Lost => 5,
         }
     }
 }

@@ -3,11 +3,11 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability};
@@ -22,11 +22,12 @@ use super::channel::{Channel, Message, message_pair};
 use super::handover;
 use super::log::{self, Style};
 use super::policy::{Opening, Policy};
+use super::process::Process;
 use super::sandbox::{Identity, SandboxError};
 use super::verifier::Settings;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::{ConfigError, FileError, ServerConfig};
-use crate::nft::{self, Doors, ElementError, NftError, Ownership};
+use crate::nft::{self, Doors, ElementError, NftError, Ownership, Ruleset};
 use crate::queue::relay;
 
 /// Ids of the verifier where the configured account does not exist: `nobody`'s, as everywhere.
@@ -37,9 +38,6 @@ const MONITOR_FALLBACK: u32 = 65_533;
 
 /// Time that a child has to become ready: ten thousand users take two seconds.
 const START: Duration = Duration::from_secs(60);
-
-/// Time that a child has to end when it is told to.
-const STOP: Duration = Duration::from_secs(5);
 
 /// Where the kernel lists who has which queue.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
@@ -136,16 +134,13 @@ impl<E: Into<ServeError>> From<E> for Ended {
 struct Keeper {
     monitor: Process,
     verifier: Process,
+    ruleset: Ruleset,
+    /// The kernel leaves the table to us alone.
+    persists: bool,
     signals: [(i32, UnixStream); 3],
     /// What the children have said so far.
     said: Vec<(&'static str, Message)>,
     is_ready: bool,
-}
-
-struct Process {
-    name: &'static str,
-    child: Child,
-    channel: Option<Channel>,
 }
 
 /// What woke the keeper.
@@ -175,18 +170,27 @@ impl Keeper {
         let monitor = Process::spawn("monitor", style)?;
         verifier.send(Message::Start, &[&relay_reader, &frames_of_verifier, &settings, &store])?;
         monitor.send(Message::Start, &[&relay_writer, &frames_of_monitor, &policy])?;
-        Ok(Self { monitor, verifier, signals: [terminate?, interrupt?, hangup?], said: Vec::new(), is_ready: false })
+        let ruleset = config.ruleset();
+        Ok(Self {
+            monitor,
+            verifier,
+            ruleset,
+            persists: false,
+            signals: [terminate?, interrupt?, hangup?],
+            said: Vec::new(),
+            is_ready: false,
+        })
     }
 
     /// The order matters: the verifier understands knocks, then the queue is bound, then the table sends it packets.
     fn bring_up(&mut self, config: &ServerConfig) -> Result<(), Ended> {
         self.wait_for("verifier", Message::Ready)?;
         self.wait_for("monitor", Message::Bound)?;
-        let persists = load_table(config)?;
+        self.persists = load_table(&self.ruleset)?;
         self.monitor.send(Message::Loaded, &[])?;
         self.wait_for("monitor", Message::Ready)?;
         self.is_ready = true;
-        if !persists {
+        if !self.persists {
             info!(
                 "this kernel (before 6.9) or a table that was there lets others flush the gate: keep the include file in /etc/nftables.conf"
             );
@@ -206,9 +210,22 @@ impl Keeper {
                 }
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Gone) => return Err(Ended::Failed(self.bury())),
+                Some(Event::Message("monitor", Message::Lost)) => self.restore_table()?,
                 Some(Event::Message(..)) | None => {}
             }
         }
+    }
+
+    /// The gate is open until this is done, so nothing comes before it.
+    fn restore_table(&mut self) -> Result<(), Ended> {
+        if self.persists {
+            load_table(&self.ruleset)?;
+        } else {
+            nft::load(&self.ruleset.to_string())?; // asking the kernel again whether it takes owners would cost 10 ms
+        }
+        self.monitor.send(Message::Loaded, &[])?;
+        warn!("somebody else deleted table inet knockq: it is loaded again, and open doors are open again");
+        Ok(())
     }
 
     /// Waits until a child has said something, which it may have done already.
@@ -282,48 +299,9 @@ impl Keeper {
 
     fn end_children(&mut self) -> [(&'static str, Option<ExitStatus>); 2] {
         for child in [&mut self.monitor, &mut self.verifier] {
-            child.channel = None; // the end of the channel tells it to go
+            child.hang_up();
         }
         [&mut self.monitor, &mut self.verifier].map(|child| (child.name, child.end()))
-    }
-}
-
-impl Process {
-    fn spawn(name: &'static str, style: Style) -> io::Result<Self> {
-        let (ours, theirs) = message_pair()?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0(format!("knockq: {name}")).arg(name);
-        for (flag, is_set) in [("--priorities", style.priorities), ("--debug", style.debug)] {
-            if is_set {
-                command.arg(flag);
-            }
-        }
-        let child = command
-            .env_clear()
-            .current_dir("/")
-            .process_group(0) // a terminal's Ctrl-C is the keeper's to handle
-            .stdin(theirs)
-            .stdout(Stdio::null())
-            .spawn()?;
-        Ok(Self { name, child, channel: Some(Channel::new(ours)) })
-    }
-
-    fn send(&self, message: Message, descriptors: &[&OwnedFd]) -> io::Result<()> {
-        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(|descriptor| descriptor.as_fd()).collect();
-        self.channel.as_ref().map_or(Ok(()), |channel| channel.send(message, &descriptors))
-    }
-
-    /// Waits for its end; kills it if it takes too long.
-    fn end(&mut self) -> Option<ExitStatus> {
-        let deadline = Instant::now() + STOP;
-        while Instant::now() < deadline {
-            if let Ok(Some(status)) = self.child.try_wait() {
-                return Some(status);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let _ = self.child.kill();
-        self.child.wait().ok()
     }
 }
 
@@ -377,11 +355,10 @@ fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
 }
 
 /// Loads the table, all or nothing; `true` if it persists without us and nobody else can flush it.
-fn load_table(config: &ServerConfig) -> Result<bool, ServeError> {
+fn load_table(ruleset: &Ruleset) -> Result<bool, ServeError> {
     // Made and let go at once: nft fills the orphan, then the monitor adopts it.
     let ownership = Doors::new()?.own_table()?;
     let persists = ownership != Ownership::Unsupported;
-    let ruleset = config.ruleset();
     let loaded = nft::load(&if persists { ruleset.for_table_that_persists() } else { ruleset.to_string() });
     if loaded.is_err() && ownership == Ownership::Made {
         let _ = Doors::new()?.delete_table(); // it is empty; the error that is reported is the cause

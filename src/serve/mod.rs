@@ -19,6 +19,7 @@ pub mod keeper;
 pub mod log;
 pub mod monitor;
 pub mod policy;
+mod process;
 pub mod refusals;
 pub mod sandbox;
 pub mod store;

@@ -12,17 +12,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use thiserror::Error;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
-use super::book::Book;
+use super::book::{Book, Grant};
 use super::channel::{Channel, Message};
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::handover;
 use super::policy::Policy;
 use super::sandbox::{self, SandboxError};
-use crate::nft::{Door, Doors, ElementError, Ownership};
+use crate::nft::{Door, Doors, ElementError, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
-use crate::service::Name;
 
 /// Time between two looks at what has run out.
 const TICK: Duration = Duration::from_secs(10);
@@ -48,6 +47,9 @@ pub enum MonitorError {
     /// The verifier asked for what the configuration does not have.
     #[error("monitor: the verifier asked for a door that is not configured; stopping")]
     NotPermitted,
+    /// The table was gone when it should have been loaded.
+    #[error("monitor: table inet knockq is not there; stopping")]
+    NoTable,
     /// A descriptor failed.
     #[error("monitor: {0}")]
     Io(#[from] io::Error),
@@ -68,12 +70,13 @@ pub fn run() -> Result<(), MonitorError> {
     queue.bind()?;
     keeper.send(Message::Bound, &[])?;
     let Some([]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
-    let mut doors = Doors::new()?;
-    if doors.own_table()? != Ownership::Unsupported {
-        info!("the table is owned: nobody else can change or flush it");
-    }
-    keeper.send(Message::Ready, &[])?;
-    Monitor { keeper, queue, relay: RelayWriter::new(relay), frames, policy, doors, book: Book::default() }.serve()
+    let watch = Watch::new()?;
+    let doors = Doors::new()?;
+    let (relay, book) = (RelayWriter::new(relay), Book::default());
+    let mut monitor = Monitor { keeper, queue, watch, relay, frames, policy, doors, book };
+    monitor.adopt_table()?;
+    monitor.keeper.send(Message::Ready, &[])?;
+    monitor.serve()
 }
 
 /// The keeper alone decides when it is time; a terminal's Ctrl-C reaches it too.
@@ -88,6 +91,7 @@ pub(super) fn ignore_signals() -> io::Result<()> {
 struct Monitor {
     keeper: Channel,
     queue: KernelQueue,
+    watch: Watch,
     relay: RelayWriter,
     frames: OwnedFd,
     policy: Policy,
@@ -100,28 +104,51 @@ impl Monitor {
         let tick = Timespec { tv_sec: i64::try_from(TICK.as_secs()).unwrap_or(1), tv_nsec: 0 };
         let mut last_tick = Instant::now();
         loop {
-            let (queue, frames, keeper) = {
-                let mut sources = [
-                    PollFd::new(&self.queue, PollFlags::IN),
-                    PollFd::new(&self.frames, PollFlags::IN),
-                    PollFd::new(&self.keeper, PollFlags::IN),
-                ];
-                match poll(&mut sources, Some(&tick)) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(error) => return Err(io::Error::from(error).into()),
-                }
-                let [queue, frames, keeper] = sources.each_ref().map(|source| !source.revents().is_empty());
-                (queue, frames, keeper)
-            };
+            let [queue, watch, frames, keeper] = self.wait(&tick)?;
             let verifier_lives = (!frames || self.take_frames()?) && (!queue || self.take_packets()?);
-            if keeper || !verifier_lives {
+            let keeper_lives = !keeper || self.hear_keeper()?;
+            if !verifier_lives || !keeper_lives {
                 return Ok(()); // the keeper tells why
+            }
+            if watch && self.watch.table_is_lost()? {
+                self.keeper.send(Message::Lost, &[])?;
             }
             if last_tick.elapsed() >= TICK {
                 last_tick = Instant::now();
                 self.tick(last_tick);
             }
         }
+    }
+
+    /// Waits for any of queue, watch, frames and keeper; tells which have something.
+    fn wait(&self, timeout: &Timespec) -> Result<[bool; 4], MonitorError> {
+        let sources = [self.queue.as_fd(), self.watch.as_fd(), self.frames.as_fd(), self.keeper.as_fd()];
+        let mut sources = sources.map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
+        match poll(&mut sources, Some(timeout)) {
+            Ok(_) | Err(Errno::INTR) => Ok(sources.map(|source| !source.revents().is_empty())),
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
+    /// The keeper says that the table is loaded again, or nothing more: `false`.
+    fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
+        let Some([]) = self.keeper.expect(Message::Loaded)? else { return Ok(false) };
+        self.adopt_table()?;
+        let now = Instant::now();
+        for door in self.book.standing(now) {
+            self.put(&door, now)?;
+        }
+        Ok(true)
+    }
+
+    /// Where the kernel allows it, makes the table ours alone.
+    fn adopt_table(&mut self) -> Result<(), MonitorError> {
+        match self.doors.own_table()? {
+            Ownership::Adopted => info!("the table is owned: nobody else can change or flush it"),
+            Ownership::Unsupported => {}
+            Ownership::Made => return Err(MonitorError::NoTable), // and so it is empty: a gate that lets all in
+        }
+        Ok(())
     }
 
     /// Drops what is queued and hands the headers on; `false` when the verifier is gone.
@@ -150,39 +177,41 @@ impl Monitor {
             if !self.policy.permits(&frame) {
                 return Err(MonitorError::NotPermitted);
             }
-            self.answer(&frame);
+            self.answer(frame);
         }
         Ok(true)
     }
 
     /// Does what a permitted frame asks. What the kernel refuses is logged; the door stays as it was.
-    fn answer(&mut self, frame: &Frame) {
+    fn answer(&mut self, frame: Frame) {
         let now = Instant::now();
         match frame {
             Frame::Open { source, port, once, seconds, user, service } => {
-                let door = Door { source: *source, port: *port, once: *once };
-                let time = self.book.open(door, user, *seconds, now);
-                match self.doors.open(&door, time, &format!("{user} {service}")) {
+                let door = Door { source, port, once };
+                let until = now + Duration::from_secs(seconds.into());
+                self.book.note(door, Grant { user: user.clone(), service: service.clone(), until }, now);
+                match self.put(&door, now) {
                     Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
                     Err(error) => warn!(%user, %service, %source, %port, "not granted: {error}"),
                 }
             }
             Frame::Close { source, port, user } => {
-                for once in [false, true] {
-                    self.close(&Door { source: *source, port: *port, once }, user, now);
+                for door in [false, true].map(|once| Door { source, port, once }) {
+                    if self.book.strike(&door, &user)
+                        && let Err(error) = self.put(&door, now)
+                    {
+                        warn!(%user, %source, %port, "not taken back: {error}");
+                    }
                 }
             }
         }
     }
 
-    fn close(&mut self, door: &Door, user: &Name, now: Instant) {
-        let done = match self.book.close(door, user, now) {
-            Some(left) => self.doors.open(door, left, ""),
+    /// Makes the kernel's element what the book says.
+    fn put(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
+        match self.book.longest(door, now) {
+            Some((grant, left)) => self.doors.open(door, left, &format!("{} {}", grant.user, grant.service)),
             None => self.doors.close(door),
-        };
-        match done {
-            Ok(()) => debug!(%user, source = %door.source, port = %door.port, "taken back"),
-            Err(error) => warn!(%user, source = %door.source, port = %door.port, "not taken back: {error}"),
         }
     }
 

@@ -1,10 +1,15 @@
 //! Giving up privileges, for good, before anything from outside is read.
 
+use std::fs;
+
 use caps::{CapSet, Capability, CapsHashSet};
-use nix::unistd::{Gid, Uid, User, getgroups, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, getgroups, setgroups, setresgid, setresuid};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+/// The local accounts.
+const ACCOUNTS: &str = "/etc/passwd";
 
 /// Whom a process becomes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -16,15 +21,22 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The identity of an account; where there is none by that name, `fallback` for both ids, and `false`.
+    /// The identity of an account in /etc/passwd; where there is none by that name, `fallback` for both ids, and `false`.
+    ///
+    /// Read as a file, for the accounts of daemons are local: the C library would load whatever modules nsswitch.conf
+    /// names into a process that is root.
     ///
     /// # Errors
-    /// When the account database cannot be read, or the account is root's.
+    /// When the account is root's, or its line cannot be read.
     pub fn of_account(name: &str, fallback: u32) -> Result<(Self, bool), SandboxError> {
-        match User::from_name(name).map_err(|_| SandboxError::Account(name.to_owned()))? {
-            Some(user) if user.uid.is_root() || user.gid.as_raw() == 0 => Err(SandboxError::Root(name.to_owned())),
-            Some(user) => Ok((Self { uid: user.uid.as_raw(), gid: user.gid.as_raw() }, true)),
-            None => Ok((Self { uid: fallback, gid: fallback }, false)),
+        let accounts = fs::read_to_string(ACCOUNTS).unwrap_or_default();
+        let line = accounts.lines().find(|line| line.split(':').next() == Some(name));
+        let Some(line) = line else { return Ok((Self { uid: fallback, gid: fallback }, false)) };
+        let mut ids = line.split(':').skip(2).map_while(|id| id.parse().ok());
+        match (ids.next(), ids.next()) {
+            (Some(0), _) | (_, Some(0)) => Err(SandboxError::Root(name.to_owned())),
+            (Some(uid), Some(gid)) => Ok((Self { uid, gid }, true)),
+            _ => Err(SandboxError::Account(name.to_owned())),
         }
     }
 }
@@ -32,8 +44,8 @@ impl Identity {
 /// Why privileges could not be given up. Then nothing else may be done.
 #[derive(Debug, Error)]
 pub enum SandboxError {
-    /// The account database failed.
-    #[error("user `{0}`: the account database cannot be read")]
+    /// The account's line has no ids.
+    #[error("user `{0}`: its line in {ACCOUNTS} has no user and group id")]
     Account(String),
     /// The daemon's user must not be root.
     #[error("user `{0}` is root: the daemon's processes must not be")]

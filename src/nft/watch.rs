@@ -1,0 +1,89 @@
+//! Hearing that somebody else took the table away.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_netfilter::nftables::{ChainAttribute, NfTablesMessage, SetAttribute, TableAttribute};
+use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
+use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
+use rustix::io::Errno;
+
+use super::TABLE;
+
+/// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
+const GROUP: u32 = 7;
+
+/// Bytes of the largest datagram that is looked at; the kernel sends a page at most.
+const DATAGRAM: usize = 32 << 10;
+
+/// A socket on which the kernel tells of changes to any table.
+pub struct Watch(Socket);
+
+impl Watch {
+    /// Starts listening.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
+        socket.add_membership(GROUP)?;
+        socket.set_non_blocking(true)?;
+        Ok(Self(socket))
+    }
+
+    /// Reads what has been told; whether our table, or one of its chains or sets, was deleted. Loading the table again
+    /// deletes neither, so this is never told of our own doing.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn table_is_lost(&mut self) -> io::Result<bool> {
+        let mut is_lost = false;
+        loop {
+            let mut datagram = Vec::with_capacity(DATAGRAM);
+            match self.0.recv(&mut datagram, 0) {
+                Ok(_) => is_lost |= messages(&datagram).any(|message| takes_something_of_ours(&message)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(is_lost),
+                // More was told than the socket held: our table may have been among it.
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => is_lost = true,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The messages of a datagram, as far as they can be read.
+fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<NetfilterMessage>> {
+    let mut rest = datagram;
+    std::iter::from_fn(move || {
+        let length = rest.first_chunk::<4>().and_then(|length| usize::try_from(u32::from_ne_bytes(*length)).ok())?;
+        let message = rest.get(..length).filter(|message| message.len() >= 16)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(NetlinkMessage::deserialize(message).ok())
+    })
+    .flatten()
+}
+
+fn takes_something_of_ours(message: &NetlinkMessage<NetfilterMessage>) -> bool {
+    let NetlinkPayload::InnerMessage(message) = &message.payload else { return false };
+    let NetfilterMessageInner::NfTables(message) = &message.inner else { return false };
+    match message {
+        NfTablesMessage::DeleteTable(table) => {
+            table.attributes.iter().any(|attribute| matches!(attribute, TableAttribute::Name(name) if name == TABLE))
+        }
+        NfTablesMessage::DeleteChain(chain) => {
+            chain.attributes.iter().any(|attribute| matches!(attribute, ChainAttribute::Table(name) if name == TABLE))
+        }
+        NfTablesMessage::DeleteSet(set) => {
+            set.attributes.iter().any(|attribute| matches!(attribute, SetAttribute::Table(name) if name == TABLE))
+        }
+        _ => false,
+    }
+}
