@@ -9,12 +9,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use nix::net::if_::InterfaceFlags;
 
 use super::check::{ephemeral_ports, warn_of_ephemeral_ports};
 use super::failure::{CONFIGURATION, Failure, USAGE};
 use super::{note, print};
-use crate::client::address::is_global;
+use crate::client::address::{is_global, own_addresses};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::STATE_DIRECTORY;
 use crate::config::{FileError, ServerConfig};
@@ -245,21 +244,11 @@ fn listening_ports() -> BTreeSet<u16> {
 
 /// This host's addresses that a client could use: global ones, or else any that are not link-local.
 pub(super) fn host_addresses() -> Vec<String> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
-    let mut addresses: Vec<IpAddr> = interfaces
-        .filter(|interface| {
-            interface.flags.contains(InterfaceFlags::IFF_UP) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
-        })
-        .filter_map(|interface| {
-            let storage = interface.address?;
-            let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-        })
-        .filter(|address| match address {
-            IpAddr::V4(v4) => !v4.is_link_local(),
-            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
-        })
-        .collect();
+    let mut addresses = own_addresses();
+    addresses.retain(|address| match address {
+        IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_loopback(),
+        IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_loopback(),
+    });
     if addresses.iter().any(is_global) {
         addresses.retain(is_global);
     }

@@ -90,6 +90,11 @@ fn report(sent: &Sent) {
         None => "not bound to an address: until it arrives, whoever copies it could spend it first".to_owned(),
     };
     note(&format!("Knocked at {host} ({server}) for {service}; {binding}"));
+    if sent.is_clock_unsynchronized {
+        note(
+            "warning: the kernel says that this machine's clock is not synchronised; a server takes knocks of its own time",
+        );
+    }
     if sent.has_future_counter {
         note(
             "warning: this machine's clock was ahead once; a knock of then, if copied, could be spent when its time comes",

@@ -2,6 +2,17 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+/// The addresses of this host's interfaces.
+pub fn own_addresses() -> Vec<IpAddr> {
+    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+    let addresses = interfaces.filter_map(|interface| {
+        let storage = interface.address?;
+        let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    });
+    addresses.collect()
+}
+
 /// Whether an address is globally reachable (IANA's special-purpose registries, RFC 6890 and its updates), so that a
 /// server sees it as it is.
 pub fn is_global(address: &IpAddr) -> bool {

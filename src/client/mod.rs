@@ -1,6 +1,7 @@
 //! The client: profiles of the hosts one knocks at, counters, and the one packet.
 
 pub mod address;
+pub mod clock;
 pub mod counter;
 pub mod home;
 pub mod host;

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 use thiserror::Error;
 
-use super::address::{is_global, is_nat64};
+use super::address::{is_global, is_nat64, own_addresses};
+use super::clock::{is_synchronized, unix_now, wait_until};
 use super::counter::{CounterError, CounterFile, FlowFile};
 use super::home::{Home, HomeError};
 use super::host::{Profile, ProfileError, ProfileService};
@@ -91,6 +92,8 @@ pub struct Sent {
     pub server: IpAddr,
     /// The address that the token holds for.
     pub bound_to: Option<IpAddr>,
+    /// The kernel says that nobody keeps the clock right.
+    pub is_clock_unsynchronized: bool,
     /// A counter was issued in the future once, when the clock was wrong.
     pub has_future_counter: bool,
 }
@@ -245,7 +248,15 @@ impl Knock {
         let packet = persona.syn(&flow, token.sequence, token.tsval, port.filler()?)?;
         let details = details.clone();
         let service = service.clone();
-        let sent = Sent { host, service, details, server: server.ip(), bound_to, has_future_counter };
+        let sent = Sent {
+            host,
+            service,
+            details,
+            server: server.ip(),
+            bound_to,
+            is_clock_unsynchronized: !is_synchronized(),
+            has_future_counter,
+        };
         Ok(Self { packet, sent, port })
     }
 }
@@ -271,8 +282,12 @@ impl Sent {
     }
 
     fn checks(&self) -> Vec<String> {
-        let mut checks =
-            vec!["the clock of this machine and of the server: both must be right to the second or so".to_owned()];
+        let clock = "the clocks of this machine and of the server: they must agree to within the window".to_owned();
+        let mut checks = vec![if self.is_clock_unsynchronized {
+            format!("{clock}; the kernel says that this one is not synchronised")
+        } else {
+            clock
+        }];
         checks.push(match self.bound_to {
             Some(address) => format!(
                 "the token holds for {address} alone: does the server see you there, or a NAT? Then use --source"
@@ -329,13 +344,7 @@ fn with_scope(mut destination: SocketAddr, resolved: &SocketAddr) -> SocketAddr 
 /// `--source` also chooses among own addresses; another one is a NAT's and only goes into the token.
 fn own_source(source: Source) -> Option<IpAddr> {
     let Source::Address(address) = source else { return None };
-    let interfaces = nix::ifaddrs::getifaddrs().ok()?;
-    let own = interfaces.filter_map(|interface| {
-        let storage = interface.address?;
-        let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    });
-    own.into_iter().any(|own| own == address).then_some(address)
+    own_addresses().contains(&address).then_some(address)
 }
 
 /// What the token is bound to (docs/protocol.md section 3): never from bound to unbound by itself.
@@ -362,18 +371,6 @@ fn unused_port(home: &Home, destination: SocketAddr, source: Option<IpAddr>) -> 
         held.push(port);
     }
     Err(PortError::Socket(io::ErrorKind::AddrInUse.into()).into())
-}
-
-fn wait_until(time: u64, tell: impl Fn(u64)) {
-    let wait = time.saturating_sub(unix_now());
-    if wait > 0 {
-        tell(wait);
-        thread::sleep(Duration::from_secs(wait));
-    }
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]
