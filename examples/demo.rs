@@ -14,7 +14,7 @@
 #[path = "../tests/support/lab.rs"]
 mod lab;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -69,7 +69,7 @@ fn demo() {
     step("The daemon stops; the gate stays shut");
     daemon.stop();
     for family in FAMILIES {
-        check(&lab, family, family.alice(), false);
+        connect(&lab, family, family.alice(), false);
     }
 }
 
@@ -78,7 +78,7 @@ fn knock_and_connect(lab: &Lab, daemon: &mut Daemon, family: Family) {
     let thief = family.pick(THIEF[0], THIEF[1]);
 
     step("The port is dead: a connection meets silence");
-    check(lab, family, client, false);
+    connect(lab, family, client, false);
 
     step("One knock");
     println!("  client$ knockq send server ssh {} --source {client}", family.flag());
@@ -93,8 +93,7 @@ fn knock_and_connect(lab: &Lab, daemon: &mut Daemon, family: Family) {
     show_log(daemon, lines);
 
     step("The connection succeeds, and the service's banner appears");
-    let mut connection = lab.alice.connect(server, 22).expect("the door is open");
-    println!("  client$ nc {server} 22\n  welcome to 22");
+    let mut connection = connect(lab, family, client, true).expect("it was checked");
 
     step("The same bytes again, from the same address and from a thief's, open nothing");
     let lines = daemon.log().lines().count();
@@ -103,7 +102,7 @@ fn knock_and_connect(lab: &Lab, daemon: &mut Daemon, family: Family) {
     daemon.wait_for("reason=replayed user=alice");
     thread::sleep(Duration::from_millis(500));
     show_log(daemon, lines);
-    check(lab, family, thief, false);
+    connect(lab, family, thief, false);
     assert_eq!(lab.door(thief, 22), None, "a replay opened a door");
 
     step("The door closes by itself, 6 s after the knock");
@@ -111,7 +110,7 @@ fn knock_and_connect(lab: &Lab, daemon: &mut Daemon, family: Family) {
         assert!(start.elapsed() < Duration::from_secs(30), "the door does not close");
         thread::sleep(Duration::from_millis(100));
     }
-    check(lab, family, client, false);
+    connect(lab, family, client, false);
 
     step("The connection that was made lives on");
     assert!(echoes(&mut connection), "the established connection is dead");
@@ -122,18 +121,14 @@ fn step(what: &str) {
     println!("\n* {what}");
 }
 
-/// Connects from one of the client's addresses, and must find what is expected.
-fn check(lab: &Lab, family: Family, from: IpAddr, is_open: bool) {
+/// Connects from one of the client's addresses to the guarded port, which must answer, or must not.
+fn connect(lab: &Lab, family: Family, from: IpAddr, is_open: bool) -> Option<TcpStream> {
     let server = family.server();
-    let answered = lab.alice.enter(|| {
-        Command::new("nc").args(["-w", "1", "-s", &from.to_string(), &server.to_string(), "22"]).output().unwrap()
-    });
-    let answer = String::from_utf8_lossy(&answered.stdout);
-    println!(
-        "  client$ nc -w 1 -s {from} {server} 22\n  {}",
-        if answer.is_empty() { "(silence)" } else { answer.trim() }
-    );
-    assert_eq!(!answer.is_empty(), is_open, "the port is not as it should be");
+    let connection = lab.alice.connect_from(from, server, 22);
+    let answer = if connection.is_some() { "\"welcome to 22\"" } else { "silence" };
+    println!("  client, from {from}, connects to {server} port 22: {answer}");
+    assert_eq!(connection.is_some(), is_open, "the port is not as it should be");
+    connection
 }
 
 fn show_log(daemon: &Daemon, from_line: usize) {

@@ -451,6 +451,39 @@ fn without_its_capability_send_names_the_remedy() {
 }
 
 #[test]
+fn send_needs_one_capability_and_gives_it_up() {
+    let world = World::new();
+    let binary = world.path("knockq");
+    fs::copy(KNOCKQ, &binary).unwrap();
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+    assert!(Command::new("chown").args(["-R", "65534:65534"]).arg(&world.path).status().unwrap().success());
+    // a host of its own, where 192.0.2.1 is local and nothing listens, so that --wait goes on for a while
+    let script = "ip link set lo up; ip route add local 192.0.2.1 dev lo; exec setpriv --reuid 65534 --regid 65534 \
+                  --clear-groups --inh-caps=-all,+net_raw --ambient-caps=+net_raw \"$0\" send home --wait";
+    let errors = fs::File::create(world.path("errors")).unwrap();
+    let mut child = Command::new("unshare")
+        .args(["-n", "sh", "-c", script])
+        .arg(&binary)
+        .env("HOME", &world.path)
+        .stderr(errors)
+        .spawn()
+        .unwrap();
+    let said = || fs::read_to_string(world.path("errors")).unwrap();
+    let start = std::time::Instant::now();
+    while !said().contains("Knocked at home") {
+        assert!(start.elapsed().as_secs() < 30 && child.try_wait().unwrap().is_none(), "{}", said());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        let line = status.lines().find(|line| line.starts_with(set)).unwrap();
+        assert_eq!(u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap(), 0, "{line}");
+    }
+}
+
+#[test]
 fn without_a_route_or_timestamps_send_says_so() {
     let world = World::new();
     let isolated = |script: &str| {

@@ -9,7 +9,7 @@ use thiserror::Error;
 const NFT: &str = "/usr/sbin/nft";
 
 /// A table that holds a queue statement and nothing else: if nft refuses this, the kernel lacks `nft_queue`.
-const PROBE: &str = "table inet knockq_probe { chain c { queue num 65535 } }";
+const PROBE: &str = "table inet knockq_probe {\n chain c {\n queue num 65535\n }\n}\n";
 
 /// Why nft did not do it.
 #[derive(Debug, Error)]

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
 /// Time that something may take that does happen: an emulated machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -152,15 +154,19 @@ impl Host {
     /// A connection to an open port, with its banner read; `None` if the port stays silent.
     pub fn connect(&self, server: IpAddr, port: u16) -> Option<TcpStream> {
         let address = SocketAddr::new(server, port);
-        let mut stream = self.enter(|| TcpStream::connect_timeout(&address, SHUT)).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut banner = [0; 11];
-        stream.read_exact(&mut banner).unwrap();
-        assert_eq!(&banner, b"welcome to ");
-        while banner[0] != b'\n' {
-            stream.read_exact(&mut banner[..1]).unwrap();
-        }
-        Some(stream)
+        Some(welcomed(self.enter(|| TcpStream::connect_timeout(&address, SHUT)).ok()?))
+    }
+
+    /// The same, from one of this host's addresses.
+    pub fn connect_from(&self, source: IpAddr, server: IpAddr, port: u16) -> Option<TcpStream> {
+        let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = self.enter(|| {
+            let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+            bind(&socket, &SocketAddr::new(source, 0)).unwrap();
+            set_socket_timeout(&socket, Timeout::Send, Some(SHUT)).unwrap();
+            connect(&socket, &SocketAddr::new(server, port)).is_ok().then_some(socket)
+        });
+        Some(welcomed(socket?.into()))
     }
 
     pub fn reaches(&self, server: IpAddr, port: u16) -> bool {
@@ -184,6 +190,18 @@ impl Drop for Host {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
+}
+
+/// Reads the banner of [`Host::serve`].
+fn welcomed(mut stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut banner = [0; 11];
+    stream.read_exact(&mut banner).unwrap();
+    assert_eq!(&banner, b"welcome to ");
+    while banner[0] != b'\n' {
+        stream.read_exact(&mut banner[..1]).unwrap();
+    }
+    stream
 }
 
 /// Still talking after whatever happened in between.
