@@ -135,8 +135,6 @@ struct Keeper {
     monitor: Process,
     verifier: Process,
     ruleset: Ruleset,
-    /// The kernel leaves the table to us alone.
-    persists: bool,
     signals: [(i32, UnixStream); 3],
     /// What the children have said so far.
     said: Vec<(&'static str, Message)>,
@@ -175,7 +173,6 @@ impl Keeper {
             monitor,
             verifier,
             ruleset,
-            persists: false,
             signals: [terminate?, interrupt?, hangup?],
             said: Vec::new(),
             is_ready: false,
@@ -186,11 +183,11 @@ impl Keeper {
     fn bring_up(&mut self, config: &ServerConfig) -> Result<(), Ended> {
         self.wait_for("verifier", Message::Ready)?;
         self.wait_for("monitor", Message::Bound)?;
-        self.persists = load_table(&self.ruleset)?;
+        let persists = load_table(&self.ruleset)?;
         self.monitor.send(Message::Loaded, &[])?;
         self.wait_for("monitor", Message::Ready)?;
         self.is_ready = true;
-        if !self.persists {
+        if !persists {
             info!(
                 "this kernel (before 6.9) or a table that was there lets others flush the gate: keep the include file in /etc/nftables.conf"
             );
@@ -218,11 +215,7 @@ impl Keeper {
 
     /// The gate is open until this is done, so nothing comes before it.
     fn restore_table(&mut self) -> Result<(), Ended> {
-        if self.persists {
-            load_table(&self.ruleset)?;
-        } else {
-            nft::load(&self.ruleset.to_string())?; // asking the kernel again whether it takes owners would cost 10 ms
-        }
+        nft::load(&self.ruleset.to_string())?; // asking the kernel again whether it takes owners would cost 10 ms
         self.monitor.send(Message::Loaded, &[])?;
         warn!("somebody else deleted table inet knockq: it is loaded again, and open doors are open again");
         Ok(())

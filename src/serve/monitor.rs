@@ -71,12 +71,18 @@ pub fn run() -> Result<(), MonitorError> {
     keeper.send(Message::Bound, &[])?;
     let Some([]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
     let watch = Watch::new()?;
-    let doors = Doors::new()?;
+    let mut doors = Doors::new()?;
+    let is_owner = match doors.own_table()? {
+        Ownership::Adopted => true,
+        Ownership::Unsupported => false,
+        Ownership::Made => return Err(MonitorError::NoTable), // and so it is empty: a gate that lets all in
+    };
+    if is_owner {
+        info!("the table is owned: nobody else can change or flush it");
+    }
+    keeper.send(Message::Ready, &[])?;
     let (relay, book) = (RelayWriter::new(relay), Book::default());
-    let mut monitor = Monitor { keeper, queue, watch, relay, frames, policy, doors, book };
-    monitor.adopt_table()?;
-    monitor.keeper.send(Message::Ready, &[])?;
-    monitor.serve()
+    Monitor { keeper, queue, watch, is_owner, relay, frames, policy, doors, book }.serve()
 }
 
 /// The keeper alone decides when it is time; a terminal's Ctrl-C reaches it too.
@@ -92,6 +98,8 @@ struct Monitor {
     keeper: Channel,
     queue: KernelQueue,
     watch: Watch,
+    /// The kernel leaves the table to this process alone.
+    is_owner: bool,
     relay: RelayWriter,
     frames: OwnedFd,
     policy: Policy,
@@ -110,7 +118,8 @@ impl Monitor {
             if !verifier_lives || !keeper_lives {
                 return Ok(()); // the keeper tells why
             }
-            if watch && self.watch.table_is_lost()? {
+            // Nobody can take away what we own; and its owner alone can load it.
+            if watch && self.watch.table_is_lost()? && !self.is_owner {
                 self.keeper.send(Message::Lost, &[])?;
             }
             if last_tick.elapsed() >= TICK {
@@ -133,22 +142,11 @@ impl Monitor {
     /// The keeper says that the table is loaded again, or nothing more: `false`.
     fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
         let Some([]) = self.keeper.expect(Message::Loaded)? else { return Ok(false) };
-        self.adopt_table()?;
         let now = Instant::now();
         for door in self.book.standing(now) {
             self.put(&door, now)?;
         }
         Ok(true)
-    }
-
-    /// Where the kernel allows it, makes the table ours alone.
-    fn adopt_table(&mut self) -> Result<(), MonitorError> {
-        match self.doors.own_table()? {
-            Ownership::Adopted => info!("the table is owned: nobody else can change or flush it"),
-            Ownership::Unsupported => {}
-            Ownership::Made => return Err(MonitorError::NoTable), // and so it is empty: a gate that lets all in
-        }
-        Ok(())
     }
 
     /// Drops what is queued and hands the headers on; `false` when the verifier is gone.
