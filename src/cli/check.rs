@@ -9,7 +9,9 @@ use super::failure::Failure;
 use super::{ConfigArg, note, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::serve::keeper::ServeError;
+use crate::serve::keeper::{self, ServeError};
+use crate::serve::store::{Store, StoreError};
+use crate::serve::verifier::VerifierError;
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  knockq check --config /etc/knockq/knockq.toml")]
@@ -23,12 +25,22 @@ impl Check {
         let path = self.config.config;
         let config = ServerConfig::load(&path)?;
         config.registry()?;
-        secure_file::open(&config.store_path(), Privacy::Secret, OpenOptions::new().read(true))
-            .map_err(ServeError::Store)?;
+        keeper::accounts(&config)?;
+        check_store(&config)?;
         warn_of_ephemeral_ports(&config);
         let (services, users) = (config.services.len(), config.users.len());
         let knock_ports = config.knock_ports.iter().count();
         print(&format!("{}: ok (services {services}, users {users}, knock ports {knock_ports})\n", path.display()))
+    }
+}
+
+/// The daemon, if it runs, has the store open; then it has found it right.
+fn check_store(config: &ServerConfig) -> Result<(), Failure> {
+    let path = config.store_path();
+    let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
+    match Store::open(file.map_err(ServeError::Store)?, *config.private_key.public()) {
+        Ok(_) | Err(StoreError::InUse) => Ok(()),
+        Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }
 }
 

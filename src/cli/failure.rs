@@ -77,9 +77,13 @@ impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         match error {
             ConfigError::File(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
-                Self::new(format!("{}: {cause}", path.display()))
-                    .hint("make a configuration with `knockq init --protect tcp/22`, or name one with --config")
-                    .code(CONFIGURATION)
+                let is_config = path.extension().is_some_and(|extension| extension == "toml");
+                let failure = Self::new(format!("{}: {cause}", path.display())).code(CONFIGURATION);
+                if is_config {
+                    failure.hint("make a configuration with `knockq init --protect tcp/22`, or name one with --config")
+                } else {
+                    failure.hint("restore it from a backup; with another key every user needs a new profile")
+                }
             }
             ConfigError::File(error) => error.into(),
             other => Self::new(other.to_string()).maybe_hint(other.hint()).code(CONFIGURATION),
@@ -203,9 +207,9 @@ impl From<SendError> for Failure {
     fn from(error: SendError) -> Self {
         let failure = Self::new(error.to_string());
         match error {
-            SendError::NotPermitted => failure
-                .hint("sudo setcap cap_net_raw+ep \"$(command -v knockq)\", or run it with sudo -E")
-                .code(PERMISSION),
+            SendError::NotPermitted => {
+                failure.hint("sudo setcap cap_net_raw+ep \"$(command -v knockq)\"").code(PERMISSION)
+            }
             SendError::Home(error) => error.into(),
             SendError::Profile(error) => error.into(),
             SendError::File(error) => error.into(),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::failure::Failure;
+use super::failure::{CONFIGURATION, Failure};
 use super::print;
 use crate::client::host::MAX_LEN;
 use crate::client::{Home, Profile};
@@ -50,12 +50,15 @@ impl Host {
 
 fn read(path: &Path) -> Result<String, Failure> {
     let fail = |error| Failure::new(format!("{}: {error}", path.display()));
-    let limit = u64::try_from(MAX_LEN).unwrap_or(u64::MAX);
+    let limit = u64::try_from(MAX_LEN + 1).unwrap_or(u64::MAX);
     let mut text = String::new();
     if path == Path::new("-") {
         io::stdin().take(limit).read_to_string(&mut text).map_err(fail)?;
     } else {
         std::fs::File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text)).map_err(fail)?;
+    }
+    if text.len() > MAX_LEN {
+        return Err(Failure::new(format!("{}: is larger than 1 MiB", path.display())).code(CONFIGURATION));
     }
     Ok(text)
 }

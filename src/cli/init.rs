@@ -1,6 +1,6 @@
 //! `knockq init`
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
 use std::io::{self, IsTerminal};
@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use ipnet::IpNet;
 
 use super::check::{ephemeral_ports, warn_of_ephemeral_ports};
 use super::failure::{CONFIGURATION, Failure, USAGE};
@@ -109,18 +110,24 @@ impl Init {
             let _ = writeln!(text, "address     = [{}]   # what goes into profiles", list(addresses));
         }
         if let Some(address) = trusted {
-            let length = if address.is_ipv4() { 32 } else { 128 };
-            let _ = writeln!(text, "trusted     = [\"{address}/{length}\"]   # never gated");
+            let _ = writeln!(text, "trusted     = [\"{}\"]   # never gated", IpNet::from(address));
         }
         if self.state != Path::new(STATE_DIRECTORY) {
             let _ = writeln!(text, "state       = {:?}", self.state.display().to_string());
         }
-        for port in self.protect.iter().collect::<BTreeSet<_>>() {
-            let _ = writeln!(
-                text,
-                "\n[services.{}]\nports    = [\"{port}\"]\nopen_for = \"30s\"   # how long new connections may be made",
-                service_name(port)
-            );
+        // One number is one service, over both transports if both are named: it is also what a token names it by.
+        let mut services: BTreeMap<u16, BTreeSet<Port>> = BTreeMap::new();
+        for port in &self.protect {
+            services.entry(port.number).or_default().insert(*port);
+        }
+        let mut names = BTreeSet::new();
+        for ports in services.values() {
+            let Some(first) = ports.first() else { continue };
+            let name = Some(service_name(first)).filter(|name| names.insert(name.clone()));
+            let name = name.unwrap_or_else(|| numbered_name(first));
+            let ports = list(&ports.iter().map(ToString::to_string).collect::<Vec<_>>());
+            let _ = writeln!(text, "\n[services.{name}]\nports    = [{ports}]");
+            text.push_str("open_for = \"30s\"   # how long new connections may be made\n");
         }
         text
     }
@@ -208,7 +215,8 @@ fn offer_trust() -> Option<IpAddr> {
     let address: IpAddr = connection.split_whitespace().next()?.parse().ok()?;
     if !io::stdin().is_terminal() {
         note(&format!(
-            "You are logged in from {address}. To keep that address out of the gate, add trusted = [\"{address}\"]"
+            "You are logged in from {address}. To keep it out of the gate, add trusted = [\"{}\"] to [server]",
+            IpNet::from(address)
         ));
         return None;
     }
@@ -228,7 +236,11 @@ fn service_name(port: &Port) -> String {
         (fields.next()? == wanted && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'))
             .then(|| name.to_owned())
     });
-    name.unwrap_or_else(|| format!("{}-{}", port.transport, port.number))
+    name.unwrap_or_else(|| numbered_name(port))
+}
+
+fn numbered_name(port: &Port) -> String {
+    format!("{}-{}", port.transport, port.number)
 }
 
 /// TCP ports that somebody listens on, of either family.

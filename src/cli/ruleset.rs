@@ -19,10 +19,10 @@ pub(super) struct PrintRuleset {
 
 impl PrintRuleset {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let ruleset = ServerConfig::load(&self.config.config)?.ruleset().to_string();
+        let ruleset = ServerConfig::load(&self.config.config)?.ruleset();
         if self.check {
-            nft::check(&ruleset)?;
+            nft::check(&ruleset.for_check())?;
         }
-        print(&ruleset)
+        print(&ruleset.to_string())
     }
 }

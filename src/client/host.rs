@@ -16,7 +16,7 @@ use crate::crypto::{KnockPorts, PublicKey};
 use crate::service::{Name, Port};
 
 /// Bytes of a profile at most.
-pub const MAX_LEN: usize = 1 << 16;
+pub const MAX_LEN: usize = 1 << 20;
 
 /// A profile. Written, its first base64 text is the server's public key.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -175,6 +175,9 @@ impl Profile {
         }
         if self.services.is_empty() {
             return lacks("service");
+        }
+        if self.default.as_ref().is_some_and(|default| !self.services.contains_key(default)) {
+            return lacks("service by the name of its default");
         }
         let own = *home.key()?.public();
         if self.server_key.0 == own {

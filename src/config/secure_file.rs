@@ -84,7 +84,7 @@ impl FileError {
         match self {
             Self::Readable { path, .. } => Some(format!("chmod 600 {}", path.display())),
             Self::Writable { path, .. } => Some(format!("chmod go-w {}", path.display())),
-            Self::Owner { path, .. } => Some(format!("chown root {}", path.display())),
+            Self::Owner { path, .. } => Some(format!("chown {} {}", geteuid().as_raw(), path.display())),
             Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 Some("run this as root".to_owned())
             }

@@ -87,10 +87,28 @@ add rule inet TABLE door drop
 ";
 
 impl Ruleset {
+    /// The include file under another table's name, for a check that the live table has no say in.
+    pub fn for_check(&self) -> String {
+        self.render("knockq_check")
+    }
+
     /// The include file for a table that is there and persists: nft 1.0.6 cannot name such a table's flags, so it must not
     /// try to add it.
     pub fn for_table_that_persists(&self) -> String {
         self.to_string().replace(&format!("add table inet {}\n", super::TABLE), "")
+    }
+
+    fn render(&self, table: &str) -> String {
+        let fill = |text: &str| {
+            text.replace("TABLE", table)
+                .replace("SIZE", &SET_SIZE.to_string())
+                .replace("QUEUE", &self.queue.to_string())
+        };
+        let elements = self.elements().into_iter().filter(|(_, elements)| !elements.is_empty());
+        let elements: String = elements
+            .map(|(set, elements)| format!("add element inet {table} {set} {{ {} }}\n", elements.join(", ")))
+            .collect();
+        format!("#!/usr/sbin/nft -f\n{}{elements}{}", fill(FRAME), fill(RULES))
     }
 
     fn elements(&self) -> [(&'static str, Vec<String>); 4] {
@@ -107,19 +125,7 @@ impl Ruleset {
 
 impl fmt::Display for Ruleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let fill = |text: &str| {
-            text.replace("TABLE", super::TABLE)
-                .replace("SIZE", &SET_SIZE.to_string())
-                .replace("QUEUE", &self.queue.to_string())
-        };
-        f.write_str("#!/usr/sbin/nft -f\n")?;
-        f.write_str(&fill(FRAME))?;
-        for (set, elements) in self.elements() {
-            if !elements.is_empty() {
-                writeln!(f, "add element inet {} {set} {{ {} }}", super::TABLE, elements.join(", "))?;
-            }
-        }
-        f.write_str(&fill(RULES))
+        f.write_str(&self.render(super::TABLE))
     }
 }
 

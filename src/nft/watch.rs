@@ -4,7 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_netfilter::nftables::{ChainAttribute, NfTablesMessage, SetAttribute, TableAttribute};
+use netlink_packet_netfilter::nftables::{
+    ChainAttribute, NfTablesMessage, RuleAttribute, SetAttribute, TableAttribute,
+};
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use rustix::io::Errno;
@@ -33,8 +35,8 @@ impl Watch {
         Ok(Self(socket))
     }
 
-    /// Reads what has been told; whether our table, or one of its chains or sets, was deleted. Loading the table again
-    /// deletes neither, so this is never told of our own doing.
+    /// Reads what has been told; whether our table, or one of its chains, sets or rules, was deleted. Loading the table
+    /// again deletes rules too: read that away before going on.
     ///
     /// # Errors
     /// The kernel's.
@@ -83,6 +85,9 @@ fn takes_something_of_ours(message: &NetlinkMessage<NetfilterMessage>) -> bool {
         }
         NfTablesMessage::DeleteSet(set) => {
             set.attributes.iter().any(|attribute| matches!(attribute, SetAttribute::Table(name) if name == TABLE))
+        }
+        NfTablesMessage::DeleteRule(rule) => {
+            rule.attributes.iter().any(|attribute| matches!(attribute, RuleAttribute::Table(name) if name == TABLE))
         }
         _ => false,
     }

@@ -20,7 +20,7 @@ pub struct KernelSettings {
     pub receive_buffer: u32,
     /// The larger of the last number of `net.ipv4.tcp_rmem` and `net.core.rmem_max`, in bytes.
     pub receive_buffer_max: u32,
-    /// TTL or hop limit of this route.
+    /// TTL or hop limit: of the host for IPv4, of the route for IPv6.
     pub hop_limit: u8,
     /// MTU of this route, in bytes.
     pub mtu: u32,
@@ -148,7 +148,7 @@ impl Persona {
 
 /// `tcp_select_initial_window`: half of the receive buffer, in whole segments, 65535 at most.
 fn initial_window(receive_buffer: u32, mss: u32) -> u16 {
-    let space = (receive_buffer / 2).min(65536);
+    let space = receive_buffer / 2;
     let whole = if space > mss { space - space % mss } else { space };
     u16::try_from(whole).unwrap_or(u16::MAX)
 }
@@ -235,6 +235,15 @@ mod tests {
         ] {
             let persona = Persona::new(&KernelSettings { mtu, ..KERNEL }, &address).unwrap();
             assert_eq!((persona.mss, persona.window), (mss, window), "MTU {mtu}");
+        }
+    }
+
+    #[test]
+    fn window_follows_the_receive_buffer_as_measured_on_linux() {
+        let v4: IpAddr = "192.0.2.1".parse().unwrap();
+        for (receive_buffer, window) in [(131_072, 64240), (262_144, 65535), (65536, 32120), (2048, 1024)] {
+            let persona = Persona::new(&KernelSettings { receive_buffer, ..KERNEL }, &v4).unwrap();
+            assert_eq!(persona.window, window, "tcp_rmem[1] = {receive_buffer}");
         }
     }
 

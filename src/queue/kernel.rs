@@ -107,6 +107,8 @@ impl KernelQueue {
             let mut message = match self.queue.recv() {
                 Ok(message) => message,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(taken),
+                // The answer to an earlier verdict: the kernel had already dropped that packet itself.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(fail(self.number)(error)),
             };
             message.set_verdict(Verdict::Drop);

@@ -151,8 +151,9 @@ enum Event {
 impl Keeper {
     /// Starts both children and hands each what is its own.
     fn start(config: &ServerConfig, style: Style) -> Result<Self, ServeError> {
-        let settings = handover::seal(&verifier_settings(config)?)?;
-        let policy = handover::seal(&monitor_policy(config)?)?;
+        let [verifier, monitor] = accounts(config)?;
+        let settings = handover::seal(&verifier_settings(config, verifier)?)?;
+        let policy = handover::seal(&monitor_policy(config, monitor))?;
         let store = open_store(&config.store_path())?;
         refuse_taken_queue(config.queue)?;
 
@@ -298,11 +299,28 @@ impl Keeper {
     }
 }
 
-fn verifier_settings(config: &ServerConfig) -> Result<Settings, ServeError> {
-    let (identity, exists) = Identity::of_account(&config.account, VERIFIER_FALLBACK)?;
-    if !exists {
-        warn!("there is no user `{}`, so the verifier runs as uid {VERIFIER_FALLBACK}", config.account);
+/// Whom verifier and monitor become, in this order.
+///
+/// # Errors
+/// When an account is root's, or both have one user id: then each could reach into the other.
+pub fn accounts(config: &ServerConfig) -> Result<[Identity; 2], ServeError> {
+    let monitor = format!("{}-monitor", config.account);
+    let accounts = [(&config.account, VERIFIER_FALLBACK), (&monitor, MONITOR_FALLBACK)];
+    let [verifier, monitor] = accounts.map(|(account, fallback)| {
+        let (identity, exists) = Identity::of_account(account, fallback)?;
+        if !exists {
+            warn!("there is no user `{account}`, so uid {fallback} stands in for it");
+        }
+        Ok::<_, SandboxError>(identity)
+    });
+    let (verifier, monitor) = (verifier?, monitor?);
+    if verifier.uid == monitor.uid {
+        return Err(SandboxError::Shared(config.account.clone()).into());
     }
+    Ok([verifier, monitor])
+}
+
+fn verifier_settings(config: &ServerConfig, identity: Identity) -> Result<Settings, ServeError> {
     Ok(Settings {
         identity,
         server: *config.private_key.public(),
@@ -311,17 +329,12 @@ fn verifier_settings(config: &ServerConfig) -> Result<Settings, ServeError> {
     })
 }
 
-fn monitor_policy(config: &ServerConfig) -> Result<Policy, ServeError> {
-    let account = format!("{}-monitor", config.account);
-    let (identity, exists) = Identity::of_account(&account, MONITOR_FALLBACK)?;
-    if !exists {
-        warn!("there is no user `{account}`, so the monitor runs as uid {MONITOR_FALLBACK}");
-    }
+fn monitor_policy(config: &ServerConfig, identity: Identity) -> Policy {
     let openings = config.services.iter().flat_map(|service| {
         let (once, seconds) = (service.once, service.open_for);
         service.ports.iter().map(move |&port| Opening { port, once, seconds })
     });
-    Ok(Policy { identity, queue: config.queue, openings: openings.collect() })
+    Policy { identity, queue: config.queue, openings: openings.collect() }
 }
 
 fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {

@@ -142,6 +142,7 @@ impl Monitor {
     /// The keeper says that the table is loaded again, or nothing more: `false`.
     fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
         let Some([]) = self.keeper.expect(Message::Loaded)? else { return Ok(false) };
+        self.watch.table_is_lost()?; // what the kernel has told until now, the loading itself has done
         let now = Instant::now();
         for door in self.book.standing(now) {
             self.put(&door, now)?;
@@ -190,7 +191,10 @@ impl Monitor {
                 self.book.note(door, Grant { user: user.clone(), service: service.clone(), until }, now);
                 match self.put(&door, now) {
                     Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
-                    Err(error) => warn!(%user, %service, %source, %port, "not granted: {error}"),
+                    Err(error) => {
+                        self.book.strike(&door, &user);
+                        warn!(%user, %service, %source, %port, "not granted: {error}");
+                    }
                 }
             }
             Frame::Close { source, port, user } => {

@@ -50,6 +50,9 @@ pub enum SandboxError {
     /// The daemon's user must not be root.
     #[error("user `{0}` is root: the daemon's processes must not be")]
     Root(String),
+    /// Both accounts have one user id.
+    #[error("users `{0}` and `{0}-monitor` have the same user id: each process needs its own")]
+    Shared(String),
     /// A step failed.
     #[error("cannot {step}: {cause}")]
     Step {

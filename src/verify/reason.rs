@@ -115,7 +115,7 @@ impl Reason {
             Self::Replayed => "this knock was spent before",
             Self::Superseded => "a later knock of this key was accepted before",
             Self::SpentTwice => "an unbound token came from two addresses, so somebody copied it: knock again, bound",
-            Self::NotDurable => "the counter store could not be written: see the error above",
+            Self::NotDurable => "its counter could not be written: see what this log says of the store",
             Self::NotPermitted => "the user's entry does not list this service",
             Self::Expired => "the user's entry has expired",
             _ => return None,

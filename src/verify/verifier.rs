@@ -65,6 +65,8 @@ pub struct Grant {
     pub open_for: u32,
     /// Only one connection.
     pub once: bool,
+    /// Nothing but [`Grant::new`], which wants both proofs, can fill this in.
+    _earned: (),
 }
 
 /// A grant to take back.
@@ -127,6 +129,7 @@ impl Grant {
             ports: service.ports.clone(),
             open_for: service.open_for,
             once: service.once,
+            _earned: (),
         })
     }
 }
