@@ -66,6 +66,60 @@ pub enum NameError {
     /// Another character than those allowed, or a dot or dash at the start.
     #[error("`{0}` is not a name: use letters, digits, `.`, `_` and `-`, and start with a letter or digit")]
     Character(String),
+    /// Not a host name or an IP address.
+    #[error("`{0}` is neither a host name nor an IP address")]
+    Address(String),
+}
+
+/// A host name or an IP address, as it goes into a profile: nothing in it could be taken for anything else in a file, a
+/// message or a terminal.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct HostAddress(Box<str>);
+
+impl HostAddress {
+    /// The address as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for HostAddress {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | ':' | '%' | '_' | '-');
+        if text.is_empty() || text.len() > 253 || !text.chars().all(is_allowed) {
+            return Err(NameError::Address(text.chars().take(80).collect::<String>().escape_default().to_string()));
+        }
+        Ok(Self(text.into()))
+    }
+}
+
+impl TryFrom<String> for HostAddress {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl From<HostAddress> for String {
+    fn from(address: HostAddress) -> Self {
+        address.0.into()
+    }
+}
+
+impl From<std::net::IpAddr> for HostAddress {
+    fn from(address: std::net::IpAddr) -> Self {
+        Self(address.to_string().into())
+    }
+}
+
+impl fmt::Display for HostAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// A transport protocol whose ports can be guarded.

@@ -209,7 +209,7 @@ fn a_configuration_that_is_wrong_is_shown_with_its_place() {
     let cases: &[(&str, &str, &[&str])] = &[
         ("private_key", "private_kee", &["knockq.toml:4:1: unknown field `private_kee`", "^"]),
         ("[\"20000-21023\"]", "[\"20000-\"]", &["knockq.toml:5:15: `20000-` is no range of ports"]),
-        ("[\"20000-21023\"]", "[\"1-16385\"]", &["a server has 1 to 16384 knock ports, not 16385"]),
+        ("[\"20000-21023\"]", "[\"1-16385\"]", &["a server has 1 to 16384 knock ports, not more"]),
         ("[\"20000-21023\"]", "[\"22\"]", &["knockq.toml:5:15: knock port 22 is guarded by service", "Hint: "]),
         ("[\"20000-21023\"]", "[\"20000-20001\", \"20001\"]", &["knock port 20001 is listed twice"]),
         ("open_for = \"30s\"", "open_for = \"30\"", &["`30` is no duration"]),
@@ -242,7 +242,7 @@ fn a_user_that_is_wrong_is_shown_with_its_place() {
         ("services", "expires = 2030-01-01\nservices", &["alice.toml:2:11: expires is not built yet"]),
         ("services", "add_to = [\"inet filter a\"]\nservices", &["add_to is not built yet"]),
         ("services", "source = \"some\"\nservices", &["alice.toml:2:10: unknown variant `some`"]),
-        ("services", "from = [\"10.0.0.0\"]\nservices", &["alice.toml:2:"]),
+        ("services", "from = [\"10.0.0\"]\nservices", &["alice.toml:2:", "`10.0.0` is no network"]),
     ];
     for (from, to, said) in cases {
         let world = World::new();
@@ -325,6 +325,69 @@ fn a_missing_store_stops_the_server() {
     for ran in [world.check(), world.serve()] {
         ran.fails(78, &["counters.redb: the counter store is missing", "Hint: "]);
     }
+}
+
+#[test]
+fn one_port_of_both_transports_is_one_service_and_one_address_is_a_network() {
+    let world = World::empty();
+    world.init(&["--protect", "tcp/64443", "--protect", "udp/64443"]).succeeds();
+    let text = fs::read_to_string(world.config()).unwrap();
+    assert!(text.contains("[services.tcp-64443]\nports    = [\"tcp/64443\", \"udp/64443\"]"), "{text}");
+    world.edit("etc/knockq.toml", "[server]\n", "[server]\ntrusted = [\"203.0.113.9\", \"2001:db8::/32\"]\n");
+    world.check().succeeds();
+}
+
+#[test]
+fn a_state_directory_is_found_from_anywhere() {
+    let world = World::empty();
+    let made = world
+        .command(&["init", "--protect", "tcp/22", "--dir", "etc", "--state", "state"])
+        .current_dir(&world.path)
+        .output()
+        .unwrap();
+    Ran(made).succeeds();
+    world.check().succeeds();
+}
+
+#[test]
+fn a_store_or_an_account_that_serve_would_refuse_is_refused_by_check() {
+    let (world, other) = (World::new(), World::new());
+    fs::copy(other.path("state/counters.redb"), world.path("state/counters.redb")).unwrap();
+    world.check().fails(78, &["counters.redb: belongs to the server key", "Hint: "]);
+    other.edit("etc/knockq.toml", "[server]\n", "[server]\nuser = \"root\"\n");
+    other.check().fails(78, &["user `root` is root"]);
+}
+
+#[test]
+fn a_profile_can_neither_forge_a_line_nor_crash_nor_be_cut() {
+    let world = World::new();
+    let add = |text: &str| {
+        fs::write(world.path("evil.profile"), text).unwrap();
+        world.run(&["host", "add", "evil", &world.text("evil.profile")])
+    };
+    let profile = fs::read_to_string(world.path("alice.profile")).unwrap();
+    let forged = add(&profile.replace("192.0.2.1", "h\\u001b[31mRED\\nAdded host good"));
+    forged.fails(78, &["is neither a host name nor an IP address"]);
+    assert!(!forged.errors().contains('\u{1b}'), "{:?}", forged.errors());
+    let raw = add(&format!("x = \u{1b}[31m{}", "y".repeat(70_000)));
+    raw.fails(78, &["evil.profile:1:"]);
+    assert!(!raw.errors().contains('\u{1b}') && raw.errors().len() < 3000, "{:?}", raw.errors());
+    add(&format!("{profile}#{}", "z".repeat(1 << 20))).fails(78, &["is larger than 1 MiB"]);
+    let many = "\"1-65535\",".repeat(6000);
+    add(&profile.replace("\"20000-21023\"", &many)).fails(78, &["not more"]);
+    add(&profile.replace("window =", "default = \"mail\"\nwindow ="))
+        .fails(78, &["no service by the name of its default"]);
+}
+
+#[test]
+fn a_source_decides_over_the_family_and_never_against_it() {
+    let world = World::new();
+    let send = |more: &[&str]| world.run(&[&["send", "home", "--print", "hex"], more].concat());
+    send(&["-4", "--source", "2001:db8::1"]).fails(64, &["source 2001:db8::1: is not of the family", "Hint: "]);
+    send(&["--source", "2001:db8::1"]).fails(1, &["host home: has no IPv6 address"]);
+    let hosts = ".config/knockq/hosts/home.toml";
+    world.edit(hosts, "window =", "source = \"2001:db8::1\"\nwindow =");
+    send(&["-4"]).fails(64, &["source 2001:db8::1: is not of the family", "Hint: "]);
 }
 
 #[test]

@@ -478,6 +478,131 @@ fn a_table_that_somebody_deletes_is_back_at_once_with_its_open_doors() {
 }
 
 #[test]
+fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_of_them() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    let key = lab.alice_key();
+    let ports = KnockPorts::new([20_000..=21_023]).unwrap();
+    let persona = Persona::new(&KERNEL, &Family::V4.server()).unwrap();
+    let syn = |source: [u8; 4], port, sequence, tsval| {
+        let flow = Flow {
+            source: source.into(),
+            source_port: 40_000,
+            destination: Family::V4.server(),
+            destination_port: port,
+        };
+        persona.syn(&flow, sequence, tsval, 7).unwrap()
+    };
+    // Each from an address of its own. Telling of 128 would overflow a socket's usual buffer.
+    let doors = 110_u8;
+    let first = unix_now() - 50;
+    lab.alice.enter(|| {
+        let socket = raw_socket(Family::V4);
+        for place in 0..doors {
+            let n = first + u64::from(place);
+            let token = key.seal(n, 22, Binding::Unbound);
+            let source = [10, 99, 0, place];
+            send_raw(&socket, Family::V4, &syn(source, key.pad(n).knock_port(&ports), token.sequence, token.tsval));
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    let open = || lab.server.nft(&["list", "set", "inet", "knockq", "open4"]).matches("expires").count();
+    eventually("all doors", || open() == usize::from(doors));
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // bounded: 50,000 SYNs at most, so that some are queued whenever the table goes
+        scope.spawn(|| {
+            lab.mallory.enter(|| {
+                let socket = raw_socket(Family::V4);
+                for number in (0..50_000_u32).take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                    let packet = syn([10, 77, 2, 2], 20_000, number, number);
+                    send_raw(&socket, Family::V4, &packet);
+                }
+            });
+        });
+        for _ in 0..5 {
+            lab.server.sh("nft flush ruleset");
+            eventually("all doors again", || {
+                let listing = lab.server.sh("nft list set inet knockq open4 2>/dev/null || true");
+                listing.matches("expires").count() == usize::from(doors)
+            });
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    thread::sleep(Duration::from_secs(1));
+    assert!(!lab.mallory.reaches(Family::V4.server(), 22), "the gate stands");
+    let restored = daemon.log().matches("it is loaded again").count();
+    assert!(restored <= 10, "it was loaded {restored} times for 5 deletions");
+}
+
+#[test]
+fn a_guarded_udp_port_is_shut_to_broadcasts_and_multicasts_too() {
+    let lab = Lab::network();
+    lab.configure("[services.vpn]\nports = [\"udp/5000\"]\nopen_for = \"1h\"\n");
+    lab.add_user("alice", &["vpn"]);
+    let receiver = lab.server.enter(|| std::net::UdpSocket::bind(("::", 5000)).unwrap());
+    receiver.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let arrives = |target: &str| {
+        lab.alice.enter(|| {
+            let target: SocketAddr = target.parse().unwrap();
+            let any: SocketAddr = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().unwrap();
+            let sender = std::net::UdpSocket::bind(any).unwrap();
+            sender.set_broadcast(true).unwrap();
+            sender.send_to(b"x", target).unwrap();
+        });
+        receiver.recv(&mut [0; 8]).is_ok()
+    };
+    let link_local = lab.server.sh("ip -6 -o addr show dev eth1 scope link");
+    let link_local = link_local.split_whitespace().find(|word| word.starts_with("fe80")).unwrap();
+    let index = lab.alice.sh("cat /sys/class/net/eth0/ifindex 2>/dev/null || ip -o link show eth0 | cut -d: -f1");
+    let link_local = format!("[{}%{}]:5000", link_local.split('/').next().unwrap(), index.trim());
+    let multicast = format!("[ff02::1%{}]:5000", index.trim());
+    let targets =
+        ["10.77.1.1:5000", "[fd77:1::1]:5000", "10.77.1.255:5000", "255.255.255.255:5000", &multicast, &link_local];
+    let without: Vec<&str> = targets.into_iter().filter(|target| arrives(target)).collect();
+    assert_eq!(without, targets, "without the gate all arrive");
+    let _daemon = lab.start();
+    let with: Vec<&str> = targets.into_iter().filter(|target| arrives(target)).collect();
+    assert_eq!(with, Vec::<&str>::new(), "with it none does");
+    for family in FAMILIES {
+        lab.knock(family, &["vpn"]);
+    }
+    eventually("the doors", || arrives("10.77.1.1:5000") && arrives("[fd77:1::1]:5000"));
+}
+
+#[test]
+fn a_full_disk_opens_nothing_and_service_resumes_by_itself() {
+    let lab = Lab::new();
+    let state = lab.directory.path.join("state");
+    let small = lab.directory.path.join("small");
+    fs::create_dir(&small).unwrap();
+    lab.server.sh(&format!("mount -t tmpfs -o size=2m,mode=700 none {}", small.display()));
+    lab.server.sh(&format!("cp {}/counters.redb {} && chmod 600 {1}/counters.redb", state.display(), small.display()));
+    let text = fs::read_to_string(lab.config()).unwrap();
+    fs::write(lab.config(), text.replace(state.to_str().unwrap(), small.to_str().unwrap())).unwrap();
+    let daemon = lab.start();
+    let filler = small.join("filler");
+    for (round, family) in (1..).zip(FAMILIES) {
+        lab.server.sh(&format!("dd if=/dev/zero of={} bs=4k 2>/dev/null || true", filler.display()));
+        // The store has a few pages to spare, so the first knocks may still be written.
+        let failures = || daemon.log().matches("the counters cannot be written, so nothing is opened").count();
+        eventually("a failed write", || {
+            lab.knock(family, &[]);
+            thread::sleep(Duration::from_millis(200));
+            failures() >= round
+        });
+        eventually("closing", || lab.door(family.alice(), 22).is_none());
+        lab.knock(family, &[]);
+        lab.stays_shut(family);
+        fs::remove_file(&filler).unwrap();
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    drop(daemon);
+    lab.server.sh(&format!("umount {}", small.display()));
+}
+
+#[test]
 fn no_socket_of_any_network_family_is_bound() {
     let lab = Lab::new();
     let daemon = lab.start();

@@ -219,6 +219,9 @@ impl From<SendError> for Failure {
                 failure.hint("check the name and the resolver, or put an address into the profile")
             }
             SendError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
+            SendError::SourceFamily(_) => {
+                failure.hint("leave out -4 and -6, or say --source ADDR or --source none").code(USAGE)
+            }
             SendError::Port(PortError::NoRoute { .. }) => failure.hint("check the network: ip route"),
             SendError::Port(PortError::Source { .. }) => failure.hint("see the own addresses with: ip address"),
             SendError::Persona(PersonaError::NoTimestamps) => failure.hint("sysctl net.ipv4.tcp_timestamps=1"),

@@ -42,7 +42,7 @@ impl Host {
         profile.add(&Home::of_environment()?, &name, same_server)?;
         print(&format!(
             "Added host {name}: {} (server key {})\n",
-            profile.address.join(", "),
+            profile.address.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
             String::from(profile.server_key)
         ))
     }

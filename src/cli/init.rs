@@ -6,7 +6,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, IsTerminal};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 use clap::Args;
 use ipnet::IpNet;
@@ -20,7 +20,7 @@ use crate::config::server::STATE_DIRECTORY;
 use crate::config::{FileError, ServerConfig};
 use crate::crypto::{KnockPorts, KnockPortsError, PrivateKey};
 use crate::serve::store::Store;
-use crate::service::Port;
+use crate::service::{HostAddress, Port};
 
 /// Knock ports that are chosen where none are given.
 const KNOCK_PORTS: u16 = 1024;
@@ -39,7 +39,7 @@ pub(super) struct Init {
     knock_ports: Vec<String>,
     /// Name or address that clients reach this host by [default: its own addresses]
     #[arg(long, value_name = "HOST")]
-    address: Vec<String>,
+    address: Vec<HostAddress>,
     /// Where to put the configuration
     #[arg(long, value_name = "DIR", default_value = "/etc/knockq")]
     dir: PathBuf,
@@ -50,6 +50,7 @@ pub(super) struct Init {
 
 impl Init {
     pub(super) fn run(self) -> Result<(), Failure> {
+        let state = path::absolute(&self.state).map_err(|cause| FileError::Io { path: self.state.clone(), cause })?;
         let knock_ports = self.choose_knock_ports()?;
         let addresses = if self.address.is_empty() { host_addresses() } else { self.address.clone() };
         let trusted = offer_trust();
@@ -58,17 +59,17 @@ impl Init {
             config: self.dir.join("knockq.toml"),
             users: self.dir.join("users.d"),
             ruleset: self.dir.join("knockq.nft"),
-            store: self.state.join("counters.redb"),
+            store: state.join("counters.redb"),
         };
         paths.refuse_existing()?;
 
         let mut made = Made::default();
-        for directory in [&self.dir, &self.state, &paths.users] {
+        for directory in [&self.dir, &state, &paths.users] {
             secure_file::create_directory(directory)?;
         }
         let key = PrivateKey::generate().map_err(|error| Failure::new(error.to_string()))?;
         made.file(&paths.key, &key.to_file_line(), Privacy::Secret)?;
-        made.file(&paths.config, &self.config_text(&knock_ports, &addresses, trusted), Privacy::Public)?;
+        made.file(&paths.config, &self.config_text(&knock_ports, &addresses, trusted, &state), Privacy::Public)?;
         made.store(&paths.store, &key)?;
         let config = ServerConfig::load(&paths.config)?;
         made.file(&paths.ruleset, &config.ruleset().to_string(), Privacy::Public)?;
@@ -99,7 +100,13 @@ impl Init {
         KnockPorts::new([first..=first + (KNOCK_PORTS - 1)]).map_err(fail)
     }
 
-    fn config_text(&self, knock_ports: &KnockPorts, addresses: &[String], trusted: Option<IpAddr>) -> String {
+    fn config_text(
+        &self,
+        knock_ports: &KnockPorts,
+        addresses: &[HostAddress],
+        trusted: Option<IpAddr>,
+        state: &Path,
+    ) -> String {
         let list = |items: &[String]| items.iter().map(|item| format!("{item:?}")).collect::<Vec<_>>().join(", ");
         let mut text = String::from("# knockq: see docs/configuration.md; check it with `knockq check`.\n\n[server]\n");
         let _ = writeln!(text, "private_key = \"server.key\"");
@@ -107,13 +114,17 @@ impl Init {
         if addresses.is_empty() {
             let _ = writeln!(text, "# address   = [\"server.example.org\"]   # what goes into profiles");
         } else {
-            let _ = writeln!(text, "address     = [{}]   # what goes into profiles", list(addresses));
+            let _ = writeln!(
+                text,
+                "address     = [{}]   # what goes into profiles",
+                list(&addresses.iter().map(ToString::to_string).collect::<Vec<_>>())
+            );
         }
         if let Some(address) = trusted {
             let _ = writeln!(text, "trusted     = [\"{}\"]   # never gated", IpNet::from(address));
         }
-        if self.state != Path::new(STATE_DIRECTORY) {
-            let _ = writeln!(text, "state       = {:?}", self.state.display().to_string());
+        if state != Path::new(STATE_DIRECTORY) {
+            let _ = writeln!(text, "state       = {:?}", state.display().to_string());
         }
         // One number is one service, over both transports if both are named: it is also what a token names it by.
         let mut services: BTreeMap<u16, BTreeSet<Port>> = BTreeMap::new();
@@ -255,7 +266,7 @@ fn listening_ports() -> BTreeSet<u16> {
 }
 
 /// This host's addresses that a client could use: global ones, or else any that are not link-local.
-pub(super) fn host_addresses() -> Vec<String> {
+pub(super) fn host_addresses() -> Vec<HostAddress> {
     let mut addresses = own_addresses();
     addresses.retain(|address| match address {
         IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_loopback(),
@@ -264,7 +275,7 @@ pub(super) fn host_addresses() -> Vec<String> {
     if addresses.iter().any(is_global) {
         addresses.retain(is_global);
     }
-    addresses.iter().map(ToString::to_string).collect()
+    addresses.into_iter().map(HostAddress::from).collect()
 }
 
 #[cfg(test)]

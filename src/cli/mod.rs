@@ -16,7 +16,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use failure::{Failure, USAGE};
+use crate::client::send::give_up_raw_sockets;
+use failure::{Failure, PERMISSION, USAGE};
 
 /// Where the server's configuration is, unless `--config` names another file.
 const CONFIG: &str = "/etc/knockq/knockq.toml";
@@ -77,6 +78,14 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
+    // The binary may carry CAP_NET_RAW for `send`, which gives it up itself; nothing else needs it. The daemon's processes
+    // give up far more.
+    if !matches!(&cli.command, Command::Send(send) if !send.prints())
+        && let Err(error) = give_up_raw_sockets()
+    {
+        let _ = write!(io::stderr(), "{}", Failure::from(error));
+        return ExitCode::from(PERMISSION);
+    }
     let done = match cli.command {
         Command::Init(init) => init.run(),
         Command::Check(check) => check.run(),

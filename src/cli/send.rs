@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 
-use super::failure::{Failure, USAGE};
+use super::failure::Failure;
 use super::{note, print};
 use crate::client::Home;
 use crate::client::send::{Family, Knock, RawSockets, Request, Sent, Source};
@@ -60,21 +60,9 @@ enum Format {
 }
 
 impl Send {
-    /// An address to bind to says which family is meant.
-    fn family(&self, source: Source) -> Result<Family, Failure> {
-        let asked = match (self.v4, self.v6) {
-            (true, _) => Family::V4,
-            (_, true) => Family::V6,
-            _ => Family::Any,
-        };
-        let Source::Address(address) = source else { return Ok(asked) };
-        let meant = if address.is_ipv4() { Family::V4 } else { Family::V6 };
-        if asked == meant || asked == Family::Any {
-            return Ok(meant);
-        }
-        Err(Failure::new(format!("--source {address}: is not of the family that the knock is to use"))
-            .hint("leave out -4 and -6, or name an address of that family")
-            .code(USAGE))
+    /// Whether nothing is to be sent.
+    pub(super) const fn prints(&self) -> bool {
+        self.print.is_some()
     }
 
     pub(super) fn run(self) -> Result<(), Failure> {
@@ -82,7 +70,11 @@ impl Send {
         let sockets = if self.print.is_none() { Some(RawSockets::open()?) } else { None };
         let home = Home::of_environment()?;
         let source = self.source.map_or(Source::Auto, |source| source.0);
-        let family = self.family(source)?;
+        let family = match (self.v4, self.v6) {
+            (true, _) => Family::V4,
+            (_, true) => Family::V6,
+            _ => Family::Any,
+        };
         let request = Request { host: &self.host, service: self.service.as_deref(), family, source };
         let knock = Knock::prepare(&home, &request, |seconds| {
             note(&format!("Many knocks in a row: waiting {seconds} s, so that the server takes this one."));

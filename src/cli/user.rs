@@ -5,14 +5,13 @@ use std::fmt::Write as _;
 use std::fs;
 
 use clap::{Args, Subcommand, ValueEnum};
-use ipnet::IpNet;
 
 use super::failure::{CONFIGURATION, Failure, USAGE};
 use super::init::host_addresses;
 use super::{ConfigArg, note, print};
 use crate::client::host::{Key, Profile, ProfileService};
-use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
+use crate::config::{Network, ServerConfig};
 use crate::crypto::{KeyError, PublicKey};
 use crate::service::Name;
 
@@ -41,7 +40,7 @@ struct Add {
     allow: Vec<Name>,
     /// Networks that the user's knocks may come from
     #[arg(long, value_name = "CIDR")]
-    from: Vec<IpNet>,
+    from: Vec<Network>,
     /// Take only knocks that are bound to the address they come from
     #[arg(long, value_name = "POLICY")]
     source: Option<SourceArg>,

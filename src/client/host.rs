@@ -13,7 +13,7 @@ use super::{Home, HomeError};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::{Diagnostic, FileError, Seconds};
 use crate::crypto::{KnockPorts, PublicKey};
-use crate::service::{Name, Port};
+use crate::service::{HostAddress, Name, Port};
 
 /// Bytes of a profile at most.
 pub const MAX_LEN: usize = 1 << 20;
@@ -27,7 +27,7 @@ pub struct Profile {
     /// The public key that the server knows this user by.
     pub client_key: Key,
     /// Names or addresses of the server, in the order in which they are tried.
-    pub address: Vec<String>,
+    pub address: Vec<HostAddress>,
     /// Where one knocks.
     pub knock_ports: KnockPorts,
     /// How far a counter may be off the server's clock.

@@ -1,7 +1,7 @@
 //! One knock: choose the address, issue a counter, send one SYN.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, bind, connect, ipproto, sendto, socket_with};
 use thiserror::Error;
 
 use super::address::{is_global, is_nat64, own_addresses};
@@ -21,7 +22,7 @@ use super::port::{HeldPort, PortError};
 use crate::config::FileError;
 use crate::crypto::{Binding, KeyError, KnockKey, KnockSecrets, Side};
 use crate::packet::{Flow, Persona, PersonaError};
-use crate::service::{Name, Transport};
+use crate::service::{HostAddress, Name, Transport};
 
 /// Seconds that a counter may lie ahead of the clock before the client waits: few servers' clocks are further behind.
 const AHEAD: u64 = 30;
@@ -32,8 +33,8 @@ const PORT_TRIES: usize = 16;
 /// Time after which `--wait` gives up.
 const WAIT: Duration = Duration::from_secs(10);
 
-/// Time that `--wait` gives one attempt before it starts a fresh one.
-const ATTEMPT: Duration = Duration::from_millis(400);
+/// Time that `--wait` gives its first attempt; each fresh one has twice that of the one before.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(400);
 
 /// Which addresses of the server count.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,6 +91,8 @@ pub struct Sent {
     pub details: ProfileService,
     /// The server's address that was knocked at.
     pub server: IpAddr,
+    /// Where it went, and from where.
+    route: (SocketAddr, SocketAddr),
     /// The address that the token holds for.
     pub bound_to: Option<IpAddr>,
     /// The kernel says that nobody keeps the clock right.
@@ -146,6 +149,9 @@ pub enum SendError {
         /// `IPv4`, `IPv6` or `usable`.
         family: &'static str,
     },
+    /// The profile's source address is of the other family than the one asked for.
+    #[error("source {0}: is not of the family that the knock is to use")]
+    SourceFamily(IpAddr),
     /// No port or route.
     #[error(transparent)]
     Port(#[from] PortError),
@@ -178,6 +184,17 @@ pub struct RawSockets {
     v6: Result<OwnedFd, Errno>,
 }
 
+/// Drops CAP_NET_RAW for good; what is open stays usable.
+///
+/// # Errors
+/// When it does not go.
+pub fn give_up_raw_sockets() -> Result<(), SendError> {
+    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        caps::drop(None, set, Capability::CAP_NET_RAW)?;
+    }
+    Ok(())
+}
+
 impl RawSockets {
     /// Opens both, and drops CAP_NET_RAW for good.
     ///
@@ -189,9 +206,7 @@ impl RawSockets {
         if sockets.v4.as_ref().is_err_and(|&errno| errno == Errno::PERM) {
             return Err(SendError::NotPermitted);
         }
-        for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
-            caps::drop(None, set, Capability::CAP_NET_RAW)?;
-        }
+        give_up_raw_sockets()?;
         Ok(sockets)
     }
 
@@ -204,6 +219,10 @@ impl RawSockets {
         destination.set_port(0); // a raw socket's address has none
         let socket = if destination.is_ipv4() { &self.v4 } else { &self.v6 };
         let socket = socket.as_ref().map_err(|&errno| SendError::RawSocket(errno.into()))?;
+        // The kernel routes such a packet by the socket's address, not by the one in its header.
+        let mut source = knock.port.local;
+        source.set_port(0);
+        bind(socket, &source).map_err(|errno| SendError::RawSocket(errno.into()))?;
         sendto(socket, &knock.packet, SendFlags::empty(), &destination)
             .map_err(|errno| SendError::Send { server: destination.ip(), cause: errno.into() })?;
         Ok(())
@@ -223,7 +242,8 @@ impl Knock {
         let secrets = KnockSecrets::derive(Side::Client, &own, server_key, None)
             .map_err(|cause| SendError::Key { host: host.clone(), cause })?;
         let key = KnockKey::new(&secrets);
-        let server = resolve(&host, &profile.address, request.family)?;
+        let family = family(request, profile.source)?;
+        let server = resolve(&host, &profile.address, family)?;
         let window = u64::from(profile.window.0);
 
         let mut counters = CounterFile::open(&home.counters(), own.public(), server_key)?;
@@ -253,6 +273,7 @@ impl Knock {
             service,
             details,
             server: server.ip(),
+            route: (destination, port.local),
             bound_to,
             is_clock_unsynchronized: !is_synchronized(),
             has_future_counter,
@@ -271,14 +292,31 @@ impl Sent {
         let tcp = self.details.ports.iter().find(|port| port.transport == Transport::Tcp);
         let Some(port) = tcp.filter(|_| !self.details.once).map(|port| port.number) else { return Ok(false) };
         let start = Instant::now();
+        let mut attempt = FIRST_ATTEMPT;
         while start.elapsed() < WAIT {
             let begun = Instant::now();
-            if TcpStream::connect_timeout(&SocketAddr::new(self.server, port), ATTEMPT).is_ok() {
+            if self.try_connect(port, attempt)? {
                 return Ok(true);
             }
-            thread::sleep(ATTEMPT.saturating_sub(begun.elapsed())); // it was refused at once
+            thread::sleep(FIRST_ATTEMPT.saturating_sub(begun.elapsed())); // it was refused at once
+            attempt = (attempt * 2).min(WAIT.saturating_sub(start.elapsed())).max(FIRST_ATTEMPT);
         }
         Err(SendError::StillShut { server: self.server, port, checks: self.checks() })
+    }
+
+    /// One attempt, from the address that knocked.
+    fn try_connect(&self, port: u16, time: Duration) -> Result<bool, SendError> {
+        let (mut destination, mut source) = self.route;
+        destination.set_port(port);
+        source.set_port(0);
+        let family = if source.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let attempt = || {
+            let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            set_socket_timeout(&socket, Timeout::Send, Some(time))?;
+            bind(&socket, &source)?;
+            Ok(connect(&socket, &destination).is_ok())
+        };
+        attempt().map_err(|errno: Errno| PortError::Socket(errno.into()).into())
     }
 
     fn checks(&self) -> Vec<String> {
@@ -307,8 +345,24 @@ impl Sent {
     }
 }
 
+/// The family to knock over: a source address that the token is to be bound to decides.
+fn family(request: &Request<'_>, profile: Option<IpAddr>) -> Result<Family, SendError> {
+    let source = match request.source {
+        Source::Auto => profile,
+        Source::Unbound => None,
+        Source::Address(address) => Some(address),
+    };
+    let Some(source) = source else { return Ok(request.family) };
+    let meant = if source.is_ipv4() { Family::V4 } else { Family::V6 };
+    if request.family == Family::Any || request.family == meant {
+        Ok(meant)
+    } else {
+        Err(SendError::SourceFamily(source))
+    }
+}
+
 /// The address that a connection would use: the first of the wanted family.
-fn resolve(host: &Name, names: &[String], family: Family) -> Result<SocketAddr, SendError> {
+fn resolve(host: &Name, names: &[HostAddress], family: Family) -> Result<SocketAddr, SendError> {
     let wanted = |address: &SocketAddr| match family {
         Family::Any => true,
         Family::V4 => address.is_ipv4(),
@@ -322,7 +376,7 @@ fn resolve(host: &Name, names: &[String], family: Family) -> Result<SocketAddr, 
                     return Ok(address);
                 }
             }
-            Err(cause) => failure = Some(SendError::Resolve { name: name.clone(), cause }),
+            Err(cause) => failure = Some(SendError::Resolve { name: name.to_string(), cause }),
         }
     }
     let family = match family {
@@ -352,9 +406,7 @@ fn binding(asked: Source, profile: Option<IpAddr>, own: IpAddr, server: IpAddr) 
     match asked {
         Source::Unbound => None,
         Source::Address(address) => Some(address),
-        Source::Auto => profile
-            .filter(|address| address.is_ipv4() == server.is_ipv4())
-            .or_else(|| (is_global(&own) && !is_nat64(&server)).then_some(own)),
+        Source::Auto => profile.or_else(|| (is_global(&own) && !is_nat64(&server)).then_some(own)),
     }
 }
 
@@ -386,7 +438,6 @@ mod tests {
         assert_eq!(bind(Source::Auto, None, address("10.0.0.1"), server), None, "a NAT will change it");
         assert_eq!(bind(Source::Auto, Some(address("9.9.9.9")), address("10.0.0.1"), server), Some(address("9.9.9.9")));
         assert_eq!(bind(Source::Auto, None, address("2600::1"), address("64:ff9b::1")), None, "NAT64 will change it");
-        assert_eq!(bind(Source::Auto, Some(address("9.9.9.9")), address("fd00::1"), address("2600::2")), None);
         assert_eq!(bind(Source::Unbound, Some(address("9.9.9.9")), address("8.8.8.8"), server), None);
         assert_eq!(
             bind(Source::Address(address("9.9.9.9")), None, address("10.0.0.1"), server),

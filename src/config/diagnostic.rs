@@ -39,6 +39,9 @@ impl ConfigError {
     }
 }
 
+/// Characters of a line or a message that are shown: a file from elsewhere may hold anything.
+const SHOWN: usize = 400;
+
 /// `file:line:col: message`, the line and a caret.
 #[derive(Debug, Error)]
 pub struct Diagnostic {
@@ -55,12 +58,14 @@ impl Diagnostic {
     pub fn new(path: &Path, text: &str, span: Range<usize>, message: impl Into<String>) -> Self {
         let before = text.get(..span.start).unwrap_or(text);
         let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        let line = text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default();
+        let is_printable = |c: &char| !c.is_control();
         Self {
             path: path.to_owned(),
             line: before.matches('\n').count() + 1,
             column: before.get(line_start..).unwrap_or_default().chars().count() + 1,
-            source_line: text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default().to_owned(),
-            message: message.into(),
+            source_line: line.chars().filter(is_printable).take(SHOWN).collect(),
+            message: message.into().chars().filter(is_printable).take(SHOWN).collect(),
             hint: None,
         }
     }
@@ -83,6 +88,7 @@ impl fmt::Display for Diagnostic {
         let Self { line, column, source_line, message, .. } = self;
         writeln!(f, "{}:{line}:{column}: {message}", self.path.display())?;
         writeln!(f, "  {source_line}")?;
+        let column = (*column).min(SHOWN);
         write!(f, "  {:>column$}", '^')
     }
 }

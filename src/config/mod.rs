@@ -2,11 +2,13 @@
 
 pub mod diagnostic;
 pub mod duration;
+pub mod network;
 pub mod secure_file;
 pub mod server;
 pub mod users;
 
 pub use diagnostic::{ConfigError, Diagnostic};
 pub use duration::Seconds;
+pub use network::Network;
 pub use secure_file::FileError;
 pub use server::ServerConfig;

@@ -136,10 +136,11 @@ pub fn read(path: &Path, privacy: Privacy) -> Result<Zeroizing<String>, FileErro
 /// # Errors
 /// [`FileError`].
 pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<File, FileError> {
-    check_directories(path)?;
+    let directory = check_directories(path)?;
+    let resolved = directory.join(path.file_name().unwrap_or_default());
     // O_NONBLOCK: opening a pipe must not wait for its other end.
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-    let file = options.custom_flags(flags).open(path).map_err(|cause| match Errno::from_io_error(&cause) {
+    let file = options.custom_flags(flags).open(resolved).map_err(|cause| match Errno::from_io_error(&cause) {
         Some(Errno::LOOP | Errno::ISDIR | Errno::NXIO) => FileError::NotRegular { path: path.to_owned() },
         _ => FileError::io(path, cause),
     })?;
@@ -158,19 +159,16 @@ pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<
     Ok(file)
 }
 
-/// Makes a file that must not be there yet, with these contents, on disk before this returns; all or nothing.
+/// Makes a file that must not be there yet, with these contents, on disk before this returns; all or nothing, whatever
+/// happens meanwhile.
 ///
 /// # Errors
 /// [`FileError`], also if it exists.
 pub fn create(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
-    let fail = |cause| FileError::io(path, cause);
-    let mode = if privacy == Privacy::Secret { 0o600 } else { 0o644 };
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(fail)?;
-    let written = file.write_all(contents.as_bytes()).and_then(|()| file.sync_all()).and_then(|()| sync_parent(path));
-    written.map_err(|cause| {
-        let _ = fs::remove_file(path); // half a file would be worse than the error that is reported
-        fail(cause)
-    })
+    let temporary = write_beside(path, contents, privacy)?;
+    let linked = fs::hard_link(&temporary, path).and_then(|()| sync_parent(path));
+    let _ = fs::remove_file(&temporary); // it is only a second name
+    linked.map_err(|cause| FileError::io(path, cause))
 }
 
 /// Puts a new file in the place of an old one, at once and durably.
@@ -178,13 +176,24 @@ pub fn create(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileE
 /// # Errors
 /// [`FileError`]; the old file is whole then.
 pub fn replace(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
-    let temporary = path.with_extension("new");
-    match fs::remove_file(&temporary) {
-        Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(FileError::io(&temporary, cause)),
-        _ => {}
-    }
-    create(&temporary, contents, privacy)?;
+    let temporary = write_beside(path, contents, privacy)?;
     fs::rename(&temporary, path).and_then(|()| sync_parent(path)).map_err(|cause| FileError::io(path, cause))
+}
+
+/// Writes and syncs a file of a name that nothing reads, in the directory of `path`.
+fn write_beside(path: &Path, contents: &str, privacy: Privacy) -> Result<PathBuf, FileError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.new", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let mode = if privacy == Privacy::Secret { 0o600 } else { 0o644 };
+    let _ = fs::remove_file(&temporary); // of a process of this number that died
+    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
+    let mut file = file.map_err(|cause| FileError::io(path, cause))?;
+    file.write_all(contents.as_bytes()).and_then(|()| file.sync_all()).map_err(|cause| {
+        let _ = fs::remove_file(&temporary);
+        FileError::io(path, cause)
+    })?;
+    Ok(temporary)
 }
 
 /// Makes a directory, and those above it, for its owner alone; one that is there is left as it is.
@@ -206,9 +215,10 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-fn check_directories(path: &Path) -> Result<(), FileError> {
-    let directory = fs::canonicalize(parent(path)).map_err(|cause| FileError::io(path, cause))?;
-    for directory in directory.ancestors() {
+/// Checks every directory above a file; the one that it is in, without links.
+fn check_directories(path: &Path) -> Result<PathBuf, FileError> {
+    let resolved = fs::canonicalize(parent(path)).map_err(|cause| FileError::io(path, cause))?;
+    for directory in resolved.ancestors() {
         let metadata = fs::metadata(directory).map_err(|cause| FileError::io(directory, cause))?;
         check_owner(directory, &metadata)?;
         let mode = metadata.mode() & 0o7777;
@@ -216,7 +226,7 @@ fn check_directories(path: &Path) -> Result<(), FileError> {
             return Err(FileError::Writable { path: directory.to_owned(), mode });
         }
     }
-    Ok(())
+    Ok(resolved)
 }
 
 fn check_owner(path: &Path, metadata: &Metadata) -> Result<(), FileError> {

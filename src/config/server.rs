@@ -10,10 +10,10 @@ use toml::{Spanned, Value};
 
 use super::secure_file::{self, Privacy};
 use super::users::{self, UserEntry};
-use super::{ConfigError, Diagnostic, Seconds};
+use super::{ConfigError, Diagnostic, Network, Seconds};
 use crate::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use crate::nft::Ruleset;
-use crate::service::{Name, Port, Transport};
+use crate::service::{HostAddress, Name, Port, Transport};
 use crate::verify::{Registry, Service, User};
 
 /// Where the counters are kept, unless `state` names another directory.
@@ -40,7 +40,7 @@ pub struct ServerConfig {
     /// Networks that are never gated.
     pub trusted: Vec<IpNet>,
     /// Host names or addresses that clients are told.
-    pub addresses: Vec<String>,
+    pub addresses: Vec<HostAddress>,
     /// Directory of the counter store.
     pub state: PathBuf,
     /// What can be opened, by name.
@@ -68,9 +68,9 @@ struct Server {
     queue: Option<u16>,
     user: Option<Name>,
     #[serde(default)]
-    trusted: Vec<IpNet>,
+    trusted: Vec<Network>,
     #[serde(default)]
-    address: Vec<String>,
+    address: Vec<HostAddress>,
     state: Option<PathBuf>,
 }
 
@@ -130,9 +130,9 @@ impl ServerConfig {
             window,
             queue: server.queue.unwrap_or(4097),
             account: server.user.map_or_else(|| "knockq".to_owned(), String::from),
-            trusted: server.trusted,
+            trusted: server.trusted.into_iter().map(|network| network.0).collect(),
             addresses: server.address,
-            state: server.state.unwrap_or_else(|| STATE_DIRECTORY.into()),
+            state: directory.join(server.state.unwrap_or_else(|| STATE_DIRECTORY.into())),
             services,
             users,
         })

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use toml::{Spanned, Value};
 
 use super::secure_file::{self, Privacy};
-use super::{ConfigError, Diagnostic, FileError};
+use super::{ConfigError, Diagnostic, FileError, Network};
 use crate::crypto::{KeyError, PublicKey};
 use crate::service::{Name, NameError};
 use crate::verify::{Service, SourcePolicy};
@@ -39,7 +39,7 @@ struct File {
     #[serde(default)]
     source: Source,
     #[serde(default)]
-    from: Vec<IpNet>,
+    from: Vec<Network>,
     add_to: Option<Spanned<Value>>,
     expires: Option<Spanned<Value>>,
     psk_file: Option<Spanned<Value>>,
@@ -104,11 +104,12 @@ fn load_one(
             places.push(place);
         }
     }
+    let from = file.from.into_iter().map(|network| network.0).collect();
     let source = match file.source {
         Source::Any => SourcePolicy::Any,
         Source::Bound => SourcePolicy::Bound,
     };
-    Ok(UserEntry { name, path: path.to_owned(), public_key, services: places, source, from: file.from })
+    Ok(UserEntry { name, path: path.to_owned(), public_key, services: places, source, from })
 }
 
 /// The `*.toml` files of a directory, sorted; none if there is no directory.

@@ -20,17 +20,17 @@ impl KnockPorts {
     /// # Errors
     /// When it is empty, too long, or holds port 0 or one port twice.
     pub fn new(ranges: impl IntoIterator<Item = RangeInclusive<u16>>) -> Result<Self, KnockPortsError> {
-        let mut ports: Vec<u16> = ranges.into_iter().flatten().collect();
+        let mut ports: Vec<u16> = ranges.into_iter().flatten().take(Self::MAX_LEN + 1).collect();
         ports.sort_unstable();
         let twice = ports.windows(2).find_map(|pair| match pair {
             [a, b] if a == b => Some(*a),
             _ => None,
         });
         match (twice, ports.first()) {
+            _ if ports.len() > Self::MAX_LEN => Err(KnockPortsError::TooMany),
             (Some(port), _) => Err(KnockPortsError::Twice(port)),
-            (None, None) => Err(KnockPortsError::Count(0)),
+            (None, None) => Err(KnockPortsError::None),
             (None, Some(0)) => Err(KnockPortsError::Zero),
-            _ if ports.len() > Self::MAX_LEN => Err(KnockPortsError::Count(ports.len())),
             _ => Ok(Self(ports)),
         }
     }
@@ -103,9 +103,12 @@ pub enum KnockPortsError {
     /// Not a port or a range of ports.
     #[error("`{0}` is no range of ports: write 20000-21023 or 2222")]
     Range(String),
-    /// None, or more than [`KnockPorts::MAX_LEN`].
-    #[error("a server has 1 to 16384 knock ports, not {0}")]
-    Count(usize),
+    /// No port at all.
+    #[error("a server has 1 to 16384 knock ports, not none")]
+    None,
+    /// More than [`KnockPorts::MAX_LEN`].
+    #[error("a server has 1 to 16384 knock ports, not more")]
+    TooMany,
     /// One port in two ranges.
     #[error("knock port {0} is listed twice")]
     Twice(u16),
@@ -133,9 +136,10 @@ mod tests {
     #[test]
     fn lists_that_two_sides_could_read_differently_are_refused() {
         assert_eq!(parse(&["5", "4-6"]), Err(KnockPortsError::Twice(5)));
-        assert_eq!(parse(&[]), Err(KnockPortsError::Count(0)));
+        assert_eq!(parse(&[]), Err(KnockPortsError::None));
         assert_eq!(parse(&["0-3"]), Err(KnockPortsError::Zero));
-        assert_eq!(parse(&["1-16385"]), Err(KnockPortsError::Count(16385)));
+        assert_eq!(parse(&["1-16385"]), Err(KnockPortsError::TooMany));
+        assert_eq!(parse(&["1-65535"; 100]), Err(KnockPortsError::TooMany));
         assert_eq!(parse(&["1-16384"]).unwrap().iter().count(), 16384);
         for bad in ["", "-", "9-8", "70000", "a", "1-2-3"] {
             assert!(matches!(parse(&[bad]), Err(KnockPortsError::Range(_))), "{bad:?}");

@@ -232,7 +232,9 @@ fn own() -> NfTablesMessage {
 fn element(door: &Door, timeout: Option<Duration>, comment: &str) -> SetElementMessage {
     let mut element = vec![SetElementAttribute::Key(DataAttribute::Value(door.key()))];
     if let Some(timeout) = timeout {
-        element.push(SetElementAttribute::Timeout(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)));
+        // The kernel reads 0 as never: what is left of a door must not become for ever.
+        let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1);
+        element.push(SetElementAttribute::Timeout(milliseconds));
     }
     if !comment.is_empty() {
         element.push(SetElementAttribute::UserData(user_data(comment)));

@@ -70,8 +70,9 @@ iif != lo fib daddr type local queue num QUEUE
 
 # After conntrack, before DNAT, so that ports published by containers are guarded too.
 add rule inet TABLE gate iif lo accept
-add rule inet TABLE gate fib daddr type != local accept
-add rule inet TABLE gate ct state established,related accept
+# What is forwarded passes; broadcasts, multicasts and anycasts reach this host's sockets and do not.
+add rule inet TABLE gate fib daddr type unicast accept
+add rule inet TABLE gate ct state established accept
 add rule inet TABLE gate tcp dport @knock_ports drop
 add rule inet TABLE gate meta l4proto . th dport @guarded goto door
 

@@ -10,6 +10,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::TABLE;
 
@@ -19,11 +20,14 @@ const GROUP: u32 = 7;
 /// Bytes of the largest datagram that is looked at; the kernel sends a page at most.
 const DATAGRAM: usize = 32 << 10;
 
+/// Bytes that wait to be read: our own doors are told of too, a few hundred bytes each.
+const BUFFER: usize = 8 << 20;
+
 /// A socket on which the kernel tells of changes to any table.
 pub struct Watch(Socket);
 
 impl Watch {
-    /// Starts listening.
+    /// Starts listening. It needs CAP_NET_ADMIN, for the size of its buffer.
     ///
     /// # Errors
     /// The kernel's.
@@ -32,6 +36,7 @@ impl Watch {
         socket.bind_auto()?;
         socket.add_membership(GROUP)?;
         socket.set_non_blocking(true)?;
+        set_socket_recv_buffer_size_force(&socket, BUFFER)?;
         Ok(Self(socket))
     }
 

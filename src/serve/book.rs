@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use crate::nft::Door;
 use crate::service::Name;
 
-/// Doors at which the book is looked through for what has run out: what the kernel's four sets hold.
-const MANY_DOORS: usize = 4 * 65_535;
+/// Doors at most: what the kernel's four sets hold.
+const MAX_DOORS: usize = 4 * 65_535;
+
+/// Users who hold one door open at most.
+const MAX_GRANTS: usize = 1024;
 
 /// The live grants of every door.
 #[derive(Default)]
@@ -30,14 +33,19 @@ pub struct Grant {
 }
 
 impl Book {
-    /// Notes a grant, or renews it. A door for one connection holds one grant: those before it may be spent.
-    pub fn note(&mut self, door: Door, grant: Grant, now: Instant) {
-        if self.doors.len() >= MANY_DOORS {
-            self.forget(now);
+    /// Notes a grant, or renews it; `false` if the book is full. A door for one connection holds one grant: those before
+    /// it may be spent.
+    pub fn note(&mut self, door: Door, grant: Grant, now: Instant) -> bool {
+        if self.doors.len() >= MAX_DOORS && !self.doors.contains_key(&door) {
+            return false;
         }
         let grants = self.doors.entry(door).or_default();
         grants.retain(|other| !door.once && other.until > now && other.user != grant.user);
-        grants.push(grant);
+        let has_room = grants.len() < MAX_GRANTS;
+        if has_room {
+            grants.push(grant);
+        }
+        has_room
     }
 
     /// Strikes a user's grant out; `false` if there was none.
@@ -91,11 +99,11 @@ mod tests {
     #[test]
     fn a_door_stays_open_for_the_longest_of_its_grants() {
         let (mut book, now) = (Book::default(), Instant::now());
-        book.note(door(false), grant("alice", now, 60), now);
-        book.note(door(false), grant("bob", now, 30), now);
+        assert!(book.note(door(false), grant("alice", now, 60), now));
+        assert!(book.note(door(false), grant("bob", now, 30), now));
         assert_eq!(left(&book, false, now), Some(60));
         let later = now + Duration::from_secs(50);
-        book.note(door(false), grant("bob", later, 30), later);
+        assert!(book.note(door(false), grant("bob", later, 30), later));
         assert_eq!(left(&book, false, later), Some(30));
         assert_eq!(book.standing(later), [door(false)]);
     }
@@ -103,8 +111,8 @@ mod tests {
     #[test]
     fn striking_one_user_out_leaves_the_others() {
         let (mut book, now) = (Book::default(), Instant::now());
-        book.note(door(false), grant("alice", now, 60), now);
-        book.note(door(false), grant("bob", now, 30), now);
+        assert!(book.note(door(false), grant("alice", now, 60), now));
+        assert!(book.note(door(false), grant("bob", now, 30), now));
         assert!(book.strike(&door(false), &name("alice")));
         assert_eq!(left(&book, false, now), Some(30));
         assert!(!book.strike(&door(false), &name("alice")), "twice");
@@ -116,8 +124,8 @@ mod tests {
     #[test]
     fn a_door_for_one_connection_is_never_prolonged_by_a_grant_that_may_be_spent_nor_restored() {
         let (mut book, now) = (Book::default(), Instant::now());
-        book.note(door(true), grant("alice", now, 60), now);
-        book.note(door(true), grant("bob", now, 30), now);
+        assert!(book.note(door(true), grant("alice", now, 60), now));
+        assert!(book.note(door(true), grant("bob", now, 30), now));
         assert_eq!(left(&book, true, now), Some(30));
         assert!(book.standing(now).is_empty());
     }
@@ -125,7 +133,7 @@ mod tests {
     #[test]
     fn what_has_run_out_is_forgotten() {
         let (mut book, now) = (Book::default(), Instant::now());
-        book.note(door(false), grant("alice", now, 60), now);
+        assert!(book.note(door(false), grant("alice", now, 60), now));
         book.forget(now + Duration::from_secs(59));
         assert_eq!(book.doors.len(), 1);
         book.forget(now + Duration::from_secs(60));

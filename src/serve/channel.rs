@@ -73,14 +73,16 @@ impl Channel {
     /// awaited.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `WouldBlock` when the peer does not read, else the kernel's.
     pub fn send(&self, message: Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        match sendmsg(&self.0, &[IoSlice::new(&[message.byte()])], &mut ancillary, SendFlags::NOSIGNAL) {
+        // Never waits: a peer that does not read what little is said is not what it should be.
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match sendmsg(&self.0, &[IoSlice::new(&[message.byte()])], &mut ancillary, flags) {
             Ok(_) | Err(Errno::PIPE) => Ok(()),
             Err(error) => Err(error.into()),
         }

@@ -39,6 +39,10 @@ const MONITOR_FALLBACK: u32 = 65_533;
 /// Time that a child has to become ready: ten thousand users take two seconds.
 const START: Duration = Duration::from_secs(60);
 
+/// Times that the table is loaded again before giving up, and the time between.
+const RESTORE_TRIES: u32 = 100;
+const RESTORE_PAUSE: Duration = Duration::from_millis(10);
+
 /// Where the kernel lists who has which queue.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
 
@@ -105,9 +109,14 @@ pub fn run(config_path: &Path, style: Style) -> Result<(), ServeError> {
     if !rustix::process::geteuid().is_root() || !may {
         return Err(ServeError::NotRoot);
     }
+    close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
     let config = ServerConfig::load(config_path)?;
     let mut keeper = Keeper::start(&config, style)?;
     let served = keeper.bring_up(&config).and_then(|()| keeper.watch());
+    if keeper.is_ready && matches!(served, Err(Ended::Failed(_))) {
+        // Whatever it was: if the table is gone too, the gate must not stay open. If we own it, it cannot be.
+        let _ = nft::load(&keeper.ruleset.to_string());
+    }
     keeper.stop();
     match served {
         Err(Ended::Asked) | Ok(()) => {
@@ -214,11 +223,18 @@ impl Keeper {
         }
     }
 
-    /// The gate is open until this is done, so nothing comes before it.
+    /// The gate is open until this is done, so nothing comes before it. Whoever deleted the table may still be at it.
     fn restore_table(&mut self) -> Result<(), Ended> {
-        nft::load(&self.ruleset.to_string())?; // asking the kernel again whether it takes owners would cost 10 ms
+        let mut tries = 0;
+        while let Err(error) = nft::load(&self.ruleset.to_string()) {
+            tries += 1;
+            if tries == RESTORE_TRIES {
+                return Err(error.into());
+            }
+            std::thread::sleep(RESTORE_PAUSE);
+        }
         self.monitor.send(Message::Loaded, &[])?;
-        warn!("somebody else deleted table inet knockq: it is loaded again, and open doors are open again");
+        warn!("somebody else changed or deleted table inet knockq: it is loaded again, and open doors are open again");
         Ok(())
     }
 

@@ -23,4 +23,5 @@ mod process;
 pub mod refusals;
 pub mod sandbox;
 pub mod store;
+mod terminal;
 pub mod verifier;

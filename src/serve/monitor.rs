@@ -3,8 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use caps::Capability;
@@ -17,9 +15,9 @@ use tracing::{info, warn};
 use super::book::{Book, Grant};
 use super::channel::{Channel, Message};
 use super::frames::{FRAME_LEN, Frame, FrameError};
-use super::handover;
 use super::policy::Policy;
 use super::sandbox::{self, SandboxError};
+use super::{handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 
@@ -60,17 +58,17 @@ pub enum MonitorError {
 /// # Errors
 /// [`MonitorError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), MonitorError> {
-    ignore_signals()?;
+    terminal::leave()?;
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let policy: Policy = handover::unseal(settings)?;
     let mut queue = KernelQueue::open(policy.queue)?;
     sandbox::give_up_privileges(policy.identity, Some(Capability::CAP_NET_ADMIN))?;
 
+    let watch = Watch::new()?;
     queue.bind()?;
     keeper.send(Message::Bound, &[])?;
     let Some([]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
-    let watch = Watch::new()?;
     let mut doors = Doors::new()?;
     let is_owner = match doors.own_table()? {
         Ownership::Adopted => true,
@@ -82,16 +80,7 @@ pub fn run() -> Result<(), MonitorError> {
     }
     keeper.send(Message::Ready, &[])?;
     let (relay, book) = (RelayWriter::new(relay), Book::default());
-    Monitor { keeper, queue, watch, is_owner, relay, frames, policy, doors, book }.serve()
-}
-
-/// The keeper alone decides when it is time; a terminal's Ctrl-C reaches it too.
-pub(super) fn ignore_signals() -> io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    for signal in [SIGHUP, SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
-    }
-    Ok(())
+    Monitor { keeper, queue, watch, is_owner, is_lost: false, relay, frames, policy, doors, book }.serve()
 }
 
 struct Monitor {
@@ -100,6 +89,8 @@ struct Monitor {
     watch: Watch,
     /// The kernel leaves the table to this process alone.
     is_owner: bool,
+    /// The keeper has been asked to load the table again.
+    is_lost: bool,
     relay: RelayWriter,
     frames: OwnedFd,
     policy: Policy,
@@ -118,9 +109,8 @@ impl Monitor {
             if !verifier_lives || !keeper_lives {
                 return Ok(()); // the keeper tells why
             }
-            // Nobody can take away what we own; and its owner alone can load it.
-            if watch && self.watch.table_is_lost()? && !self.is_owner {
-                self.keeper.send(Message::Lost, &[])?;
+            if watch && self.watch.table_is_lost()? {
+                self.report_loss()?;
             }
             if last_tick.elapsed() >= TICK {
                 last_tick = Instant::now();
@@ -139,13 +129,32 @@ impl Monitor {
         }
     }
 
+    /// Asks the keeper to load the table again, once. Nobody can take away what we own, nor could the keeper load it.
+    fn report_loss(&mut self) -> Result<(), MonitorError> {
+        if !self.is_owner && !self.is_lost {
+            self.is_lost = true;
+            self.keeper.send(Message::Lost, &[])?;
+        }
+        Ok(())
+    }
+
     /// The keeper says that the table is loaded again, or nothing more: `false`.
     fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
         let Some([]) = self.keeper.expect(Message::Loaded)? else { return Ok(false) };
-        self.watch.table_is_lost()?; // what the kernel has told until now, the loading itself has done
+        // What the kernel has told until now, the loading itself has done; from here on it is another loss.
+        self.watch.table_is_lost()?;
+        self.is_lost = false;
         let now = Instant::now();
-        for door in self.book.standing(now) {
-            self.put(&door, now)?;
+        for doors in self.book.standing(now).chunks(BURST) {
+            for door in doors {
+                if let Err(error) = self.put(door, now) {
+                    warn!(source = %door.source, port = %door.port, "not opened again: {error}");
+                }
+            }
+            if self.watch.table_is_lost()? {
+                self.report_loss()?;
+                break;
+            }
         }
         Ok(true)
     }
@@ -188,7 +197,11 @@ impl Monitor {
             Frame::Open { source, port, once, seconds, user, service } => {
                 let door = Door { source, port, once };
                 let until = now + Duration::from_secs(seconds.into());
-                self.book.note(door, Grant { user: user.clone(), service: service.clone(), until }, now);
+                let grant = Grant { user: user.clone(), service: service.clone(), until };
+                if !self.book.note(door, grant, now) {
+                    warn!(%user, %service, %source, %port, "not granted: too many doors are open");
+                    return;
+                }
                 match self.put(&door, now) {
                     Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
                     Err(error) => {

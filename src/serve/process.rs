@@ -30,13 +30,7 @@ impl Process {
                 command.arg(flag);
             }
         }
-        let child = command
-            .env_clear()
-            .current_dir("/")
-            .process_group(0) // a terminal's Ctrl-C is the keeper's to handle
-            .stdin(theirs)
-            .stdout(Stdio::null())
-            .spawn()?;
+        let child = command.env_clear().current_dir("/").stdin(theirs).stdout(Stdio::null()).spawn()?;
         Ok(Self { name, child, channel: Some(Channel::new(ours)) })
     }
 

@@ -47,7 +47,9 @@ pub enum StoreError {
 
 /// An open store.
 pub struct Store {
-    database: Database,
+    /// `None` after a failed write: redb refuses all others until it is opened anew.
+    database: Option<Database>,
+    file: File,
     server: PublicKey,
 }
 
@@ -78,8 +80,8 @@ impl Store {
         if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
             return Err(StoreError::NotAStore);
         }
-        let store = Self { database: open(file)?, server };
-        match store.fact(SERVER)? {
+        let mut store = Self { database: None, file, server };
+        match fact(store.database()?, SERVER)? {
             Some(key) if key == *server.as_bytes() => Ok(store),
             Some(key) => {
                 let key = <[u8; 32]>::try_from(key).ok().and_then(|key| PublicKey::try_from(key).ok());
@@ -93,22 +95,29 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn last_counters(&self, known: impl Iterator<Item = PublicKey>) -> Result<HashMap<PublicKey, u64>, StoreError> {
-        let floor = self.fact(FLOOR)?.and_then(|floor| <[u8; 8]>::try_from(floor).ok()).map_or(0, u64::from_be_bytes);
-        let transaction = self.database.begin_read().map_err(redb::Error::from)?;
+    pub fn last_counters(
+        &mut self,
+        known: impl Iterator<Item = PublicKey>,
+    ) -> Result<HashMap<PublicKey, u64>, StoreError> {
+        let server = self.server;
+        let database = self.database()?;
+        let floor = fact(database, FLOOR)?.and_then(|floor| <[u8; 8]>::try_from(floor).ok());
+        let floor = floor.map(u64::from_be_bytes).ok_or(StoreError::NotAStore)?;
+        let transaction = database.begin_read().map_err(redb::Error::from)?;
         let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
         let last = |client: PublicKey| {
-            let written = counters.get(row(&client, &self.server)).map_err(redb::Error::from)?;
+            let written = counters.get(row(&client, &server)).map_err(redb::Error::from)?;
             Ok((client, written.map_or(0, |n| n.value()).max(floor)))
         };
         known.map(last).collect()
     }
 
-    fn fact(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        let transaction = self.database.begin_read().map_err(redb::Error::from)?;
-        let facts = transaction.open_table(FACTS).map_err(|_| StoreError::NotAStore)?;
-        let fact = facts.get(name).map_err(redb::Error::from)?;
-        Ok(fact.map(|value| value.value().to_vec()))
+    fn database(&mut self) -> Result<&Database, StoreError> {
+        if self.database.is_none() {
+            let file = self.file.try_clone().map_err(|error| StoreError::Database(redb::Error::Io(error)))?;
+            self.database = Some(open(file)?);
+        }
+        self.database.as_ref().ok_or(StoreError::NotAStore)
     }
 }
 
@@ -116,21 +125,41 @@ impl Ledger for Store {
     type Error = StoreError;
 
     fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), StoreError> {
-        let mut transaction = self.database.begin_write().map_err(redb::Error::from)?;
-        transaction.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
-        {
-            let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
-            for reservation in batch {
-                let row = row(reservation.client(), &self.server);
-                let written = counters.get(row).map_err(redb::Error::from)?.map(|n| n.value());
-                if written.is_none_or(|n| n < reservation.n()) {
-                    counters.insert(row, reservation.n()).map_err(redb::Error::from)?;
-                }
+        let server = self.server;
+        let recorded = write(self.database()?, &server, batch);
+        if recorded.is_err() {
+            self.database = None;
+        }
+        recorded
+    }
+}
+
+fn write<'a>(
+    database: &Database,
+    server: &PublicKey,
+    batch: impl Iterator<Item = &'a Reservation>,
+) -> Result<(), StoreError> {
+    let mut transaction = database.begin_write().map_err(redb::Error::from)?;
+    transaction.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
+    {
+        let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        for reservation in batch {
+            let row = row(reservation.client(), server);
+            let written = counters.get(row).map_err(redb::Error::from)?.map(|n| n.value());
+            if written.is_none_or(|n| n < reservation.n()) {
+                counters.insert(row, reservation.n()).map_err(redb::Error::from)?;
             }
         }
-        transaction.commit().map_err(redb::Error::from)?;
-        Ok(())
     }
+    transaction.commit().map_err(redb::Error::from)?;
+    Ok(())
+}
+
+fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+    let transaction = database.begin_read().map_err(redb::Error::from)?;
+    let facts = transaction.open_table(FACTS).map_err(|_| StoreError::NotAStore)?;
+    let fact = facts.get(name).map_err(redb::Error::from)?;
+    Ok(fact.map(|value| value.value().to_vec()))
 }
 
 fn open(file: File) -> Result<Database, StoreError> {

@@ -19,7 +19,7 @@ use super::frames::Frame;
 use super::refusals::Refusals;
 use super::sandbox::{self, Identity, SandboxError};
 use super::store::{Store, StoreError};
-use super::{handover, monitor};
+use super::{handover, terminal};
 use crate::crypto::PublicKey;
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Registry, Verifier, Withdrawal};
@@ -76,14 +76,14 @@ pub enum VerifierError {
 /// # Errors
 /// [`VerifierError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), VerifierError> {
-    monitor::ignore_signals()?;
+    terminal::leave()?;
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings, store]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let Settings { identity, server, store_path, registry } = handover::unseal(settings)?;
     sandbox::give_up_privileges(identity, None)?;
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
-    let store = Store::open(File::from(store), server).map_err(fail)?;
+    let mut store = Store::open(File::from(store), server).map_err(fail)?;
     let last = store.last_counters(registry.users.iter().map(|user| user.public_key)).map_err(fail)?;
     let verifier = Verifier::new(registry, last, unix_now());
     let (claims, written) = start_writer(store)?;

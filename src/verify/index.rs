@@ -36,8 +36,6 @@ pub struct Index {
 struct IndexedKey {
     key: KnockKey,
     ports: Vec<u16>,
-    /// Counters up to this one were accepted before this index was made.
-    last: Option<u64>,
 }
 
 /// One counter: the sequence number of selector 0 for each key so far, from which the others differ by the port.
@@ -47,13 +45,11 @@ struct Row {
 }
 
 impl Index {
-    /// Computes the index around `now`. `last` tells a user's last accepted counter.
-    pub fn new(registry: &Registry, keys: &[KnockKey], last: impl Fn(usize) -> Option<u64>, now: u64) -> Self {
-        let keys = registry.users.iter().zip(keys).enumerate().map(|(place, (user, key))| IndexedKey {
-            key: key.clone(),
-            ports: registry.selectors(user).collect(),
-            last: last(place),
-        });
+    /// Computes the index around `now`. Counters that were accepted are in it too, so that their replays are known for
+    /// what they are.
+    pub fn new(registry: &Registry, keys: &[KnockKey], now: u64) -> Self {
+        let keys = registry.users.iter().zip(keys);
+        let keys = keys.map(|(user, key)| IndexedKey { key: key.clone(), ports: registry.selectors(user).collect() });
         let mut index =
             Self { window: registry.window, keys: keys.collect(), rows: VecDeque::new(), live: Live::default() };
         while index.advance(now, usize::MAX) {}
@@ -119,10 +115,8 @@ impl Index {
         for (user, key) in self.keys.iter().enumerate().skip(before).take(most) {
             let pad = key.key.pad(row.n);
             row.sequences.push(pad.sequence_for(0));
-            if key.last.is_none_or(|last| row.n > last) {
-                for &port in &key.ports {
-                    self.live.insert(pad.sequence_for(port), Candidate { user, n: row.n, port });
-                }
+            for &port in &key.ports {
+                self.live.insert(pad.sequence_for(port), Candidate { user, n: row.n, port });
             }
         }
         row.sequences.len() - before

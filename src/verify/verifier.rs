@@ -52,6 +52,7 @@ pub struct Recorded {
 
 /// What is opened, for whom: made only of a token that opened and a counter that is durable.
 #[derive(PartialEq, Eq, Debug)]
+#[expect(clippy::manual_non_exhaustive, reason = "sealed against this crate too, which the attribute is not")]
 pub struct Grant {
     /// Who knocked.
     pub user: Name,
@@ -151,7 +152,7 @@ impl Verifier {
         let keys: Vec<KnockKey> = registry.users.iter().map(|user| KnockKey::new(&user.secrets)).collect();
         let places = registry.users.iter().enumerate().map(|(place, user)| (user.public_key, place)).collect();
         let counters = Counters::new(last);
-        let index = build_index(&registry, &keys, &counters, now);
+        let index = Index::new(&registry, &keys, now);
         Self { registry, keys, places, index, counters, tries: Tries::default() }
     }
 
@@ -162,7 +163,7 @@ impl Verifier {
         if self.index.covers(now) {
             return self.index.advance(now, budget);
         }
-        self.index = build_index(&self.registry, &self.keys, &self.counters, now);
+        self.index = Index::new(&self.registry, &self.keys, now);
         false
     }
 
@@ -295,9 +296,4 @@ impl Verifier {
             ports: service.map(|service| service.ports.clone()).unwrap_or_default(),
         })
     }
-}
-
-fn build_index(registry: &Registry, keys: &[KnockKey], counters: &Counters, now: u64) -> Index {
-    let last = |place: usize| registry.users.get(place).and_then(|user| counters.last(&user.public_key));
-    Index::new(registry, keys, last, now)
 }

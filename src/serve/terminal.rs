@@ -1,0 +1,20 @@
+//! A child's distance from whoever started the keeper.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+/// A session of its own, without the keeper's terminal: neither does its Ctrl-C come here, nor could anything be typed into
+/// it from here. When it is time, the keeper hangs up, and so signals are ignored.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn leave() -> io::Result<()> {
+    rustix::process::setsid()?;
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
+    }
+    Ok(())
+}
