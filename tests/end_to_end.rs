@@ -694,10 +694,7 @@ fn a_table_that_nft_cannot_fill_stops_the_start_and_changes_nothing() {
     let mut daemon = Daemon::spawn(&lab, &[]);
     assert_eq!(daemon.end(), Some(1));
     let log = daemon.log();
-    assert!(
-        log.contains("knockq: nft: ") && log.contains("add set inet knockq open4") && log.contains("Hint: "),
-        "{log}"
-    );
+    assert!(log.contains("knockq: nft: ") && log.contains("open4") && log.contains("Hint: "), "{log}");
     assert!(!log.contains("CONFIG_NFT_QUEUE"), "another cause: {log}");
     assert_eq!(lab.server.nft(&["list", "ruleset"]), before);
 }
