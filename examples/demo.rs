@@ -2,15 +2,6 @@
 //!
 //! Two network namespaces are the hosts. Everything else is what it is in earnest: `knockq` itself, nft, a TCP service.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    unreachable_pub,
-    reason = "a step that fails ends the demo by panicking"
-)]
-
 #[path = "../tests/support/lab.rs"]
 mod lab;
 

@@ -24,6 +24,8 @@
 //! is the interface.
 
 #![forbid(unsafe_code)]
+// Not in Cargo.toml, for tests and examples may do all of this.
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, unreachable_pub)]
 
 pub mod cli;
 pub mod client;

@@ -1,14 +1,5 @@
 //! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    unreachable_pub,
-    reason = "a test fails by panicking"
-)]
-
 #[path = "support/lab.rs"]
 mod lab;
 

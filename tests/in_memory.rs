@@ -1,14 +1,5 @@
 //! Client and server in memory with an injected clock: every rule of docs/protocol.md sections 2 and 3.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    unreachable_pub,
-    reason = "a test fails by panicking"
-)]
-
 #[path = "support/pair.rs"]
 mod pair;
 

@@ -1,13 +1,5 @@
 //! The worked examples of the protocol, both ways.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
-
 use std::net::IpAddr;
 
 use knockq::crypto::{

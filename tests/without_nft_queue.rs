@@ -1,14 +1,5 @@
 //! On a kernel that lacks nft's queue statement. It takes the module away, so it runs in the virtual machine only.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    unreachable_pub,
-    reason = "a test fails by panicking"
-)]
-
 #[path = "support/lab.rs"]
 mod lab;
 
