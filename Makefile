@@ -15,7 +15,8 @@ all:
 
 # A knock opens a real gated port on a real kernel, shown step by step, and the door closes.
 demo:
-	$(CARGO) build --quiet --target $(TARGET) --bin knockq --example demo
+	@echo "building; the first time this takes a minute or two"
+	@$(CARGO) build --quiet --target $(TARGET) --bin knockq --example demo
 	@tests/vm/runner $(OUT)/examples/demo
 
 # Everything: unit, vectors, properties, in memory, command line, end to end on a real kernel.

@@ -112,7 +112,7 @@ impl From<ServeError> for Failure {
             ServeError::Nft(error) => error.into(),
             ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
                 Self::new(format!("{}: the counter store is missing", path.display()))
-                    .hint("`knockq init` makes it; without it old knocks could be replayed")
+                    .hint("restore it from a backup; without one the server needs a new key: see docs/configuration.md")
                     .code(CONFIGURATION)
             }
             ServeError::Store(error) => error.into(),
@@ -228,6 +228,7 @@ impl From<SendError> for Failure {
             SendError::Send { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 failure.hint("this host's own firewall forbids it: allow output to the knock ports")
             }
+            SendError::NothingListens { .. } => failure.hint("start the service on the server"),
             SendError::StillShut { checks, .. } => {
                 failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
             }

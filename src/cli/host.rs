@@ -38,7 +38,8 @@ impl Host {
     pub(super) fn run(self) -> Result<(), Failure> {
         let HostCommand::Add { name, profile: path, same_server } = self.command;
         let text = read(&path)?;
-        let profile = Profile::parse(&path, &text)?;
+        let hint = "is it all of what `knockq user add` printed?";
+        let profile = Profile::parse(&path, &text).map_err(|error| error.with_hint(hint))?;
         profile.add(&Home::of_environment()?, &name, same_server)?;
         print(&format!(
             "Added host {name}: {} (server key {})\n",

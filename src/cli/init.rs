@@ -149,10 +149,15 @@ impl Init {
         } else {
             format!(" --config {}", paths.config.display())
         };
+        let addresses: Vec<&str> = config.addresses.iter().map(HostAddress::as_str).collect();
+        let addresses = match addresses.as_slice() {
+            [] => "none found: set `address` in [server]".to_owned(),
+            found => format!("{} (set `address` in [server] if clients use another)", found.join(", ")),
+        };
         let service = config.services.first().map(|service| service.name.to_string()).unwrap_or_default();
         format!(
             "Wrote {} and beside it server.key, users.d/ and knockq.nft; counters are in {}.\n\
-             Server key: {}\nKnock ports: {}\n\n\
+             Server key: {}\nKnock ports: {}\nAddresses in profiles: {}\n\n\
              Next:\n  \
              1. On the client:  knockq keygen\n  \
              2. Here:           knockq user add NAME --key PUBLIC-KEY --allow {service}{option}\n  \
@@ -165,6 +170,7 @@ impl Init {
             self.state.display(),
             key.public(),
             config.knock_ports,
+            addresses,
             config.window,
         )
     }

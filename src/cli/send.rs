@@ -108,9 +108,9 @@ fn report(sent: &Sent) {
 }
 
 fn confirm(sent: &Sent) -> Result<(), Failure> {
-    let Sent { host, service, .. } = sent;
+    let Sent { host, service, server, .. } = sent;
     if sent.confirm()? {
-        note(&format!("{service} of {host} is open"));
+        note(&format!("{service} of {host} is open at {server}"));
     } else {
         note(&format!(
             "{service} of {host} cannot be confirmed by a connection: it is for one connection only, or not TCP"

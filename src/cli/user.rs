@@ -95,10 +95,7 @@ impl Add {
             let _ = fs::remove_file(&path); // a configuration that worked must go on working
             return Err(error.into());
         }
-        note(&format!(
-            "Wrote {}. It applies at the next start of the daemon: systemctl restart knockq",
-            path.display()
-        ));
+        note(&format!("Wrote {}. It applies at the next start of the daemon: restart `knockq serve`", path.display()));
         note(&format!("Give this profile to {}, who imports it with `knockq host add HOSTNAME -`:", self.name));
         print(&format!("# knockq profile of {} (no secret in it)\n{}", self.name, profile.to_text()))
     }

@@ -166,6 +166,14 @@ pub enum SendError {
         /// What the kernel said.
         cause: io::Error,
     },
+    /// It opened the door, behind which nobody is.
+    #[error("{server} port {port}: the door is open, but nothing listens there")]
+    NothingListens {
+        /// Where to.
+        server: IpAddr,
+        /// The service's port.
+        port: u16,
+    },
     /// It was sent, but the port stays shut.
     #[error("{server} port {port}: still shut {} s after the knock", WAIT.as_secs())]
     StillShut {
@@ -295,8 +303,11 @@ impl Sent {
         let mut attempt = FIRST_ATTEMPT;
         while start.elapsed() < WAIT {
             let begun = Instant::now();
-            if self.try_connect(port, attempt)? {
-                return Ok(true);
+            match self.try_connect(port, attempt)? {
+                Ok(()) => return Ok(true),
+                // A shut door is silent: this answer comes from behind it.
+                Err(Errno::CONNREFUSED) => return Err(SendError::NothingListens { server: self.server, port }),
+                Err(_) => {}
             }
             thread::sleep(FIRST_ATTEMPT.saturating_sub(begun.elapsed())); // it was refused at once
             attempt = (attempt * 2).min(WAIT.saturating_sub(start.elapsed())).max(FIRST_ATTEMPT);
@@ -305,7 +316,7 @@ impl Sent {
     }
 
     /// One attempt, from the address that knocked.
-    fn try_connect(&self, port: u16, time: Duration) -> Result<bool, SendError> {
+    fn try_connect(&self, port: u16, time: Duration) -> Result<Result<(), Errno>, SendError> {
         let (mut destination, mut source) = self.route;
         destination.set_port(port);
         source.set_port(0);
@@ -314,7 +325,7 @@ impl Sent {
             let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             set_socket_timeout(&socket, Timeout::Send, Some(time))?;
             bind(&socket, &source)?;
-            Ok(connect(&socket, &destination).is_ok())
+            Ok(connect(&socket, &destination))
         };
         attempt().map_err(|errno: Errno| PortError::Socket(errno.into()).into())
     }
@@ -326,6 +337,7 @@ impl Sent {
         } else {
             clock
         }];
+        checks.push("the daemon must run, and have been started again since your key was added".to_owned());
         checks.push(match self.bound_to {
             Some(address) => format!(
                 "the token holds for {address} alone: does the server see you there, or a NAT? Then use --source"

@@ -86,7 +86,7 @@ impl FileError {
             Self::Writable { path, .. } => Some(format!("chmod go-w {}", path.display())),
             Self::Owner { path, .. } => Some(format!("chown {} {}", geteuid().as_raw(), path.display())),
             Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
-                Some("run this as root".to_owned())
+                Some("check its owner and those of the directories above, or run this as root".to_owned())
             }
             _ => None,
         }

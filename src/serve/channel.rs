@@ -28,10 +28,12 @@ pub enum Message {
     Ready,
     /// Monitor to keeper: somebody took the table away, load it again.
     Lost,
+    /// Keeper to child: it is time to go.
+    Stop,
 }
 
 impl Message {
-    const ALL: [Self; 5] = [Self::Start, Self::Bound, Self::Loaded, Self::Ready, Self::Lost];
+    const ALL: [Self; 6] = [Self::Start, Self::Bound, Self::Loaded, Self::Ready, Self::Lost, Self::Stop];
 
     const fn byte(self) -> u8 {
         match self {
@@ -40,6 +42,7 @@ impl Message {
             Self::Loaded => 3,
             Self::Ready => 4,
             Self::Lost => 5,
+            Self::Stop => 6,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
@@ -111,7 +111,7 @@ pub fn run(config_path: &Path, style: Style) -> Result<(), ServeError> {
     }
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
     let config = ServerConfig::load(config_path)?;
-    let mut keeper = Keeper::start(&config, style)?;
+    let mut keeper = Keeper::start(&config, config_path, style)?;
     let served = keeper.bring_up(&config).and_then(|()| keeper.watch());
     if keeper.is_ready && matches!(served, Err(Ended::Failed(_))) {
         // Whatever it was: if the table is gone too, the gate must not stay open. If we own it, it cannot be.
@@ -144,6 +144,8 @@ struct Keeper {
     monitor: Process,
     verifier: Process,
     ruleset: Ruleset,
+    /// What `init` wrote beside the configuration.
+    include_file: PathBuf,
     signals: [(i32, UnixStream); 3],
     /// What the children have said so far.
     said: Vec<(&'static str, Message)>,
@@ -159,7 +161,7 @@ enum Event {
 
 impl Keeper {
     /// Starts both children and hands each what is its own.
-    fn start(config: &ServerConfig, style: Style) -> Result<Self, ServeError> {
+    fn start(config: &ServerConfig, config_path: &Path, style: Style) -> Result<Self, ServeError> {
         let [verifier, monitor] = accounts(config)?;
         let settings = handover::seal(&verifier_settings(config, verifier)?)?;
         let policy = handover::seal(&monitor_policy(config, monitor))?;
@@ -183,6 +185,7 @@ impl Keeper {
             monitor,
             verifier,
             ruleset,
+            include_file: config_path.with_file_name("knockq.nft"),
             signals: [terminate?, interrupt?, hangup?],
             said: Vec::new(),
             is_ready: false,
@@ -198,8 +201,10 @@ impl Keeper {
         self.wait_for("monitor", Message::Ready)?;
         self.is_ready = true;
         if !persists {
+            let hint = format!("include \"{}\" in /etc/nftables.conf", self.include_file.display());
             info!(
-                "this kernel (before 6.9) or a table that was there lets others flush the gate: keep the include file in /etc/nftables.conf"
+                hint,
+                "others can flush the gate, for this kernel is older than Linux 6.9 or a plain table was there"
             );
         }
         let (users, services) = (config.users.len(), config.services.len());
@@ -325,7 +330,8 @@ pub fn accounts(config: &ServerConfig) -> Result<[Identity; 2], ServeError> {
     let [verifier, monitor] = accounts.map(|(account, fallback)| {
         let (identity, exists) = Identity::of_account(account, fallback)?;
         if !exists {
-            warn!("there is no user `{account}`, so uid {fallback} stands in for it");
+            let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
+            warn!(hint, "there is no user `{account}`, so uid {fallback} stands in for it");
         }
         Ok::<_, SandboxError>(identity)
     });

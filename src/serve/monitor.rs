@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::book::{Book, Grant};
 use super::channel::{Channel, Message};
@@ -58,7 +58,7 @@ pub enum MonitorError {
 /// # Errors
 /// [`MonitorError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), MonitorError> {
-    terminal::leave()?;
+    terminal::leave(c"knockq-monitor")?;
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let policy: Policy = handover::unseal(settings)?;
@@ -138,9 +138,17 @@ impl Monitor {
         Ok(())
     }
 
-    /// The keeper says that the table is loaded again, or nothing more: `false`.
+    /// The keeper says that the table is loaded again, or that it is time to go: `false`.
     fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
-        let Some([]) = self.keeper.expect(Message::Loaded)? else { return Ok(false) };
+        match self.keeper.receive()? {
+            Some((Message::Loaded, _)) => {}
+            Some((Message::Stop, _)) => return Ok(false),
+            Some(_) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+            None => {
+                error!("the keeper is gone; stopping all, and every door closes by its own timeout");
+                return Ok(false);
+            }
+        }
         // What the kernel has told until now, the loading itself has done; from here on it is another loss.
         self.watch.table_is_lost()?;
         self.is_lost = false;

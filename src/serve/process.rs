@@ -39,8 +39,9 @@ impl Process {
         self.channel.as_ref().map_or(Ok(()), |channel| channel.send(message, &descriptors))
     }
 
-    /// Hangs up, which tells it to go.
+    /// Tells it to go, and hangs up.
     pub(super) fn hang_up(&mut self) {
+        let _ = self.send(Message::Stop, &[]); // hanging up does it too, but looks like the keeper's death
         self.channel = None;
     }
 

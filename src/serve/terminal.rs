@@ -1,5 +1,6 @@
 //! A child's distance from whoever started the keeper.
 
+use std::ffi::CStr;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -11,7 +12,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 ///
 /// # Errors
 /// The kernel's.
-pub(super) fn leave() -> io::Result<()> {
+pub(super) fn leave(name: &CStr) -> io::Result<()> {
+    rustix::thread::set_name(name)?; // it was `exe`
     rustix::process::setsid()?;
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;

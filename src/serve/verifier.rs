@@ -76,7 +76,7 @@ pub enum VerifierError {
 /// # Errors
 /// [`VerifierError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), VerifierError> {
-    terminal::leave()?;
+    terminal::leave(c"knockq-verifier")?;
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings, store]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let Settings { identity, server, store_path, registry } = handover::unseal(settings)?;
