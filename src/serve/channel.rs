@@ -113,7 +113,7 @@ impl Channel {
         message.map(|message| Some((message, descriptors))).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
-    /// Waits for one message and no other; `None` when the peer is gone.
+    /// Waits for one message and no other; `None` when it is time to go, or the peer is gone.
     ///
     /// # Errors
     /// `InvalidData` for another message or number of descriptors.
@@ -122,8 +122,8 @@ impl Channel {
             Some((message, descriptors)) if message == expected => {
                 descriptors.try_into().map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
             }
+            Some((Message::Stop, _)) | None => Ok(None),
             Some(_) => Err(io::ErrorKind::InvalidData.into()),
-            None => Ok(None),
         }
     }
 }
