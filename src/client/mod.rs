@@ -2,6 +2,7 @@
 
 pub mod address;
 pub mod clock;
+mod confirm;
 pub mod counter;
 pub mod home;
 pub mod host;
