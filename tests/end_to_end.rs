@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Side};
+use knockq::nft::{Door, Doors};
 use knockq::packet::{Flow, KernelSettings, Persona};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
@@ -527,6 +528,23 @@ fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_o
     assert!(!lab.mallory.reaches(Family::V4.server(), 22), "the gate stands");
     let restored = daemon.log().matches("it is loaded again").count();
     assert!(restored <= 10, "it was loaded {restored} times for 5 deletions");
+}
+
+#[test]
+fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
+    let lab = Lab::network();
+    for (set, address) in [("open4", "ipv4_addr"), ("open6", "ipv6_addr")] {
+        let shape = format!("{{ type {address} . inet_proto . inet_service; flags timeout; }}");
+        lab.server.sh(&format!("nft 'add table inet knockq; add set inet knockq {set} {shape}'"));
+    }
+    for family in FAMILIES {
+        let port = "tcp/22".parse().unwrap();
+        let door = Door { source: family.alice(), port, once: false };
+        lab.server.enter(|| Doors::new().unwrap().open(&door, Duration::from_micros(999), "alice ssh").unwrap());
+        eventually("closing", || {
+            !lab.server.nft(&["list", "table", "inet", "knockq"]).contains(&family.alice().to_string())
+        });
+    }
 }
 
 #[test]

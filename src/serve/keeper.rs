@@ -112,7 +112,9 @@ pub fn run(config_path: &Path, style: Style) -> Result<(), ServeError> {
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
     let config = ServerConfig::load(config_path)?;
     let mut keeper = Keeper::start(&config, config_path, style)?;
-    let served = keeper.bring_up(&config).and_then(|()| keeper.watch());
+    let is_up = keeper.bring_up(&config);
+    drop(config); // and with it the server's private key
+    let served = is_up.and_then(|()| keeper.watch());
     if keeper.is_ready && matches!(served, Err(Ended::Failed(_))) {
         // Whatever it was: if the table is gone too, the gate must not stay open. If we own it, it cannot be.
         let _ = nft::load(&keeper.ruleset.to_string());
