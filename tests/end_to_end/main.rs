@@ -1,0 +1,135 @@
+//! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
+
+mod daemon;
+mod doors;
+#[path = "../support/lab.rs"]
+mod lab;
+mod table;
+mod wire;
+
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, Side};
+use knockq::packet::KernelSettings;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
+
+use lab::{Family, Host, Lab};
+
+pub(crate) const KERNEL: KernelSettings = KernelSettings {
+    timestamps: true,
+    sack: true,
+    window_scaling: true,
+    ecn: false,
+    receive_buffer: 131_072,
+    receive_buffer_max: 6 << 20,
+    hop_limit: 64,
+    mtu: 1500,
+};
+
+pub(crate) fn raw_socket(family: Family) -> OwnedFd {
+    let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
+    socket_with(domain, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap()
+}
+
+pub(crate) fn send_raw(socket: &OwnedFd, family: Family, packet: &[u8]) {
+    sendto(socket, packet, SendFlags::empty(), &SocketAddr::new(family.server(), 0)).unwrap();
+}
+
+/// Whether this kernel lets the daemon own its table, as its log says.
+pub(crate) fn daemon_owned_the_table(lab: &Lab) -> bool {
+    let logs = fs::read_dir(&lab.directory.path).unwrap().map(|entry| entry.unwrap().path());
+    let logs = logs.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    logs.into_iter().any(|log| fs::read_to_string(log).unwrap().contains("the table is owned"))
+}
+
+impl Lab {
+    /// Waits for a door and tells its element.
+    #[track_caller]
+    pub(crate) fn wait_for_door(&self, source: IpAddr, port: u16) -> String {
+        let start = Instant::now();
+        loop {
+            if let Some(element) = self.door(source, port) {
+                return element;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "no door for {source} to {port}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// No door opens, to anyone, in the time that one would take.
+    #[track_caller]
+    pub(crate) fn stays_shut(&self, family: Family) {
+        thread::sleep(Duration::from_millis(300));
+        for source in [family.alice(), family.mallory()] {
+            assert_eq!(self.door(source, 22), None);
+            assert_eq!(self.door(source, 25), None);
+        }
+        assert!(!self.alice.reaches(family.server(), 22));
+        assert!(!self.mallory.reaches(family.server(), 22));
+    }
+
+    /// What alice's key and the server's agree on.
+    pub(crate) fn alice_key(&self) -> KnockKey {
+        let own: PrivateKey =
+            fs::read_to_string(self.home("alice").join(".config/knockq/key")).unwrap().parse().unwrap();
+        let server = self.server_key().parse().unwrap();
+        KnockKey::new(&KnockSecrets::derive(Side::Client, &own, &server, None).unwrap())
+    }
+
+    /// A counter above those that alice has used so far.
+    pub(crate) fn next_counter(&self) -> u64 {
+        let directory = self.home("alice").join(".local/state/knockq/counters");
+        let files = fs::read_dir(directory)
+            .into_iter()
+            .flatten()
+            .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap());
+        let used =
+            files.flat_map(|text| text.lines().filter_map(|line| line.parse::<u64>().ok()).collect::<Vec<_>>()).max();
+        unix_now().max(used.unwrap_or(0) + 1)
+    }
+}
+
+pub(crate) fn unix_now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+}
+
+pub(crate) fn seconds_left(element: &str) -> f64 {
+    let text = element.split("expires ").nth(1).unwrap().split(' ').next().unwrap();
+    let (mut seconds, mut number) = (0.0, String::new());
+    for c in text.replace("ms", "%").chars() {
+        if c.is_ascii_digit() {
+            number.push(c);
+            continue;
+        }
+        let factor = match c {
+            'd' => 86_400.0,
+            'h' => 3600.0,
+            'm' => 60.0,
+            's' => 1.0,
+            _ => 0.001,
+        };
+        seconds += factor * number.parse::<f64>().unwrap();
+        number.clear();
+    }
+    seconds
+}
+
+pub(crate) fn refused(host: &Host, server: IpAddr, port: u16) -> bool {
+    let connected = host.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, port), Duration::from_secs(5)));
+    connected.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+}
+
+pub(crate) fn tcp_offset(packet: &[u8]) -> usize {
+    if packet[0] >> 4 == 4 { 20 } else { 40 }
+}
+
+pub(crate) fn source(packet: &[u8]) -> IpAddr {
+    if packet[0] >> 4 == 4 {
+        IpAddr::from(<[u8; 4]>::try_from(&packet[12..16]).unwrap())
+    } else {
+        IpAddr::from(<[u8; 16]>::try_from(&packet[8..24]).unwrap())
+    }
+}

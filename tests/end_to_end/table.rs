@@ -1,0 +1,148 @@
+//! The table in the kernel: loaded, deleted, loaded again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use std::{fs, thread};
+
+use knockq::crypto::{Binding, KnockPorts};
+use knockq::packet::{Flow, Persona};
+
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
+use crate::{KERNEL, daemon_owned_the_table, raw_socket, send_raw, unix_now};
+
+#[test]
+fn the_include_file_applied_again_doubles_no_rule_and_keeps_open_doors() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    daemon.stop();
+    let shape = || {
+        let listing = lab.server.nft(&["list", "table", "inet", "knockq"]);
+        listing.lines().filter(|line| !line.contains("expires")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let before = shape();
+    let config = lab.config().display().to_string();
+    let file = lab.directory.path.join("again.nft");
+    let printed = succeeds(&lab.knockq(&lab.server, &["ruleset", "--config", &config]));
+    // nft cannot name the flags of a table that persists, so there (Linux 6.9) the line that adds it must go
+    let persists = daemon_owned_the_table(&lab);
+    fs::write(&file, if persists { printed.replace("add table inet knockq\n", "") } else { printed }).unwrap();
+    for _ in 0..2 {
+        lab.server.nft(&["-f", file.to_str().unwrap()]);
+    }
+    assert_eq!(shape(), before);
+    for family in FAMILIES {
+        assert!(lab.door(family.alice(), 22).is_some());
+        assert!(lab.alice.reaches(family.server(), 22));
+    }
+    let _daemon = lab.start();
+    assert!(FAMILIES.iter().all(|family| lab.door(family.alice(), 22).is_some()), "a start keeps them too");
+}
+
+#[test]
+fn a_table_that_somebody_deletes_is_back_at_once_with_its_open_doors() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for (number, family) in FAMILIES.into_iter().enumerate() {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        lab.server.sh("nft flush ruleset");
+        // Linux 6.9 and newer leave the table alone; elsewhere it is loaded again
+        eventually("the gate", || !lab.mallory.reaches(family.server(), 22));
+        if !daemon.log().contains("the table is owned") {
+            eventually("the restoration", || daemon.log().matches("it is loaded again").count() == number + 1);
+        }
+        let element = lab.wait_for_door(family.alice(), 22);
+        assert!(element.contains("comment \"alice ssh\""), "{element}");
+        assert!(lab.alice.reaches(family.server(), 22), "open doors are open again");
+        assert!(!lab.mallory.reaches(family.server(), 22));
+    }
+}
+
+#[test]
+fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_of_them() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    let key = lab.alice_key();
+    let ports = KnockPorts::new([20_000..=21_023]).unwrap();
+    let persona = Persona::new(&KERNEL, &Family::V4.server()).unwrap();
+    let syn = |source: [u8; 4], port, sequence, tsval| {
+        let flow = Flow {
+            source: source.into(),
+            source_port: 40_000,
+            destination: Family::V4.server(),
+            destination_port: port,
+        };
+        persona.syn(&flow, sequence, tsval, 7).unwrap()
+    };
+    // Each from an address of its own. Telling of 128 would overflow a socket's usual buffer.
+    let doors = 110_u8;
+    let first = unix_now() - 50;
+    lab.alice.enter(|| {
+        let socket = raw_socket(Family::V4);
+        for place in 0..doors {
+            let n = first + u64::from(place);
+            let token = key.seal(n, 22, Binding::Unbound);
+            let source = [10, 99, 0, place];
+            send_raw(&socket, Family::V4, &syn(source, key.pad(n).knock_port(&ports), token.sequence, token.tsval));
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    let open = || lab.server.nft(&["list", "set", "inet", "knockq", "open4"]).matches("expires").count();
+    eventually("all doors", || open() == usize::from(doors));
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // bounded: 50,000 SYNs at most, so that some are queued whenever the table goes
+        scope.spawn(|| {
+            lab.mallory.enter(|| {
+                let socket = raw_socket(Family::V4);
+                for number in (0..50_000_u32).take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                    let packet = syn([10, 77, 2, 2], 20_000, number, number);
+                    send_raw(&socket, Family::V4, &packet);
+                }
+            });
+        });
+        for _ in 0..5 {
+            lab.server.sh("nft flush ruleset");
+            eventually("all doors again", || {
+                let listing = lab.server.sh("nft list set inet knockq open4 2>/dev/null || true");
+                listing.matches("expires").count() == usize::from(doors)
+            });
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    thread::sleep(Duration::from_secs(1));
+    assert!(!lab.mallory.reaches(Family::V4.server(), 22), "the gate stands");
+    let restored = daemon.log().matches("it is loaded again").count();
+    assert!(restored <= 10, "it was loaded {restored} times for 5 deletions");
+}
+
+#[test]
+fn a_queue_or_table_that_is_taken_is_named_and_nothing_changes() {
+    let lab = Lab::new();
+    let _daemon = lab.start();
+    let before = lab.server.nft(&["list", "ruleset"]);
+    let mut second = Daemon::spawn(&lab, &[]);
+    assert_eq!(second.end(), Some(1));
+    assert!(second.log().contains("queue 4097: already bound by process"), "{}", second.log());
+    assert!(second.log().contains("Hint: "), "{}", second.log());
+    assert_eq!(lab.server.nft(&["list", "ruleset"]), before);
+    lab.knock(Family::V4, &[]);
+    lab.wait_for_door(Family::V4.alice(), 22);
+}
+
+#[test]
+fn a_table_that_nft_cannot_fill_stops_the_start_and_changes_nothing() {
+    let lab = Lab::new();
+    lab.server.sh("nft 'add table inet knockq; add set inet knockq open4 { type ipv4_addr; }'");
+    let before = lab.server.nft(&["list", "ruleset"]);
+    let mut daemon = Daemon::spawn(&lab, &[]);
+    assert_eq!(daemon.end(), Some(1));
+    let log = daemon.log();
+    assert!(log.contains("knockq: nft: ") && log.contains("open4") && log.contains("Hint: "), "{log}");
+    assert!(!log.contains("CONFIG_NFT_QUEUE"), "another cause: {log}");
+    assert_eq!(lab.server.nft(&["list", "ruleset"]), before);
+}
