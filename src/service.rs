@@ -207,6 +207,17 @@ impl fmt::Display for Port {
     }
 }
 
+/// What every SYN to a knock port or a guarded port gets, whether it bears a knock or not.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    /// Silence, as behind most firewalls.
+    #[default]
+    Drop,
+    /// The reset that a closed port gives (RFC 9293 section 3.5.2).
+    Reset,
+}
+
 /// Not a port.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("`{0}` is not a port: write tcp/22 or udp/51820")]

@@ -57,7 +57,13 @@ impl World {
     }
 
     fn init(&self, arguments: &[&str]) -> Ran {
-        self.run(&[&["init", "--dir", &self.text("etc"), "--state", &self.text("state")], arguments].concat())
+        self.run(
+            &[
+                &["init", "--dir", &self.text("etc"), "--state", &self.text("state"), "--runtime", &self.text("run")],
+                arguments,
+            ]
+            .concat(),
+        )
     }
 
     fn user_add(&self, name: &str, key: &str, more: &[&str]) -> Ran {
@@ -209,8 +215,8 @@ fn a_configuration_that_is_wrong_is_shown_with_its_place() {
         ("ports    = [\"tcp/22\"]", "ports = []", &["has no port", "Hint: "]),
         ("ports    = [\"tcp/22\"]", "ports = [\"sctp/22\"]", &["`sctp/22` is not a port"]),
         ("[server]", "[server]\nwindow = \"1d\"", &["knockq.toml:4:10: window must be from 5s to 10m, not 1d"]),
-        ("[server]", "[server]\nanswer = \"reset\"", &["answer = \"reset\" is not built yet", "Hint: "]),
-        ("[server]", "[server]\nruleset = \"external\"", &["ruleset = \"external\" is not built yet", "Hint: "]),
+        ("[server]", "[server]\nanswer = \"rst\"", &["unknown variant `rst`", "`drop` or `reset`"]),
+        ("[server]", "[server]\nruleset = \"mine\"", &["unknown variant `mine`", "`managed` or `external`"]),
         ("[server]", "[server]\ntrusted = [\"10.0.0.0/33\"]", &["knockq.toml:4:"]),
         ("[server]", "[server\n", &["knockq.toml:3:"]),
         ("[services.ssh]", "[services.\"a b\"]", &["`a b` is not a name"]),
@@ -566,10 +572,12 @@ fn a_host_without_nft_is_told_to_install_it() {
 
 #[test]
 fn the_daemons_processes_cannot_be_started_by_hand() {
-    let world = World::empty();
+    let world = World::new();
     for process in ["monitor", "verifier"] {
         world.run(&[process]).fails(1, &[process]);
     }
+    let config = world.config().display().to_string();
+    world.run(&["configuration", "--config", &config]).fails(1, &["serve: "]);
 }
 
 #[test]

@@ -9,7 +9,8 @@ use super::failure::Failure;
 use super::{ConfigArg, note, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::serve::keeper::{self, ServeError};
+use crate::serve::configuration::accounts;
+use crate::serve::keeper::ServeError;
 use crate::serve::store::{Store, StoreError};
 use crate::serve::verifier::VerifierError;
 
@@ -25,7 +26,7 @@ impl Check {
         let path = self.config.config;
         let config = ServerConfig::load(&path)?;
         config.registry()?;
-        keeper::accounts(&config)?;
+        accounts(&config)?;
         check_store(&config)?;
         warn_of_ephemeral_ports(&config);
         let (services, users) = (config.services.len(), config.users.len());

@@ -7,9 +7,11 @@ use crate::client::counter::CounterError;
 use crate::client::port::PortError;
 use crate::client::{HomeError, ProfileError, SendError};
 use crate::config::{ConfigError, Diagnostic, FileError};
-use crate::nft::NftError;
+use crate::nft::{ElementError, NftError, TableError};
 use crate::packet::PersonaError;
 use crate::queue::QueueError;
+use crate::serve::control::ControlError;
+use crate::serve::gate::GateError;
 use crate::serve::keeper::ServeError;
 use crate::serve::monitor::MonitorError;
 use crate::serve::verifier::VerifierError;
@@ -99,6 +101,8 @@ impl From<NftError> for Failure {
             NftError::NoQueueStatement => failure.hint("modprobe nft_queue, or boot a distribution's kernel"),
             NftError::NotPermitted(_) => failure.hint("run this as root").code(PERMISSION),
             NftError::Refused(_) => failure.hint("see the table with `nft list table inet knockq`"),
+            NftError::NoTable => failure.hint("the gate does not stand: start `knockq serve`"),
+            NftError::Unreadable { .. } => failure.hint("see them with `nft list table inet knockq`"),
             NftError::Run(_) => failure,
         }
     }
@@ -109,7 +113,18 @@ impl From<ServeError> for Failure {
         let message = error.to_string();
         match error {
             ServeError::Config(error) => error.into(),
-            ServeError::Nft(error) => error.into(),
+            ServeError::Doors(error) | ServeError::Gate(GateError::Table(TableError::Nft(error))) => error.into(),
+            ServeError::Control(error) => error.into(),
+            ServeError::NothingToUndo => {
+                Self::new(message).hint("leave --try out, or set ruleset = \"managed\"").code(USAGE)
+            }
+            ServeError::NotConfirmed => {
+                Self::new(message).hint("run `knockq confirm` within the time once a knock has opened the port")
+            }
+            ServeError::Gate(GateError::NotLoaded { include_file }) => Self::new(message).hint(format!(
+                "make it anew with `knockq ruleset > {0}`, include it in /etc/nftables.conf, and load it: nft -f {0}",
+                include_file.display()
+            )),
             ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
                 Self::new(format!("{}: the counter store is missing", path.display()))
                     .hint("restore it from a backup; without one the server needs a new key: see docs/configuration.md")
@@ -123,8 +138,36 @@ impl From<ServeError> for Failure {
             }
             // The child has said what was wrong.
             ServeError::ChildFailed { code, .. } => Self::new(String::new()).code(code),
-            ServeError::Table(_) => Self::new(message).hint("is another knockq running? It owns the table"),
+            ServeError::Gate(_) => Self::new(message).hint("is another knockq running? It owns the table"),
             ServeError::ChildDied { .. } | ServeError::TooSlow(_) | ServeError::Io(_) => Self::new(message),
+        }
+    }
+}
+
+impl From<ElementError> for Failure {
+    fn from(error: ElementError) -> Self {
+        TableError::from(error).into()
+    }
+}
+
+impl From<TableError> for Failure {
+    fn from(error: TableError) -> Self {
+        ServeError::Gate(error.into()).into()
+    }
+}
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            ControlError::NotRunning { .. } => failure.hint("start it: systemctl start knockq"),
+            ControlError::Taken { .. } => {
+                failure.hint("is another knockq running? Else set another `runtime` in [server]")
+            }
+            ControlError::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
+                failure.hint("run this as root").code(PERMISSION)
+            }
+            ControlError::Io { .. } => failure.hint("see what the daemon's log says"),
         }
     }
 }

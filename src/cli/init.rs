@@ -16,7 +16,7 @@ use super::failure::{CONFIGURATION, Failure, USAGE};
 use super::{note, print};
 use crate::client::address::{is_global, own_addresses};
 use crate::config::secure_file::{self, Privacy};
-use crate::config::server::STATE_DIRECTORY;
+use crate::config::server::{RUNTIME_DIRECTORY, STATE_DIRECTORY};
 use crate::config::{FileError, ServerConfig};
 use crate::crypto::{KnockPorts, KnockPortsError, PrivateKey};
 use crate::serve::store::Store;
@@ -46,11 +46,15 @@ pub(super) struct Init {
     /// Where to keep the counters
     #[arg(long, value_name = "DIR", default_value = STATE_DIRECTORY)]
     state: PathBuf,
+    /// Where the daemon listens for `revoke` and its like
+    #[arg(long, value_name = "DIR", default_value = RUNTIME_DIRECTORY)]
+    runtime: PathBuf,
 }
 
 impl Init {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let state = path::absolute(&self.state).map_err(|cause| FileError::Io { path: self.state.clone(), cause })?;
+        let absolute = |path: &Path| path::absolute(path).map_err(|cause| FileError::io(path, cause));
+        let (state, runtime) = (absolute(&self.state)?, absolute(&self.runtime)?);
         let knock_ports = self.choose_knock_ports()?;
         let addresses = if self.address.is_empty() { host_addresses() } else { self.address.clone() };
         let trusted = offer_trust();
@@ -69,7 +73,11 @@ impl Init {
         }
         let key = PrivateKey::generate().map_err(|error| Failure::new(error.to_string()))?;
         made.file(&paths.key, &key.to_file_line(), Privacy::Secret)?;
-        made.file(&paths.config, &self.config_text(&knock_ports, &addresses, trusted, &state), Privacy::Public)?;
+        made.file(
+            &paths.config,
+            &self.config_text(&knock_ports, &addresses, trusted, &state, &runtime),
+            Privacy::Public,
+        )?;
         made.store(&paths.store, &key)?;
         let config = ServerConfig::load(&paths.config)?;
         made.file(&paths.ruleset, &config.ruleset().to_string(), Privacy::Public)?;
@@ -106,6 +114,7 @@ impl Init {
         addresses: &[HostAddress],
         trusted: Option<IpAddr>,
         state: &Path,
+        runtime: &Path,
     ) -> String {
         let list = |items: &[String]| items.iter().map(|item| format!("{item:?}")).collect::<Vec<_>>().join(", ");
         let mut text = String::from("# knockq: see docs/configuration.md; check it with `knockq check`.\n\n[server]\n");
@@ -123,8 +132,12 @@ impl Init {
         if let Some(address) = trusted {
             let _ = writeln!(text, "trusted     = [\"{}\"]   # never gated", IpNet::from(address));
         }
-        if state != Path::new(STATE_DIRECTORY) {
-            let _ = writeln!(text, "state       = {:?}", state.display().to_string());
+        for (setting, directory, default) in
+            [("state      ", state, STATE_DIRECTORY), ("runtime    ", runtime, RUNTIME_DIRECTORY)]
+        {
+            if directory != Path::new(default) {
+                let _ = writeln!(text, "{setting} = {:?}", directory.display().to_string());
+            }
         }
         // One number is one service, over both transports if both are named: it is also what a token names it by.
         let mut services: BTreeMap<u16, BTreeSet<Port>> = BTreeMap::new();

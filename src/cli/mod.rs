@@ -2,6 +2,7 @@
 
 mod check;
 mod failure;
+mod grants;
 mod host;
 mod init;
 mod keygen;
@@ -46,6 +47,12 @@ enum Command {
     Ruleset(ruleset::PrintRuleset),
     /// Server: run the daemon, in the foreground
     Serve(serve::Serve),
+    /// Server: take the gate of `serve --try` for good
+    Confirm(grants::Confirm),
+    /// Server: which doors are open, for whom and how long
+    Grants(grants::Grants),
+    /// Server: shut open doors
+    Revoke(grants::Revoke),
     /// Server: who may knock
     User(user::User),
     /// Client: make this machine's key and print its public half
@@ -54,6 +61,9 @@ enum Command {
     Host(host::Host),
     /// Client: knock
     Send(send::Send),
+    /// One of the daemon's processes; only `knockq serve` can start it
+    #[command(hide = true)]
+    Configuration(serve::Configuration),
     /// One of the daemon's processes; only `knockq serve` can start it
     #[command(hide = true)]
     Monitor(serve::Child),
@@ -91,10 +101,14 @@ pub fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Ruleset(ruleset) => ruleset.run(),
         Command::Serve(serve) => serve.run(),
+        Command::Confirm(confirm) => confirm.run(),
+        Command::Grants(grants) => grants.run(),
+        Command::Revoke(revoke) => revoke.run(),
         Command::User(user) => user.run(),
         Command::Keygen(keygen) => keygen.run(),
         Command::Host(host) => host.run(),
         Command::Send(send) => send.run(),
+        Command::Configuration(configuration) => configuration.run(),
         Command::Monitor(child) => child.run_monitor(),
         Command::Verifier(child) => child.run_verifier(),
     };

@@ -5,20 +5,32 @@ use clap::Args;
 use super::failure::Failure;
 use super::{ConfigArg, print};
 use crate::config::ServerConfig;
+use crate::config::secure_file::{self, Privacy};
 use crate::nft;
 
 #[derive(Args)]
-#[command(after_help = "Example:\n  knockq ruleset > /etc/knockq/knockq.nft")]
+#[command(
+    after_help = "Examples:\n  knockq ruleset > /etc/knockq/knockq.nft\n  knockq ruleset --load   # what the boot does\n\n\
+                        `serve` keeps knockq.nft, beside the configuration, what it loaded last."
+)]
 pub(super) struct PrintRuleset {
     #[command(flatten)]
     config: ConfigArg,
     /// Let nft and the kernel check it too, without applying it
     #[arg(long)]
     check: bool,
+    /// Load knockq.nft, the ruleset that `serve` loaded last: the gate then stands, whatever the configuration is like now
+    #[arg(long, conflicts_with = "check")]
+    load: bool,
 }
 
 impl PrintRuleset {
     pub(super) fn run(self) -> Result<(), Failure> {
+        if self.load {
+            let include_file = self.config.config.with_file_name("knockq.nft");
+            nft::install(&secure_file::read(&include_file, Privacy::Public)?)?;
+            return Ok(());
+        }
         let ruleset = ServerConfig::load(&self.config.config)?.ruleset();
         if self.check {
             nft::check(&ruleset.for_check())?;

@@ -1,18 +1,26 @@
 //! `knockq serve`, and the two commands that it starts itself with.
 
+use std::time::Duration;
+
 use clap::Args;
 
 use super::ConfigArg;
 use super::failure::Failure;
+use crate::config::Seconds;
 use crate::serve::log::{self, Style};
-use crate::serve::{keeper, monitor, verifier};
+use crate::serve::{configuration, keeper, monitor, verifier};
 
 #[derive(Args)]
-#[command(after_help = "Example:\n  knockq serve --config /etc/knockq/knockq.toml\n\n\
-                        SIGTERM stops it; doors that are open keep the time that they have left, and the gate stays shut.")]
+#[command(after_help = "Examples:\n  knockq serve --config /etc/knockq/knockq.toml\n  \
+                        knockq serve --try 10m      # and `knockq confirm` once a knock has worked\n\n\
+                        SIGHUP reads the configuration again. SIGTERM stops the daemon; doors that are open keep the time \
+                        that they have left, and the gate stays shut.")]
 pub(super) struct Serve {
     #[command(flatten)]
     config: ConfigArg,
+    /// Take the gate away after this time, unless `knockq confirm` was run
+    #[arg(long = "try", value_name = "TIME")]
+    trial: Option<Seconds>,
     /// Log every packet (never a token)
     #[arg(long)]
     debug: bool,
@@ -20,7 +28,8 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self) -> Result<(), Failure> {
-        Ok(keeper::run(&self.config.config, Style::of_environment(self.debug))?)
+        let trial = self.trial.map(|time| Duration::from_secs(time.0.into()));
+        Ok(keeper::run(&self.config.config, trial, Style::of_environment(self.debug))?)
     }
 }
 
@@ -30,6 +39,21 @@ pub(super) struct Child {
     priorities: bool,
     #[arg(long)]
     debug: bool,
+}
+
+#[derive(Args)]
+pub(super) struct Configuration {
+    #[command(flatten)]
+    config: ConfigArg,
+    #[command(flatten)]
+    child: Child,
+}
+
+impl Configuration {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        log::start("knockq", self.child.style());
+        Ok(configuration::run(&self.config.config)?)
+    }
 }
 
 impl Child {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::{Spanned, Value};
 
 use super::secure_file::{self, Privacy};
@@ -13,11 +13,14 @@ use super::users::{self, UserEntry};
 use super::{ConfigError, Diagnostic, Network, Seconds};
 use crate::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use crate::nft::Ruleset;
-use crate::service::{HostAddress, Name, Port, Transport};
+use crate::service::{Answer, HostAddress, Name, Port, Transport};
 use crate::verify::{Registry, Service, User};
 
 /// Where the counters are kept, unless `state` names another directory.
 pub const STATE_DIRECTORY: &str = "/var/lib/knockq";
+
+/// Where the daemon's socket is, unless `runtime` names another directory.
+pub const RUNTIME_DIRECTORY: &str = "/run/knockq";
 
 /// Seconds that a window may have: below, knocks fail on the slightest skew; above, the index grows past its use.
 const WINDOWS: Range<u32> = 5..601;
@@ -33,6 +36,10 @@ pub struct ServerConfig {
     pub knock_ports: KnockPorts,
     /// How far a counter may be off.
     pub window: Seconds,
+    /// What SYNs to a knock port or a guarded port get.
+    pub answer: Answer,
+    /// Who loads the table.
+    pub ruleset_mode: RulesetMode,
     /// Number of the netfilter queue.
     pub queue: u16,
     /// Account that the verifier runs as.
@@ -43,6 +50,8 @@ pub struct ServerConfig {
     pub addresses: Vec<HostAddress>,
     /// Directory of the counter store.
     pub state: PathBuf,
+    /// Directory of the daemon's socket.
+    pub runtime: PathBuf,
     /// What can be opened, by name.
     pub services: Vec<Service>,
     /// Who may, by name.
@@ -63,8 +72,10 @@ struct Server {
     private_key: PathBuf,
     knock_ports: Spanned<KnockPorts>,
     window: Option<Spanned<Seconds>>,
-    answer: Option<Spanned<Answer>>,
-    ruleset: Option<Spanned<Mode>>,
+    #[serde(default)]
+    answer: Answer,
+    #[serde(default)]
+    ruleset: RulesetMode,
     queue: Option<u16>,
     user: Option<Name>,
     #[serde(default)]
@@ -72,19 +83,17 @@ struct Server {
     #[serde(default)]
     address: Vec<HostAddress>,
     state: Option<PathBuf>,
+    runtime: Option<PathBuf>,
 }
 
-#[derive(Deserialize, PartialEq, Eq)]
+/// Who loads the table.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Answer {
-    Drop,
-    Reset,
-}
-
-#[derive(Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-enum Mode {
+pub enum RulesetMode {
+    /// `serve`, which also loads it again when somebody else takes it away.
+    #[default]
     Managed,
+    /// The host's nftables.conf includes it; `serve` only checks that it is there and right.
     External,
 }
 
@@ -110,7 +119,6 @@ impl ServerConfig {
         let at = |span, message: String| Diagnostic::new(path, &text, span, message);
         let File { server, services } = file;
 
-        refuse_unbuilt(&server, &at)?;
         let window = within(server.window, Seconds(60), &WINDOWS, "window", &at)?;
         let services = services
             .into_iter()
@@ -128,11 +136,14 @@ impl ServerConfig {
             private_key,
             knock_ports: server.knock_ports.into_inner(),
             window,
+            answer: server.answer,
+            ruleset_mode: server.ruleset,
             queue: server.queue.unwrap_or(4097),
             account: server.user.map_or_else(|| "knockq".to_owned(), String::from),
             trusted: server.trusted.into_iter().map(|network| network.0).collect(),
             addresses: server.address,
             state: directory.join(server.state.unwrap_or_else(|| STATE_DIRECTORY.into())),
+            runtime: directory.join(server.runtime.unwrap_or_else(|| RUNTIME_DIRECTORY.into())),
             services,
             users,
         })
@@ -174,28 +185,17 @@ impl ServerConfig {
         let mut guarded: Vec<Port> = self.services.iter().flat_map(|service| service.ports.clone()).collect();
         guarded.sort_unstable();
         guarded.dedup();
-        Ruleset { guarded, knock_ports: self.knock_ports.ranges(), trusted: self.trusted.clone(), queue: self.queue }
+        Ruleset {
+            guarded,
+            knock_ports: self.knock_ports.ranges(),
+            trusted: self.trusted.clone(),
+            answer: self.answer,
+            queue: self.queue,
+        }
     }
 }
 
 type At<'a> = dyn Fn(Range<usize>, String) -> Diagnostic + 'a;
-
-fn refuse_unbuilt(server: &Server, at: &At<'_>) -> Result<(), Diagnostic> {
-    let unbuilt = |span, what: &str, instead: &str| {
-        Err(at(span, format!("{what} is not built yet")).with_hint(format!("leave it out, or write {instead}")))
-    };
-    if let Some(answer) = &server.answer
-        && *answer.get_ref() == Answer::Reset
-    {
-        return unbuilt(answer.span(), "answer = \"reset\"", "answer = \"drop\"");
-    }
-    if let Some(mode) = &server.ruleset
-        && *mode.get_ref() == Mode::External
-    {
-        return unbuilt(mode.span(), "ruleset = \"external\"", "ruleset = \"managed\"");
-    }
-    Ok(())
-}
 
 fn within(
     value: Option<Spanned<Seconds>>,

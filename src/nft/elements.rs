@@ -17,6 +17,7 @@ use netlink_packet_netfilter::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::TABLE;
@@ -28,8 +29,11 @@ const RETRIES: usize = 20;
 /// Bytes of a comment with its terminator: one byte of length (libnftnl's `udata`).
 const COMMENT_MAX: usize = 253;
 
+/// The sets of doors, and whether theirs are for one connection.
+pub(super) const SETS: [(&str, bool); 4] = [("open4", false), ("open6", false), ("once4", true), ("once6", true)];
+
 /// One element: this source may connect to this port.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Door {
     /// Who may come in.
     pub source: IpAddr,

@@ -1,9 +1,11 @@
-//! Running nft, for what is done once: loading the table. Doors go through [`super::elements`].
+//! Running nft, for what is done now and then: loading and listing. Doors are opened through [`super::elements`].
 
 use std::io::{self, Write};
 use std::process::{Command, Output, Stdio};
 
 use thiserror::Error;
+
+use super::TABLE;
 
 /// Where every distribution has it; never looked up by name, for this runs as root.
 const NFT: &str = "/usr/sbin/nft";
@@ -23,6 +25,17 @@ pub enum NftError {
     /// The kernel has no queue statement for nft.
     #[error("nft: this kernel has no `queue` statement (CONFIG_NFT_QUEUE)")]
     NoQueueStatement,
+    /// The table is not there.
+    #[error("nft: there is no table inet {TABLE}")]
+    NoTable,
+    /// nft lists a set in words that we do not know.
+    #[error("nft: cannot read the listing of set {set}: {cause}")]
+    Unreadable {
+        /// Which.
+        set: &'static str,
+        /// At what.
+        cause: String,
+    },
     /// The kernel did not allow it.
     #[error("nft: {0}")]
     NotPermitted(String),
@@ -36,7 +49,7 @@ pub enum NftError {
 /// # Errors
 /// With what nft said.
 pub fn load(ruleset: &str) -> Result<(), NftError> {
-    run(&["-f", "-"], ruleset).map_err(explain)
+    run(&["-f", "-"], ruleset).map(drop).map_err(explain)
 }
 
 /// Lets nft and the kernel check a ruleset without applying it.
@@ -44,7 +57,24 @@ pub fn load(ruleset: &str) -> Result<(), NftError> {
 /// # Errors
 /// With what nft said.
 pub fn check(ruleset: &str) -> Result<(), NftError> {
-    run(&["-c", "-f", "-"], ruleset).map_err(explain)
+    run(&["-c", "-f", "-"], ruleset).map(drop).map_err(explain)
+}
+
+/// A table of family inet, as JSON.
+pub(super) fn list_table(table: &str) -> Result<String, NftError> {
+    run(&["-j", "list", "table", "inet", table], "").map_err(missing)
+}
+
+/// One of our sets, as JSON.
+pub(super) fn list_set(set: &str) -> Result<String, NftError> {
+    run(&["-j", "list", "set", "inet", TABLE, set], "").map_err(missing)
+}
+
+fn missing(error: NftError) -> NftError {
+    match error {
+        NftError::Refused(said) if said.contains("No such file or directory") => NftError::NoTable,
+        other => other,
+    }
 }
 
 /// nft says only `No such file or directory` when a statement's module is missing, so ask it about that alone.
@@ -55,7 +85,7 @@ fn explain(error: NftError) -> NftError {
     }
 }
 
-fn run(arguments: &[&str], input: &str) -> Result<(), NftError> {
+fn run(arguments: &[&str], input: &str) -> Result<String, NftError> {
     let mut child = Command::new(NFT)
         .args(arguments)
         .env_clear()
@@ -69,9 +99,9 @@ fn run(arguments: &[&str], input: &str) -> Result<(), NftError> {
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(input.as_bytes());
     }
-    let Output { status, stderr, .. } = child.wait_with_output()?;
+    let Output { status, stdout, stderr } = child.wait_with_output()?;
     if status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&stderr).trim_end().to_owned();
     let said = if said.is_empty() { status.to_string() } else { said };

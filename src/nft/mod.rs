@@ -1,14 +1,18 @@
 //! The kernel's side: the table, and the elements of its sets.
 
 pub mod elements;
+pub mod list;
 pub mod load;
 pub mod ruleset;
+pub mod table;
 pub mod watch;
 
 pub use elements::{Door, Doors, ElementError, Ownership};
-pub use load::{NftError, check, load};
+pub use list::{OpenDoor, open_doors};
+pub use load::{NftError, check};
 pub use ruleset::Ruleset;
-pub use watch::Watch;
+pub use table::{TableError, install, is_live, remove};
+pub use watch::{Loss, Watch};
 
 /// Name of the one table that is ours, of family `inet`.
 pub const TABLE: &str = "knockq";

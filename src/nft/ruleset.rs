@@ -9,14 +9,15 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
-use crate::service::Port;
+use crate::service::{Answer, Port};
 
 /// Elements that each set of doors holds at most.
 const SET_SIZE: u32 = 65_535;
 
 /// What the table is made of. [`fmt::Display`] writes the include file.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Ruleset {
     /// Ports that are shut to all but those who knocked.
     pub guarded: Vec<Port>,
@@ -24,6 +25,8 @@ pub struct Ruleset {
     pub knock_ports: Vec<RangeInclusive<u16>>,
     /// Networks that are never gated.
     pub trusted: Vec<IpNet>,
+    /// What is shut gives this answer.
+    pub answer: Answer,
     /// The queue's number.
     pub queue: u16,
 }
@@ -73,18 +76,26 @@ add rule inet TABLE gate iif lo accept
 # What is forwarded passes; broadcasts, multicasts and anycasts reach this host's sockets and do not.
 add rule inet TABLE gate fib daddr type unicast accept
 add rule inet TABLE gate ct state established accept
-add rule inet TABLE gate tcp dport @knock_ports drop
+add rule inet TABLE gate tcp dport @knock_ports KNOCK_PORTS
 add rule inet TABLE gate meta l4proto . th dport @guarded goto door
 
 add rule inet TABLE door ip saddr @trusted4 accept
 add rule inet TABLE door ip6 saddr @trusted6 accept
 add rule inet TABLE door ip saddr . meta l4proto . th dport @open4 accept
 add rule inet TABLE door ip6 saddr . meta l4proto . th dport @open6 accept
+# The same SYN once more, because its answer was lost or late: it was let in before, or conntrack had not kept it.
+add rule inet TABLE door tcp flags & (fin | syn | rst | ack) == syn ct state new ct status confirmed accept
 add rule inet TABLE door ip saddr . meta l4proto . th dport @once4 \
 delete @once4 { ip saddr . meta l4proto . th dport } accept
 add rule inet TABLE door ip6 saddr . meta l4proto . th dport @once6 \
 delete @once6 { ip6 saddr . meta l4proto . th dport } accept
-add rule inet TABLE door drop
+";
+
+/// The end of chain `door`: what is refused is answered like a closed port, or not at all.
+const DROP: &str = "add rule inet TABLE door drop\n";
+const RESET: &str = "\
+add rule inet TABLE door meta l4proto tcp reject with tcp reset
+add rule inet TABLE door reject with icmpx type port-unreachable
 ";
 
 impl Ruleset {
@@ -93,23 +104,23 @@ impl Ruleset {
         self.render("knockq_check")
     }
 
-    /// The include file for a table that is there and persists: nft 1.0.6 cannot name such a table's flags, so it must not
-    /// try to add it.
-    pub fn for_table_that_persists(&self) -> String {
-        self.to_string().replace(&format!("add table inet {}\n", super::TABLE), "")
-    }
-
-    fn render(&self, table: &str) -> String {
+    pub(super) fn render(&self, table: &str) -> String {
+        // Nobody listens at a knock port, so what passes there meets the kernel's own reset.
+        let (knock_ports, refusal) = match self.answer {
+            Answer::Drop => ("drop", DROP),
+            Answer::Reset => ("accept", RESET),
+        };
         let fill = |text: &str| {
             text.replace("TABLE", table)
                 .replace("SIZE", &SET_SIZE.to_string())
                 .replace("QUEUE", &self.queue.to_string())
+                .replace("KNOCK_PORTS", knock_ports)
         };
         let elements = self.elements().into_iter().filter(|(_, elements)| !elements.is_empty());
         let elements: String = elements
             .map(|(set, elements)| format!("add element inet {table} {set} {{ {} }}\n", elements.join(", ")))
             .collect();
-        format!("#!/usr/sbin/nft -f\n{}{elements}{}", fill(FRAME), fill(RULES))
+        format!("#!/usr/sbin/nft -f\n{}{elements}{}{}", fill(FRAME), fill(RULES), fill(refusal))
     }
 
     fn elements(&self) -> [(&'static str, Vec<String>); 4] {

@@ -23,6 +23,17 @@ const DATAGRAM: usize = 32 << 10;
 /// Bytes that wait to be read: our own doors are told of too, a few hundred bytes each.
 const BUFFER: usize = 8 << 20;
 
+/// What was deleted of our table.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Loss {
+    /// Nothing.
+    Nothing,
+    /// Rules or chains: the gate may be open.
+    Rules,
+    /// Sets or the table: the doors are gone too.
+    Doors,
+}
+
 /// A socket on which the kernel tells of changes to any table.
 pub struct Watch(Socket);
 
@@ -40,20 +51,20 @@ impl Watch {
         Ok(Self(socket))
     }
 
-    /// Reads what has been told; whether our table, or one of its chains, sets or rules, was deleted. Loading the table
-    /// again deletes rules too: read that away before going on.
+    /// Reads what has been told; the worst that was deleted. Loading the table again deletes rules too: read that away
+    /// before going on.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn table_is_lost(&mut self) -> io::Result<bool> {
-        let mut is_lost = false;
+    pub fn loss(&mut self) -> io::Result<Loss> {
+        let mut loss = Loss::Nothing;
         loop {
             let mut datagram = Vec::with_capacity(DATAGRAM);
             match self.0.recv(&mut datagram, 0) {
-                Ok(_) => is_lost |= messages(&datagram).any(|message| takes_something_of_ours(&message)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(is_lost),
+                Ok(_) => loss = messages(&datagram).map(|message| loss_by(&message)).fold(loss, Loss::max),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => is_lost = true,
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => loss = Loss::Doors,
                 Err(error) => return Err(error),
             }
         }
@@ -78,22 +89,24 @@ fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<NetfilterMes
     .flatten()
 }
 
-fn takes_something_of_ours(message: &NetlinkMessage<NetfilterMessage>) -> bool {
-    let NetlinkPayload::InnerMessage(message) = &message.payload else { return false };
-    let NetfilterMessageInner::NfTables(message) = &message.inner else { return false };
-    match message {
+fn loss_by(message: &NetlinkMessage<NetfilterMessage>) -> Loss {
+    let NetlinkPayload::InnerMessage(message) = &message.payload else { return Loss::Nothing };
+    let NetfilterMessageInner::NfTables(message) = &message.inner else { return Loss::Nothing };
+    let is_ours = |name: &String| name == TABLE;
+    let (is_of_ours, loss) = match message {
         NfTablesMessage::DeleteTable(table) => {
-            table.attributes.iter().any(|attribute| matches!(attribute, TableAttribute::Name(name) if name == TABLE))
-        }
-        NfTablesMessage::DeleteChain(chain) => {
-            chain.attributes.iter().any(|attribute| matches!(attribute, ChainAttribute::Table(name) if name == TABLE))
+            (table.attributes.iter().any(|a| matches!(a, TableAttribute::Name(name) if is_ours(name))), Loss::Doors)
         }
         NfTablesMessage::DeleteSet(set) => {
-            set.attributes.iter().any(|attribute| matches!(attribute, SetAttribute::Table(name) if name == TABLE))
+            (set.attributes.iter().any(|a| matches!(a, SetAttribute::Table(name) if is_ours(name))), Loss::Doors)
+        }
+        NfTablesMessage::DeleteChain(chain) => {
+            (chain.attributes.iter().any(|a| matches!(a, ChainAttribute::Table(name) if is_ours(name))), Loss::Rules)
         }
         NfTablesMessage::DeleteRule(rule) => {
-            rule.attributes.iter().any(|attribute| matches!(attribute, RuleAttribute::Table(name) if name == TABLE))
+            (rule.attributes.iter().any(|a| matches!(a, RuleAttribute::Table(name) if is_ours(name))), Loss::Rules)
         }
-        _ => false,
-    }
+        _ => (false, Loss::Nothing),
+    };
+    if is_of_ours { loss } else { Loss::Nothing }
 }

@@ -12,6 +12,8 @@ use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use thiserror::Error;
 
+use crate::service::Answer;
+
 /// Bytes of each packet that the kernel hands up: all headers of a SYN, with room for IPv6 extension headers.
 pub(super) const COPY_LEN: u16 = 126;
 
@@ -97,11 +99,15 @@ impl KernelQueue {
         Ok(())
     }
 
-    /// Takes up to a burst of packets, drops each and shows it to `each`; returns how many there were.
+    /// Takes up to a burst of packets, gives each the same verdict and shows it to `each`; returns how many there were.
     ///
     /// # Errors
     /// When the kernel refuses a verdict: then nothing more can be done but to stop.
-    pub fn drain(&mut self, mut each: impl FnMut(&[u8])) -> Result<usize, QueueError> {
+    pub fn drain(&mut self, answer: Answer, mut each: impl FnMut(&[u8])) -> Result<usize, QueueError> {
+        let verdict = match answer {
+            Answer::Drop => Verdict::Drop,
+            Answer::Reset => Verdict::Accept, // nobody listens at a knock port, so the kernel itself resets
+        };
         let fail = |number| move |source| QueueError::Io { number, source };
         for taken in 0..BURST {
             let mut message = match self.queue.recv() {
@@ -111,7 +117,7 @@ impl KernelQueue {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(fail(self.number)(error)),
             };
-            message.set_verdict(Verdict::Drop);
+            message.set_verdict(verdict);
             each(message.get_payload());
             self.queue.verdict(message).map_err(fail(self.number))?;
         }

@@ -56,6 +56,15 @@ impl Book {
         grants.len() < before
     }
 
+    /// Strikes every such grant out; tells the doors that may change by it.
+    pub fn strike_all(&mut self, is_meant: impl Fn(&Door, &Grant) -> bool) -> Vec<(Door, Grant)> {
+        let struck = self.doors.iter_mut().flat_map(|(door, grants)| {
+            let struck: Vec<Grant> = grants.extract_if(.., |grant| is_meant(door, grant)).collect();
+            struck.into_iter().map(|grant| (*door, grant))
+        });
+        struck.collect()
+    }
+
     /// The grant that keeps a door open for longest, and for how long.
     pub fn longest(&self, door: &Door, now: Instant) -> Option<(&Grant, Duration)> {
         let grants = self.doors.get(door)?.iter().filter(|grant| grant.until > now);

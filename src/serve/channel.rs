@@ -24,16 +24,38 @@ pub enum Message {
     Bound,
     /// Keeper to monitor: the table is loaded.
     Loaded,
-    /// Child to keeper: it works.
+    /// Child to keeper: it works; or, it has done what was asked last.
     Ready,
     /// Monitor to keeper: somebody took the table away, load it again.
     Lost,
+    /// Keeper to child: get ready for these new settings. The monitor permits what either allows from then on.
+    Settings,
+    /// Verifier to keeper: it cannot.
+    Unable,
+    /// Keeper to child, first to the verifier: the old settings are over.
+    Enforce,
+    /// Keeper to monitor: let go of the table, it is about to be loaded anew.
+    Release,
+    /// Keeper to monitor: shut these doors.
+    Revoke,
     /// Keeper to child: it is time to go.
     Stop,
 }
 
 impl Message {
-    const ALL: [Self; 6] = [Self::Start, Self::Bound, Self::Loaded, Self::Ready, Self::Lost, Self::Stop];
+    const ALL: [Self; 11] = [
+        Self::Start,
+        Self::Bound,
+        Self::Loaded,
+        Self::Ready,
+        Self::Lost,
+        Self::Settings,
+        Self::Unable,
+        Self::Enforce,
+        Self::Release,
+        Self::Revoke,
+        Self::Stop,
+    ];
 
     const fn byte(self) -> u8 {
         match self {
@@ -42,7 +64,12 @@ impl Message {
             Self::Loaded => 3,
             Self::Ready => 4,
             Self::Lost => 5,
-            Self::Stop => 6,
+            Self::Settings => 6,
+            Self::Unable => 7,
+            Self::Enforce => 8,
+            Self::Release => 9,
+            Self::Revoke => 10,
+            Self::Stop => 11,
         }
     }
 }
@@ -94,7 +121,7 @@ impl Channel {
     /// Waits for a message; `None` when the peer is gone.
     ///
     /// # Errors
-    /// `InvalidData` for anything that is not a message.
+    /// `InvalidData` for anything that is not a message; `WouldBlock` where there is none and the end does not wait.
     pub fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -131,11 +158,5 @@ impl Channel {
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-impl From<Channel> for OwnedFd {
-    fn from(channel: Channel) -> Self {
-        channel.0
     }
 }

@@ -1,47 +1,34 @@
-//! The keeper: root, but it sees no packet and no frame. It reads the configuration, starts the others, loads the table,
-//! and stops all when one of them dies.
+//! The keeper: root, but it sees no packet and no frame. It has the configuration read, starts the others, tends the table,
+//! does what root asks, and stops all when one of the others dies.
 
 use std::fs::{self, OpenOptions};
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::path::{self, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::low_level::pipe;
+use signal_hook::consts::SIGHUP;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{error, info};
 
-use super::channel::{Channel, Message, message_pair};
+use super::channel::{Message, message_pair};
+use super::children::{Children, Event};
+use super::configuration::{Fixed, Plan};
+use super::control::{self, Control, ControlError, Reply, Request};
+use super::gate::{Gate, GateError};
 use super::handover;
 use super::log::{self, Style};
-use super::policy::{Opening, Policy};
-use super::process::Process;
-use super::sandbox::{Identity, SandboxError};
-use super::verifier::Settings;
+use super::sandbox::SandboxError;
 use crate::config::secure_file::{self, Privacy};
-use crate::config::{ConfigError, FileError, ServerConfig};
-use crate::nft::{self, Doors, ElementError, NftError, Ownership, Ruleset};
+use crate::config::server::RulesetMode;
+use crate::config::{ConfigError, FileError};
+use crate::nft::{self, NftError, OpenDoor};
 use crate::queue::relay;
 
-/// Ids of the verifier where the configured account does not exist: `nobody`'s, as everywhere.
-const VERIFIER_FALLBACK: u32 = 65_534;
-
-/// Ids of the monitor where its account does not exist: it must not be the verifier's.
-const MONITOR_FALLBACK: u32 = 65_533;
-
-/// Time that a child has to become ready: ten thousand users take two seconds.
-const START: Duration = Duration::from_secs(60);
-
-/// Times that the table is loaded again before giving up, and the time between.
-const RESTORE_TRIES: u32 = 100;
-const RESTORE_PAUSE: Duration = Duration::from_millis(10);
+/// Time between two looks at a table that others have to load.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Where the kernel lists who has which queue.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
@@ -69,12 +56,21 @@ pub enum ServeError {
         /// The process, as far as the kernel tells.
         owner: String,
     },
-    /// nft did not load the table.
+    /// The table is not as it should be.
     #[error(transparent)]
-    Nft(#[from] NftError),
-    /// The table could not be made.
+    Gate(#[from] GateError),
+    /// The open doors could not be listed.
     #[error(transparent)]
-    Table(#[from] ElementError),
+    Doors(#[from] NftError),
+    /// The command socket is not to be had.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// `serve --try` cannot undo what others load.
+    #[error("serve --try: ruleset = \"external\" leaves the gate to others, so it cannot be undone here")]
+    NothingToUndo,
+    /// Nobody confirmed in time.
+    #[error("not confirmed: the gate is taken away, and the guarded ports are as open as without knockq")]
+    NotConfirmed,
     /// A child reported its own error and ended with this code.
     #[error("{process} could not start")]
     ChildFailed {
@@ -91,7 +87,7 @@ pub enum ServeError {
         /// How.
         end: String,
     },
-    /// A child did not become ready.
+    /// A child did not do what it was asked.
     #[error("{0} did not become ready within a minute")]
     TooSlow(&'static str),
     /// The kernel refused something.
@@ -99,40 +95,46 @@ pub enum ServeError {
     Io(#[from] io::Error),
 }
 
-/// Runs the daemon until it is told to stop.
+/// Runs the daemon until it is told to stop; with `trial`, for so long at most unless it is confirmed.
 ///
 /// # Errors
 /// [`ServeError`]. Doors that are open stay open for the time that they have left; the gate stays shut.
-pub fn run(config_path: &Path, style: Style) -> Result<(), ServeError> {
+pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<(), ServeError> {
     log::start("knockq", style);
     let may = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
     if !rustix::process::geteuid().is_root() || !may {
         return Err(ServeError::NotRoot);
     }
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
-    let config = ServerConfig::load(config_path)?;
-    let mut keeper = Keeper::start(&config, config_path, style)?;
-    let is_up = keeper.bring_up(&config);
-    drop(config); // and with it the server's private key
-    let served = is_up.and_then(|()| keeper.watch());
-    if keeper.is_ready && matches!(served, Err(Ended::Failed(_))) {
-        // Whatever it was: if the table is gone too, the gate must not stay open. If we own it, it cannot be.
-        let _ = nft::load(&keeper.ruleset.to_string());
-    }
-    keeper.stop();
-    match served {
-        Err(Ended::Asked) | Ok(()) => {
+    let mut children = Children::new(style)?;
+    let config_path = path::absolute(config_path)?;
+    let ended = match bring_up(&mut children, &config_path, trial) {
+        Ok((fixed, control, gate)) => {
+            let mut keeper = Keeper::new(children, config_path, fixed, gate, trial);
+            let Err(ended) = keeper.watch(&control);
+            keeper.stop(ended)
+        }
+        Err(ended) => {
+            children.end();
+            ended
+        }
+    };
+    match ended {
+        Ended::Failed(error) => Err(error),
+        Ended::Asked => {
             info!("stopped; doors that are open keep the time that they have left");
             Ok(())
         }
-        Err(Ended::Failed(error)) => Err(error),
+        Ended::Unconfirmed => Err(ServeError::NotConfirmed),
     }
 }
 
 /// Why the keeper leaves its work.
-enum Ended {
+pub(super) enum Ended {
     /// SIGTERM or SIGINT.
     Asked,
+    /// The time of `serve --try` is over.
+    Unconfirmed,
     Failed(ServeError),
 }
 
@@ -142,223 +144,240 @@ impl<E: Into<ServeError>> From<E> for Ended {
     }
 }
 
-struct Keeper {
-    monitor: Process,
-    verifier: Process,
-    ruleset: Ruleset,
-    /// What `init` wrote beside the configuration.
-    include_file: PathBuf,
-    signals: [(i32, UnixStream); 3],
-    /// What the children have said so far.
-    said: Vec<(&'static str, Message)>,
-    is_ready: bool,
+/// Starts everything. The order matters: the verifier understands knocks, then the queue is bound, then the table sends it
+/// packets.
+fn bring_up(
+    children: &mut Children,
+    config_path: &Path,
+    trial: Option<Duration>,
+) -> Result<(Fixed, Control, Gate), Ended> {
+    let ignore = |_: &mut Children, _| Ok(());
+    children.start("configuration", &["--config".as_ref(), config_path.as_os_str()])?;
+    let (_, read) = children.wait_for("configuration", &[Message::Ready], ignore)?;
+    let [plan, settings, policy] = three(read)?;
+    children.dismiss("configuration");
+    let Plan { fixed, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
+    if trial.is_some() && fixed.ruleset_mode == RulesetMode::External {
+        return Err(ServeError::NothingToUndo.into());
+    }
+    let store = open_store(&fixed.store)?;
+    refuse_taken_queue(fixed.queue)?;
+    let control = Control::listen(&fixed.runtime)?;
+
+    let (relay_reader, relay_writer) = relay::pipe()?;
+    let (frames_of_verifier, frames_of_monitor) = message_pair()?;
+    children.start("verifier", &[])?;
+    children.tell("verifier", Message::Start, &[&relay_reader, &frames_of_verifier, &settings, &store])?;
+    children.wait_for("verifier", &[Message::Ready], ignore)?;
+    children.start("monitor", &[])?;
+    children.tell("monitor", Message::Start, &[&relay_writer, &frames_of_monitor, &policy])?;
+    children.wait_for("monitor", &[Message::Bound], ignore)?;
+    drop((relay_reader, relay_writer, frames_of_verifier, frames_of_monitor)); // else no end would be noticed
+
+    let include_file = config_path.with_file_name("knockq.nft");
+    let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
+    gate.raise()?;
+    gate.say_who_can_flush_it();
+    let doors: Vec<OpenDoor> = nft::open_doors()?;
+    children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
+    children.wait_for("monitor", &[Message::Ready], ignore)?;
+    info!(users, services, knock_ports, queue = fixed.queue, "ready");
+    sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
+    Ok((fixed, control, gate))
 }
 
-/// What woke the keeper.
-enum Event {
-    Signal(i32),
-    Message(&'static str, Message),
-    Gone,
+/// The daemon, once all of it works.
+struct Keeper {
+    children: Children,
+    config_path: PathBuf,
+    fixed: Fixed,
+    gate: Gate,
+    /// The table is not what it should be, and it is for others to load it.
+    is_lost: bool,
+    /// When the gate is undone unless somebody confirms it.
+    trial: Option<Instant>,
+    /// Who waits for the reload that goes on.
+    askers: Vec<UnixStream>,
+    /// Who came too late for it: the files may have changed since it read them.
+    late: Option<Vec<UnixStream>>,
 }
 
 impl Keeper {
-    /// Starts both children and hands each what is its own.
-    fn start(config: &ServerConfig, config_path: &Path, style: Style) -> Result<Self, ServeError> {
-        let [verifier, monitor] = accounts(config)?;
-        let settings = handover::seal(&verifier_settings(config, verifier)?)?;
-        let policy = handover::seal(&monitor_policy(config, monitor))?;
-        let store = open_store(&config.store_path())?;
-        refuse_taken_queue(config.queue)?;
-
-        let signals = [SIGTERM, SIGINT, SIGHUP].map(|signal| {
-            let (ours, handlers) = UnixStream::pair()?;
-            pipe::register(signal, handlers)?;
-            io::Result::Ok((signal, ours))
-        });
-        let [terminate, interrupt, hangup] = signals;
-        let (relay_reader, relay_writer) = relay::pipe()?;
-        let (frames_of_verifier, frames_of_monitor) = message_pair()?;
-        let verifier = Process::spawn("verifier", style)?;
-        let monitor = Process::spawn("monitor", style)?;
-        verifier.send(Message::Start, &[&relay_reader, &frames_of_verifier, &settings, &store])?;
-        monitor.send(Message::Start, &[&relay_writer, &frames_of_monitor, &policy])?;
-        let ruleset = config.ruleset();
-        Ok(Self {
-            monitor,
-            verifier,
-            ruleset,
-            include_file: config_path.with_file_name("knockq.nft"),
-            signals: [terminate?, interrupt?, hangup?],
-            said: Vec::new(),
-            is_ready: false,
-        })
-    }
-
-    /// The order matters: the verifier understands knocks, then the queue is bound, then the table sends it packets.
-    fn bring_up(&mut self, config: &ServerConfig) -> Result<(), Ended> {
-        self.wait_for("verifier", Message::Ready)?;
-        self.wait_for("monitor", Message::Bound)?;
-        let persists = load_table(&self.ruleset)?;
-        self.monitor.send(Message::Loaded, &[])?;
-        self.wait_for("monitor", Message::Ready)?;
-        self.is_ready = true;
-        if !persists {
-            let hint = format!("include \"{}\" in /etc/nftables.conf", self.include_file.display());
+    fn new(children: Children, config_path: PathBuf, fixed: Fixed, gate: Gate, trial: Option<Duration>) -> Self {
+        let trial = trial.map(|time| {
             info!(
-                hint,
-                "others can flush the gate, for this kernel is older than Linux 6.9 or a plain table was there"
+                seconds = time.as_secs(),
+                hint = "knockq confirm",
+                "on trial: unless confirmed, the gate is taken away"
             );
+            Instant::now() + time
+        });
+        Self { children, config_path, fixed, gate, is_lost: false, trial, askers: Vec::new(), late: None }
+    }
+
+    /// Does what comes, until it is told to stop or a child dies.
+    fn watch(&mut self, control: &Control) -> Result<std::convert::Infallible, Ended> {
+        loop {
+            let look = self.is_lost.then(|| Instant::now() + LOOK);
+            let deadline = self.trial.into_iter().chain(look).min();
+            match self.children.next(Some(control), deadline)? {
+                Some(Event::Signal(SIGHUP)) => self.reload(None)?,
+                Some(Event::Signal(_)) => return Err(Ended::Asked),
+                Some(Event::Request) => self.answer(control.accept())?,
+                Some(Event::Message("configuration", Message::Ready, read)) => self.take_configuration(read)?,
+                Some(Event::Gone("configuration")) => self.keep_configuration()?,
+                Some(Event::Gone(_)) => return Err(Ended::Failed(self.children.bury())),
+                Some(Event::Message("monitor", Message::Lost, _)) => self.restore()?,
+                Some(Event::Message(..)) => {}
+                None if self.trial.is_some_and(|end| end <= Instant::now()) => return Err(Ended::Unconfirmed),
+                None => self.restore()?,
+            }
         }
-        let (users, services) = (config.users.len(), config.services.len());
-        info!(users, services, knock_ports = %config.knock_ports, queue = config.queue, "ready");
+    }
+
+    /// Somebody changed or deleted the table.
+    fn restore(&mut self) -> Result<(), Ended> {
+        if self.gate.restore()? {
+            self.is_lost = false;
+            self.children.tell("monitor", Message::Loaded, &[])?;
+        } else if !self.is_lost {
+            self.is_lost = true;
+            self.gate.complain();
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, request: Option<(Request, UnixStream)>) -> Result<(), Ended> {
+        match request {
+            Some((Request::Reload, stream)) => Ok(self.reload(Some(stream))?),
+            Some((Request::Revoke(selection), stream)) => {
+                self.ask("monitor", Message::Revoke, &[&handover::seal(&selection)?])?;
+                control::reply(stream, &Reply::Done);
+                Ok(())
+            }
+            Some((Request::Confirm, stream)) => {
+                control::reply(stream, &self.confirm());
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn confirm(&mut self) -> Reply {
+        if self.trial.take().is_none() {
+            let hint = "`knockq serve --try 10m` sets a gate up on trial".to_owned();
+            return Reply::Refused { message: "the gate is not on trial, so it stays".to_owned(), hint };
+        }
+        info!("confirmed: the gate stays");
+        Reply::Done
+    }
+
+    /// Has the configuration read by a child, while everything goes on; once more if that is being done already.
+    fn reload(&mut self, asker: Option<UnixStream>) -> io::Result<()> {
+        if self.children.has("configuration") {
+            self.late.get_or_insert_default().extend(asker);
+            return Ok(());
+        }
+        self.askers.extend(asker);
+        sd_notify::notify(&[sd_notify::NotifyState::Reloading, sd_notify::NotifyState::monotonic_usec_now()?])?;
+        self.children.start("configuration", &["--config".as_ref(), self.config_path.as_os_str()])
+    }
+
+    /// The configuration could not be read; the child has said why.
+    fn keep_configuration(&mut self) -> Result<(), Ended> {
+        self.refuse("the configuration is refused", "knockq check")
+    }
+
+    fn refuse(&mut self, why: &str, hint: &str) -> Result<(), Ended> {
+        error!(hint, "not reloaded: {why}; the configuration of before stays in force");
+        let message = format!("not reloaded: {why}; the configuration of before stays in force");
+        self.end_reload(|| Reply::Refused { message: message.clone(), hint: hint.to_owned() })
+    }
+
+    fn end_reload(&mut self, reply: impl Fn() -> Reply) -> Result<(), Ended> {
+        self.children.dismiss("configuration");
+        self.askers.drain(..).for_each(|stream| control::reply(stream, &reply()));
         sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
-        Ok(())
-    }
-
-    /// Waits until it is told to stop or a child dies.
-    fn watch(&mut self) -> Result<(), Ended> {
-        loop {
-            match self.next_event(None)? {
-                Some(Event::Signal(SIGHUP)) => {
-                    warn!("reload is not built yet: restart to apply a changed configuration");
-                }
-                Some(Event::Signal(_)) => return Err(Ended::Asked),
-                Some(Event::Gone) => return Err(Ended::Failed(self.bury())),
-                Some(Event::Message("monitor", Message::Lost)) => self.restore_table()?,
-                Some(Event::Message(..)) | None => {}
-            }
-        }
-    }
-
-    /// The gate is open until this is done, so nothing comes before it. Whoever deleted the table may still be at it.
-    fn restore_table(&mut self) -> Result<(), Ended> {
-        let mut tries = 0;
-        while let Err(error) = nft::load(&self.ruleset.to_string()) {
-            tries += 1;
-            if tries == RESTORE_TRIES {
-                return Err(error.into());
-            }
-            std::thread::sleep(RESTORE_PAUSE);
-        }
-        self.monitor.send(Message::Loaded, &[])?;
-        warn!("somebody else changed or deleted table inet knockq: it is loaded again, and open doors are open again");
-        Ok(())
-    }
-
-    /// Waits until a child has said something, which it may have done already.
-    fn wait_for(&mut self, process: &'static str, message: Message) -> Result<(), Ended> {
-        let deadline = Instant::now() + START;
-        while !self.said.contains(&(process, message)) {
-            match self.next_event(Some(deadline))? {
-                Some(Event::Message(from, said)) => self.said.push((from, said)),
-                Some(Event::Signal(SIGHUP)) => {}
-                Some(Event::Signal(_)) => return Err(Ended::Asked),
-                Some(Event::Gone) => return Err(Ended::Failed(self.bury())),
-                None => return Err(Ended::Failed(ServeError::TooSlow(process))),
-            }
+        if let Some(late) = self.late.take() {
+            self.askers = late;
+            self.reload(None)?;
         }
         Ok(())
     }
 
-    fn next_event(&self, deadline: Option<Instant>) -> io::Result<Option<Event>> {
-        loop {
-            let signals = self.signals.iter().map(|(_, stream)| stream.as_fd());
-            let children = [&self.monitor, &self.verifier];
-            let channels = children.iter().filter_map(|child| child.channel.as_ref()).map(AsFd::as_fd);
-            let mut sources: Vec<PollFd<'_>> =
-                signals.chain(channels).map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN)).collect();
-            let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            match poll(&mut sources, timeout.and_then(|time| Timespec::try_from(time).ok()).as_ref()) {
-                Ok(0) => return Ok(None),
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            }
-            let is_ready: Vec<bool> = sources.iter().map(|source| !source.revents().is_empty()).collect();
-            if let Some(((signal, stream), _)) = self.signals.iter().zip(&is_ready).find(|(_, ready)| **ready) {
-                let mut byte = [0];
-                (&mut &*stream).read_exact(&mut byte)?;
-                return Ok(Some(Event::Signal(*signal)));
-            }
-            let is_ready = is_ready.iter().skip(self.signals.len());
-            if let Some((child, _)) = children.iter().zip(is_ready).find(|(_, ready)| **ready) {
-                return Ok(Some(match child.channel.as_ref().map(Channel::receive) {
-                    Some(Ok(Some((message, _)))) => Event::Message(child.name, message),
-                    _ => Event::Gone,
-                }));
-            }
+    /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the verifier
+    /// prepares beside its work, and the table changes in one transaction.
+    fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
+        let [plan, settings, policy] = three(read)?;
+        let Plan { fixed, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
+        if let Some(setting) = self.fixed.difference(&fixed) {
+            return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
         }
+        if self.gate.differs_from(&ruleset)
+            && let Err(error) = self.gate.could_become(&ruleset)
+        {
+            return self.refuse(&error.to_string(), "knockq ruleset --check");
+        }
+        if !self.ask("verifier", Message::Settings, &[&settings])? {
+            return self.refuse("the counters of its users cannot be read", "journalctl -u knockq");
+        }
+        // The monitor permits what either configuration does until the verifier asks by the new one alone.
+        self.ask("monitor", Message::Settings, &[&policy])?;
+        self.ask("verifier", Message::Enforce, &[])?;
+        self.ask("monitor", Message::Enforce, &[])?;
+        if self.gate.differs_from(&ruleset) {
+            self.ask("monitor", Message::Release, &[])?;
+            let replaced = self.gate.replace(ruleset);
+            self.children.tell("monitor", Message::Loaded, &[])?;
+            replaced?;
+        }
+        info!(users, services, knock_ports, "reloaded");
+        self.end_reload(|| Reply::Done)
     }
 
-    /// Ends both children and tells the cause: one that was killed, or else one that failed. A child whose peer is gone
-    /// ends quietly.
-    fn bury(&mut self) -> ServeError {
-        let ends = self.end_children();
-        let killed = ends.iter().find_map(|(process, status)| Some((*process, status.as_ref()?.signal()?)));
-        let failed = ends
-            .iter()
-            .find_map(|(process, status)| Some((*process, status.as_ref()?.code().filter(|code| *code != 0)?)));
-        match (killed, failed) {
-            (Some((process, signal)), _) => {
-                ServeError::ChildDied { process, end: format!("was killed by signal {signal}") }
+    /// Asks a child for something and waits until it is done; `false` if it is unable. If the table is taken away
+    /// meanwhile, that comes first.
+    fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<bool, Ended> {
+        let Self { children, gate, is_lost, late, .. } = self;
+        children.tell(name, message, descriptors)?;
+        let answer = children.wait_for(name, &[Message::Ready, Message::Unable], |children, event| match event {
+            Event::Message("monitor", Message::Lost, _) if gate.restore()? => {
+                Ok(children.tell("monitor", Message::Loaded, &[])?)
             }
-            (None, Some((process, code))) => ServeError::ChildFailed { process, code: u8::try_from(code).unwrap_or(1) },
-            (None, None) => ServeError::ChildDied { process: "a child", end: "ended".to_owned() },
-        }
+            Event::Message("monitor", Message::Lost, _) => {
+                *is_lost = true;
+                gate.complain();
+                Ok(())
+            }
+            Event::Signal(SIGHUP) => {
+                late.get_or_insert_default();
+                Ok(())
+            }
+            _ => Ok(()),
+        })?;
+        Ok(answer.0 == Message::Ready)
     }
 
-    fn stop(&mut self) {
-        if self.is_ready {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
+    fn stop(mut self, ended: Ended) -> Ended {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        if self.trial.is_none() && matches!(ended, Ended::Failed(_)) {
+            self.gate.leave_shut();
         }
-        self.end_children();
-    }
-
-    fn end_children(&mut self) -> [(&'static str, Option<ExitStatus>); 2] {
-        for child in [&mut self.monitor, &mut self.verifier] {
-            child.hang_up();
+        self.children.end();
+        if self.trial.is_none() {
+            return ended;
         }
-        [&mut self.monitor, &mut self.verifier].map(|child| (child.name, child.end()))
+        match (nft::remove(), ended) {
+            (Err(error), _) => Ended::Failed(GateError::from(error).into()),
+            (Ok(()), Ended::Asked) => Ended::Unconfirmed,
+            (Ok(()), ended) => ended,
+        }
     }
 }
 
-/// Whom verifier and monitor become, in this order.
-///
-/// # Errors
-/// When an account is root's, or both have one user id: then each could reach into the other.
-pub fn accounts(config: &ServerConfig) -> Result<[Identity; 2], ServeError> {
-    let monitor = format!("{}-monitor", config.account);
-    let accounts = [(&config.account, VERIFIER_FALLBACK), (&monitor, MONITOR_FALLBACK)];
-    let [verifier, monitor] = accounts.map(|(account, fallback)| {
-        let (identity, exists) = Identity::of_account(account, fallback)?;
-        if !exists {
-            let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
-            warn!(hint, "there is no user `{account}`, so uid {fallback} stands in for it");
-        }
-        Ok::<_, SandboxError>(identity)
-    });
-    let (verifier, monitor) = (verifier?, monitor?);
-    if verifier.uid == monitor.uid {
-        return Err(SandboxError::Shared(config.account.clone()).into());
-    }
-    Ok([verifier, monitor])
-}
-
-fn verifier_settings(config: &ServerConfig, identity: Identity) -> Result<Settings, ServeError> {
-    Ok(Settings {
-        identity,
-        server: *config.private_key.public(),
-        store_path: config.store_path().display().to_string(),
-        registry: config.registry()?,
-    })
-}
-
-fn monitor_policy(config: &ServerConfig, identity: Identity) -> Policy {
-    let openings = config.services.iter().flat_map(|service| {
-        let (once, seconds) = (service.once, service.open_for);
-        service.ports.iter().map(move |&port| Opening { port, once, seconds })
-    });
-    Policy { identity, queue: config.queue, openings: openings.collect() }
+fn three(descriptors: Vec<OwnedFd>) -> io::Result<[OwnedFd; 3]> {
+    descriptors.try_into().map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {
@@ -382,17 +401,4 @@ fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
         }
     }
     Ok(())
-}
-
-/// Loads the table, all or nothing; `true` if it persists without us and nobody else can flush it.
-fn load_table(ruleset: &Ruleset) -> Result<bool, ServeError> {
-    // Made and let go at once: nft fills the orphan, then the monitor adopts it.
-    let ownership = Doors::new()?.own_table()?;
-    let persists = ownership != Ownership::Unsupported;
-    let loaded = nft::load(&if persists { ruleset.for_table_that_persists() } else { ruleset.to_string() });
-    if loaded.is_err() && ownership == Ownership::Made {
-        let _ = Doors::new()?.delete_table(); // it is empty; the error that is reported is the cause
-    }
-    loaded?;
-    Ok(persists)
 }

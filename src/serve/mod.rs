@@ -13,7 +13,11 @@
 
 pub mod book;
 pub mod channel;
+mod children;
+pub mod configuration;
+pub mod control;
 pub mod frames;
+pub mod gate;
 pub mod handover;
 pub mod keeper;
 pub mod log;

@@ -14,11 +14,12 @@ use tracing::{error, info, warn};
 
 use super::book::{Book, Grant};
 use super::channel::{Channel, Message};
+use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
 use super::sandbox::{self, SandboxError};
 use super::{handover, terminal};
-use crate::nft::{Door, Doors, ElementError, Ownership, Watch};
+use crate::nft::{Door, Doors, ElementError, Loss, OpenDoor, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 
 /// Time between two looks at what has run out.
@@ -68,19 +69,31 @@ pub fn run() -> Result<(), MonitorError> {
     let watch = Watch::new()?;
     queue.bind()?;
     keeper.send(Message::Bound, &[])?;
-    let Some([]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
-    let mut doors = Doors::new()?;
-    let is_owner = match doors.own_table()? {
-        Ownership::Adopted => true,
-        Ownership::Unsupported => false,
-        Ownership::Made => return Err(MonitorError::NoTable), // and so it is empty: a gate that lets all in
+    let Some([open_doors]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
+    let (relay, doors) = (RelayWriter::new(relay), Doors::new()?);
+    let mut monitor = Monitor {
+        keeper,
+        queue,
+        watch,
+        is_owner: false,
+        is_loading: false,
+        loss: Loss::Nothing,
+        relay,
+        frames,
+        policy,
+        next_policy: None,
+        doors,
+        book: Book::default(),
     };
-    if is_owner {
+    if !monitor.own_table()? {
+        return Err(MonitorError::NoTable);
+    }
+    if monitor.is_owner {
         info!("the table is owned: nobody else can change or flush it");
     }
-    keeper.send(Message::Ready, &[])?;
-    let (relay, book) = (RelayWriter::new(relay), Book::default());
-    Monitor { keeper, queue, watch, is_owner, is_lost: false, relay, frames, policy, doors, book }.serve()
+    monitor.take_over(handover::unseal(open_doors)?);
+    monitor.keeper.send(Message::Ready, &[])?;
+    monitor.serve()
 }
 
 struct Monitor {
@@ -89,11 +102,15 @@ struct Monitor {
     watch: Watch,
     /// The kernel leaves the table to this process alone.
     is_owner: bool,
-    /// The keeper has been asked to load the table again.
-    is_lost: bool,
+    /// The keeper loads the table: it was asked to, or has said so.
+    is_loading: bool,
+    /// What was deleted of the table since it was loaded.
+    loss: Loss,
     relay: RelayWriter,
     frames: OwnedFd,
     policy: Policy,
+    /// What comes into force when the verifier has its new settings.
+    next_policy: Option<Policy>,
     doors: Doors,
     book: Book,
 }
@@ -104,13 +121,13 @@ impl Monitor {
         let mut last_tick = Instant::now();
         loop {
             let [queue, watch, frames, keeper] = self.wait(&tick)?;
-            let verifier_lives = (!frames || self.take_frames()?) && (!queue || self.take_packets()?);
+            let verifier_lives = (!frames || self.take_frames(BURST)?) && (!queue || self.take_packets()?);
             let keeper_lives = !keeper || self.hear_keeper()?;
             if !verifier_lives || !keeper_lives {
                 return Ok(()); // the keeper tells why
             }
-            if watch && self.watch.table_is_lost()? {
-                self.report_loss()?;
+            if watch {
+                self.watch_table()?;
             }
             if last_tick.elapsed() >= TICK {
                 last_tick = Instant::now();
@@ -129,49 +146,124 @@ impl Monitor {
         }
     }
 
-    /// Asks the keeper to load the table again, once. Nobody can take away what we own, nor could the keeper load it.
-    fn report_loss(&mut self) -> Result<(), MonitorError> {
-        if !self.is_owner && !self.is_lost {
-            self.is_lost = true;
+    /// Reads what was deleted of the table, and asks the keeper to load it again, once. Nobody can take away what we own,
+    /// nor could the keeper load it.
+    fn watch_table(&mut self) -> Result<(), MonitorError> {
+        self.loss = self.loss.max(self.watch.loss()?);
+        if self.loss != Loss::Nothing && !self.is_owner && !self.is_loading {
+            self.is_loading = true;
             self.keeper.send(Message::Lost, &[])?;
         }
         Ok(())
     }
 
-    /// The keeper says that the table is loaded again, or that it is time to go: `false`.
+    /// Does what the keeper says; `false` if it is time to go.
     fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
-        match self.keeper.receive()? {
-            Some((Message::Loaded, _)) => {}
-            Some((Message::Stop, _)) => return Ok(false),
-            Some(_) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
-            None => {
-                error!("the keeper is gone; stopping all, and every door closes by its own timeout");
-                return Ok(false);
+        let Some((message, mut descriptors)) = self.keeper.receive()? else {
+            error!("the keeper is gone; stopping all, and every door closes by its own timeout");
+            return Ok(false);
+        };
+        match (message, descriptors.pop()) {
+            (Message::Stop, _) => return Ok(false),
+            (Message::Loaded, _) => return self.take_table_back().map(|()| true),
+            (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
+            (Message::Enforce, _) => {
+                if !self.enforce()? {
+                    return Ok(false);
+                }
             }
+            (Message::Release, _) => {
+                self.is_loading = true;
+                self.doors = Doors::new()?; // the socket was the owner
+            }
+            (Message::Revoke, Some(selection)) => {
+                let selection: Selection = handover::unseal(selection)?;
+                self.shut("revoked", |door, grant| selection.covers(door, grant));
+            }
+            _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
+        self.keeper.send(Message::Ready, &[])?;
+        Ok(true)
+    }
+
+    /// The table is loaded again: owns it where that is possible, and opens the doors that went with the old one.
+    fn take_table_back(&mut self) -> Result<(), MonitorError> {
+        let is_there = self.own_table()?;
         // What the kernel has told until now, the loading itself has done; from here on it is another loss.
-        self.watch.table_is_lost()?;
-        self.is_lost = false;
+        let loss = self.loss.max(self.watch.loss()?);
+        self.is_loading = false;
+        self.loss = if is_there { Loss::Nothing } else { Loss::Doors };
         let now = Instant::now();
-        for doors in self.book.standing(now).chunks(BURST) {
+        let doors = if loss == Loss::Doors { self.book.standing(now) } else { Vec::new() };
+        for doors in doors.chunks(BURST) {
             for door in doors {
                 if let Err(error) = self.put(door, now) {
                     warn!(source = %door.source, port = %door.port, "not opened again: {error}");
                 }
             }
-            if self.watch.table_is_lost()? {
-                self.report_loss()?;
-                break;
+            self.watch_table()?;
+            if self.is_loading {
+                return Ok(());
             }
+        }
+        self.watch_table()
+    }
+
+    /// Owns the table, where the kernel allows it; `false` if it is not there.
+    fn own_table(&mut self) -> Result<bool, MonitorError> {
+        let ownership = self.doors.own_table()?;
+        self.is_owner = ownership == Ownership::Adopted;
+        if ownership == Ownership::Made {
+            self.doors = Doors::new()?; // what was made is empty, a gate that lets all in: let go of it
+        }
+        Ok(ownership != Ownership::Made)
+    }
+
+    /// Notes the doors that were open before this process began, and shuts those that nobody may open any more.
+    fn take_over(&mut self, doors: Vec<OpenDoor>) {
+        let now = Instant::now();
+        for OpenDoor { door, comment, left } in doors {
+            let names = comment.split_once(' ').map(|(user, service)| (user.parse().ok(), service.parse().ok()));
+            // What somebody opened by hand is not ours to shut.
+            if let (Some((Some(user), Some(service))), Some(left)) = (names, left) {
+                self.book.note(door, Grant { user, service, until: now + left }, now);
+            }
+        }
+        let policy = self.policy.clone();
+        self.shut("shut", |door, grant| !policy.upholds(door, grant));
+    }
+
+    /// Puts the next policy in force, and shuts what it does not uphold; `false` when the verifier is gone.
+    fn enforce(&mut self) -> Result<bool, MonitorError> {
+        // What the verifier asked by its old settings is all there is.
+        if !self.take_frames(usize::MAX)? {
+            return Ok(false);
+        }
+        if let Some(policy) = self.next_policy.take() {
+            self.shut("shut", |door, grant| !policy.upholds(door, grant));
+            self.policy = policy;
         }
         Ok(true)
     }
 
-    /// Drops what is queued and hands the headers on; `false` when the verifier is gone.
+    /// Takes grants back; what others hold open stays open.
+    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) {
+        let now = Instant::now();
+        for (door, Grant { user, service, until }) in self.book.strike_all(is_meant) {
+            let Door { source, port, .. } = door;
+            match self.put(&door, now) {
+                Ok(()) if until > now => info!(%user, %service, %source, %port, "{how}"),
+                Ok(()) => {}
+                Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
+            }
+        }
+    }
+
+    /// Gives what is queued its verdict and hands the headers on; `false` when the verifier is gone.
     fn take_packets(&mut self) -> Result<bool, MonitorError> {
         let mut pushed = Ok(());
         let relay = &mut self.relay;
-        self.queue.drain(|packet| {
+        self.queue.drain(self.policy.answer, |packet| {
             if pushed.is_ok() {
                 pushed = relay.push(packet);
             }
@@ -179,9 +271,9 @@ impl Monitor {
         Ok(pushed.and_then(|()| relay.flush()).is_ok())
     }
 
-    /// Answers a few frames; `false` when the verifier is gone.
-    fn take_frames(&mut self) -> Result<bool, MonitorError> {
-        for _ in 0..BURST {
+    /// Answers some frames; `false` when the verifier is gone.
+    fn take_frames(&mut self, most: usize) -> Result<bool, MonitorError> {
+        for _ in 0..most {
             let mut frame = [0; FRAME_LEN + 1];
             let length = match recv(self.frames.as_fd(), &mut frame, RecvFlags::DONTWAIT) {
                 Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(false),
@@ -190,7 +282,7 @@ impl Monitor {
                 Err(error) => return Err(io::Error::from(error).into()),
             };
             let frame = Frame::decode(frame.get(..length).unwrap_or_default())?;
-            if !self.policy.permits(&frame) {
+            if !self.policy.permits(&frame) && !self.next_policy.as_ref().is_some_and(|next| next.permits(&frame)) {
                 return Err(MonitorError::NotPermitted);
             }
             self.answer(frame);

@@ -1,10 +1,14 @@
 //! What the monitor lets the verifier ask for: its own copy, checked again.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
+use super::book::Grant;
 use super::frames::Frame;
 use super::sandbox::Identity;
-use crate::service::Port;
+use crate::nft::Door;
+use crate::service::{Answer, Name, Port};
 
 /// The monitor's settings.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -13,15 +17,19 @@ pub struct Policy {
     pub identity: Identity,
     /// Number of the queue.
     pub queue: u16,
-    /// The doors there are.
-    pub openings: Vec<Opening>,
+    /// The verdict on every packet.
+    pub answer: Answer,
+    /// What can be opened, by name.
+    pub services: HashMap<Name, Opening>,
+    /// Who may open which services.
+    pub users: HashMap<Name, Vec<Name>>,
 }
 
-/// A port that may be opened, and how.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// The doors of a service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Opening {
-    /// The guarded port.
-    pub port: Port,
+    /// The guarded ports.
+    pub ports: Vec<Port>,
     /// For one connection.
     pub once: bool,
     /// Seconds at most.
@@ -32,49 +40,92 @@ impl Policy {
     /// Whether this may be asked.
     pub fn permits(&self, frame: &Frame) -> bool {
         match frame {
-            Frame::Open { port, once, seconds, .. } => self.openings.iter().any(|opening| {
-                opening.port == *port && opening.once == *once && (1..=opening.seconds).contains(seconds)
-            }),
-            Frame::Close { port, .. } => self.openings.iter().any(|opening| opening.port == *port),
+            Frame::Open { port, once, seconds, user, service, .. } => self
+                .opening(user, service, *port)
+                .is_some_and(|opening| opening.once == *once && (1..=opening.seconds).contains(seconds)),
+            Frame::Close { port, .. } => self.services.values().any(|opening| opening.ports.contains(port)),
         }
+    }
+
+    /// Whether a door that was opened may stay open.
+    pub fn upholds(&self, door: &Door, grant: &Grant) -> bool {
+        self.opening(&grant.user, &grant.service, door.port).is_some_and(|opening| opening.once == door.once)
+    }
+
+    fn opening(&self, user: &Name, service: &Name, port: Port) -> Option<&Opening> {
+        let may = self.users.get(user)?.contains(service);
+        self.services.get(service).filter(|opening| may && opening.ports.contains(&port))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Frame, Identity, Opening, Policy};
+    use std::time::Instant;
 
-    #[test]
-    fn only_configured_doors_within_their_time_are_permitted() {
-        let port = |text: &str| text.parse().unwrap();
-        let policy = Policy {
+    use super::{Answer, Door, Frame, Grant, HashMap, Identity, Opening, Policy};
+
+    fn policy() -> Policy {
+        let opening = |port: &str, once, seconds| Opening { ports: vec![port.parse().unwrap()], once, seconds };
+        let name = |text: &str| text.parse().unwrap();
+        Policy {
             identity: Identity { uid: 1, gid: 1 },
             queue: 1,
-            openings: vec![
-                Opening { port: port("tcp/22"), once: false, seconds: 30 },
-                Opening { port: port("tcp/25"), once: true, seconds: 60 },
-            ],
-        };
-        let open = |text: &str, once, seconds| Frame::Open {
+            answer: Answer::Drop,
+            services: HashMap::from([
+                (name("ssh"), opening("tcp/22", false, 30)),
+                (name("mail"), opening("tcp/25", true, 60)),
+            ]),
+            users: HashMap::from([(name("a"), vec![name("ssh"), name("mail")]), (name("b"), vec![name("ssh")])]),
+        }
+    }
+
+    #[test]
+    fn only_what_is_configured_for_the_user_within_its_time_is_permitted() {
+        let open = |user: &str, service: &str, port: &str, once, seconds| Frame::Open {
             source: "192.0.2.1".parse().unwrap(),
-            port: port(text),
+            port: port.parse().unwrap(),
             once,
             seconds,
-            user: "a".parse().unwrap(),
-            service: "b".parse().unwrap(),
+            user: user.parse().unwrap(),
+            service: service.parse().unwrap(),
         };
-        for allowed in [open("tcp/22", false, 30), open("tcp/22", false, 1), open("tcp/25", true, 60)] {
+        let policy = policy();
+        for allowed in [
+            open("a", "ssh", "tcp/22", false, 30),
+            open("b", "ssh", "tcp/22", false, 1),
+            open("a", "mail", "tcp/25", true, 60),
+        ] {
             assert!(policy.permits(&allowed), "{allowed:?}");
         }
         for refused in [
-            open("tcp/22", false, 31),
-            open("tcp/22", false, 0),
-            open("tcp/22", true, 30),
-            open("udp/22", false, 30),
-            open("tcp/25", false, 60),
-            open("tcp/80", false, 1),
+            open("a", "ssh", "tcp/22", false, 31),
+            open("a", "ssh", "tcp/22", false, 0),
+            open("a", "ssh", "tcp/22", true, 30),
+            open("a", "ssh", "udp/22", false, 30),
+            open("a", "ssh", "tcp/25", false, 30),
+            open("a", "mail", "tcp/25", false, 60),
+            open("b", "mail", "tcp/25", true, 60),
+            open("c", "ssh", "tcp/22", false, 30),
+            open("a", "web", "tcp/80", false, 1),
         ] {
             assert!(!policy.permits(&refused), "{refused:?}");
         }
+    }
+
+    #[test]
+    fn a_door_stays_while_its_user_may_still_open_it_like_this() {
+        let (policy, now) = (policy(), Instant::now());
+        let door = |port: &str, once| Door { source: "192.0.2.1".parse().unwrap(), port: port.parse().unwrap(), once };
+        let grant = |user: &str, service: &str| Grant {
+            user: user.parse().unwrap(),
+            service: service.parse().unwrap(),
+            until: now,
+        };
+        assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh")));
+        assert!(policy.upholds(&door("tcp/25", true), &grant("a", "mail")));
+        assert!(!policy.upholds(&door("tcp/25", true), &grant("b", "mail")), "not a service of this user");
+        assert!(!policy.upholds(&door("tcp/22", true), &grant("b", "ssh")), "no longer for one connection");
+        assert!(!policy.upholds(&door("tcp/80", false), &grant("a", "ssh")), "no longer a port of the service");
+        assert!(!policy.upholds(&door("tcp/22", false), &grant("c", "ssh")), "no longer a user");
     }
 }

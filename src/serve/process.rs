@@ -1,5 +1,6 @@
 //! A child process: this binary again, in another role.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -20,11 +21,11 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts this binary with the role as its command, an empty environment and the channel as standard input.
-    pub(super) fn spawn(name: &'static str, style: Style) -> io::Result<Self> {
+    /// Starts this binary with the role as its command, these arguments, an empty environment and the channel as standard input.
+    pub(super) fn spawn(name: &'static str, arguments: &[&OsStr], style: Style) -> io::Result<Self> {
         let (ours, theirs) = message_pair()?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(format!("knockq: {name}")).arg(name);
+        command.arg0(format!("knockq: {name}")).arg(name).args(arguments);
         for (flag, is_set) in [("--priorities", style.priorities), ("--debug", style.debug)] {
             if is_set {
                 command.arg(flag);

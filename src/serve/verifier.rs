@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 use std::sync::mpsc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::sync::mpsc as channel;
 use tokio::time::MissedTickBehavior;
@@ -66,6 +67,9 @@ pub enum VerifierError {
     /// A descriptor failed.
     #[error("verifier: {0}")]
     Io(#[from] io::Error),
+    /// The disk is so slow that not even new settings get their turn.
+    #[error("verifier: the disk is too slow to take over new settings; stopping")]
+    Stuck,
     /// The thread that writes counters is gone.
     #[error("verifier: the thread that writes counters is gone; stopping")]
     WriterGone,
@@ -84,20 +88,21 @@ pub fn run() -> Result<(), VerifierError> {
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
     let mut store = Store::open(File::from(store), server).map_err(fail)?;
-    let last = store.last_counters(registry.users.iter().map(|user| user.public_key)).map_err(fail)?;
-    let verifier = Verifier::new(registry, last, unix_now());
-    let (claims, written) = start_writer(store)?;
+    let verifier = prepare(&mut store, registry).map_err(fail)?;
+    let (work, done) = start_writer(store)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         keeper.send(Message::Ready, &[])?;
         Process {
-            keeper: socket(keeper.into())?,
+            keeper_speaks: socket(keeper.as_fd().try_clone_to_owned()?)?,
+            keeper,
             relay: RelayReader::new(relay)?,
             frames: socket(frames)?,
-            claims,
-            written,
+            work,
+            done,
             verifier,
+            next: None,
             refusals: Refusals::new(Instant::now()),
             was_narrowed: false,
             is_behind: false,
@@ -107,36 +112,85 @@ pub fn run() -> Result<(), VerifierError> {
     })
 }
 
-/// What the disk made of a batch of claims.
-type Written = Result<Vec<Recorded>, Vec<Refusal>>;
+/// What the thread beside the lookups does, for it would hold them up.
+enum Work {
+    /// Make a counter durable.
+    Record(Claim),
+    /// Understand new settings.
+    Prepare(OwnedFd),
+}
 
-/// Starts the thread that makes counters durable, so that a slow disk never stops a lookup.
-fn start_writer(mut store: Store) -> io::Result<(mpsc::SyncSender<Claim>, channel::Receiver<Written>)> {
-    let (claims, waiting) = mpsc::sync_channel::<Claim>(WAITING);
-    let (done, written) = channel::channel(WAITING);
+/// What came of it.
+enum Done {
+    /// The disk took a batch of claims, or did not.
+    Recorded(Result<Vec<Recorded>, Vec<Refusal>>),
+    /// A verifier by the new settings, which knows no more of the past than the store does; or there can be none.
+    Prepared(Option<Box<Verifier>>),
+}
+
+/// Starts the thread beside the lookups, with the store.
+fn start_writer(mut store: Store) -> io::Result<(mpsc::SyncSender<Work>, channel::Receiver<Done>)> {
+    let (work, waiting) = mpsc::sync_channel::<Work>(WAITING);
+    let (outcomes, done) = channel::channel(WAITING);
     let write = move || {
-        while let Ok(first) = waiting.recv() {
-            let batch = std::iter::once(first).chain(waiting.try_iter().take(BATCH - 1)).collect();
-            let outcome = Claim::record(batch, &mut store).map_err(|(refusals, cause)| {
-                error!("the counters cannot be written, so nothing is opened: {cause}");
-                refusals
-            });
-            if done.blocking_send(outcome).is_err() {
+        let mut next = None;
+        while let Some(first) = next.take().or_else(|| waiting.recv().ok()) {
+            let outcome = match first {
+                Work::Record(first) => {
+                    let mut batch = vec![first];
+                    while batch.len() < BATCH && next.is_none() {
+                        match waiting.try_recv() {
+                            Ok(Work::Record(claim)) => batch.push(claim),
+                            Ok(other) => next = Some(other),
+                            Err(_) => break,
+                        }
+                    }
+                    Done::Recorded(record(&mut store, batch))
+                }
+                Work::Prepare(settings) => Done::Prepared(
+                    prepare_anew(&mut store, settings)
+                        .inspect_err(|cause| error!("the new settings cannot be put in force: {cause}"))
+                        .ok()
+                        .map(Box::new),
+                ),
+            };
+            if outcomes.blocking_send(outcome).is_err() {
                 return;
             }
         }
     };
     std::thread::Builder::new().name("counters".to_owned()).spawn(write)?;
-    Ok((claims, written))
+    Ok((work, done))
+}
+
+fn record(store: &mut Store, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {
+    Claim::record(batch, store).map_err(|(refusals, cause)| {
+        error!("the counters cannot be written, so nothing is opened: {cause}");
+        refusals
+    })
+}
+
+fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
+    let Settings { registry, .. } = handover::unseal(settings)?;
+    prepare(store, registry).map_err(io::Error::other)
+}
+
+fn prepare(store: &mut Store, registry: Registry) -> Result<Verifier, StoreError> {
+    let last = store.last_counters(registry.users.iter().map(|user| user.public_key))?;
+    Ok(Verifier::new(registry, last, unix_now()))
 }
 
 struct Process {
-    keeper: UnixDatagram,
+    keeper: Channel,
+    /// The same, for the runtime to wait for.
+    keeper_speaks: UnixDatagram,
     relay: RelayReader,
     frames: UnixDatagram,
-    claims: mpsc::SyncSender<Claim>,
-    written: channel::Receiver<Written>,
+    work: mpsc::SyncSender<Work>,
+    done: channel::Receiver<Done>,
     verifier: Verifier,
+    /// What is to take its place.
+    next: Option<Box<Verifier>>,
     refusals: Refusals,
     was_narrowed: bool,
     /// The index has not yet reached the clock.
@@ -150,8 +204,12 @@ impl Process {
         loop {
             tokio::select! {
                 biased;
-                _ = self.keeper.readable() => return Ok(()),
-                written = self.written.recv() => self.settle(written.ok_or(VerifierError::WriterGone)?).await,
+                said = hear(&self.keeper, &self.keeper_speaks) => {
+                    if !self.obey(said?)? {
+                        return Ok(());
+                    }
+                }
+                done = self.done.recv() => self.take(done.ok_or(VerifierError::WriterGone)?).await?,
                 _ = tick.tick() => self.tick(),
                 block = self.relay.read() => {
                     let Some(block) = block? else { return Ok(()) }; // the keeper tells why the monitor is gone
@@ -169,33 +227,59 @@ impl Process {
         for decision in decisions {
             match decision {
                 Decision::Refused(refusal) => self.refusals.count(&refusal),
-                Decision::Claimed(claim) => self.claim(claim)?,
+                Decision::Claimed(claim) => self.give(Work::Record(claim))?,
                 Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal).await,
             }
         }
         Ok(())
     }
 
-    fn claim(&mut self, claim: Claim) -> Result<(), VerifierError> {
-        match self.claims.try_send(claim) {
+    /// Does what the keeper says; `false` if it is time to go.
+    fn obey(&mut self, said: Option<(Message, Vec<OwnedFd>)>) -> Result<bool, VerifierError> {
+        match said {
+            Some((Message::Settings, mut descriptors)) => {
+                let settings = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+                self.give(Work::Prepare(settings))?;
+            }
+            Some((Message::Enforce, _)) => {
+                if let Some(next) = self.next.take() {
+                    self.verifier.succeed(*next);
+                }
+                self.keeper.send(Message::Ready, &[])?;
+            }
+            Some((Message::Stop, _)) | None => return Ok(false),
+            Some(_) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+        }
+        Ok(true)
+    }
+
+    fn give(&mut self, work: Work) -> Result<(), VerifierError> {
+        match self.work.try_send(work) {
             Ok(()) => Ok(()),
-            Err(mpsc::TrySendError::Full(claim)) => {
+            Err(mpsc::TrySendError::Full(Work::Record(claim))) => {
                 error!("the counters are written more slowly than knocks come");
                 self.refusals.count(&claim.refuse(Reason::NotDurable));
                 Ok(())
             }
+            Err(mpsc::TrySendError::Full(_)) => Err(VerifierError::Stuck),
             Err(mpsc::TrySendError::Disconnected(_)) => Err(VerifierError::WriterGone),
         }
     }
 
-    async fn settle(&mut self, written: Written) {
-        let recorded = match written {
-            Ok(recorded) => recorded,
-            Err(refusals) => {
-                refusals.iter().for_each(|refusal| self.refusals.count(refusal));
-                return;
+    async fn take(&mut self, done: Done) -> Result<(), VerifierError> {
+        match done {
+            Done::Recorded(Ok(recorded)) => self.settle(recorded).await,
+            Done::Recorded(Err(refusals)) => refusals.iter().for_each(|refusal| self.refusals.count(refusal)),
+            Done::Prepared(next) => {
+                let outcome = if next.is_some() { Message::Ready } else { Message::Unable };
+                self.next = next;
+                self.keeper.send(outcome, &[])?;
             }
-        };
+        }
+        Ok(())
+    }
+
+    async fn settle(&mut self, recorded: Vec<Recorded>) {
         for recorded in recorded {
             match self.verifier.settle(&recorded, unix_now()) {
                 Ok(grant) => self.open(grant).await,
@@ -237,6 +321,17 @@ impl Process {
             warn!("many wrong tags: for a minute only knocks with a clock within 5 s are looked up");
         }
         self.was_narrowed = is_narrowed;
+    }
+}
+
+/// What the keeper says; `None` when it is gone.
+async fn hear(keeper: &Channel, keeper_speaks: &UnixDatagram) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+    loop {
+        keeper_speaks.readable().await?;
+        match keeper_speaks.try_io(Interest::READABLE, || keeper.receive()) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            said => return said,
+        }
     }
 }
 

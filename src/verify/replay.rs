@@ -82,6 +82,14 @@ impl Counters {
         Self { last, recent: HashMap::new() }
     }
 
+    /// Takes over what another knew of the same keys, and every sighting: it may know counters that are not durable yet.
+    pub fn inherit(&mut self, before: Self) {
+        for (client, last) in &mut self.last {
+            *last = (*last).max(before.last.get(client).copied().unwrap_or_default());
+        }
+        self.recent = before.recent;
+    }
+
     /// The last accepted counter of a key.
     pub fn last(&self, client: &PublicKey) -> Option<u64> {
         self.last.get(client).copied()

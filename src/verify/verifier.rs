@@ -156,6 +156,14 @@ impl Verifier {
         Self { registry, keys, places, index, counters, tries: Tries::default() }
     }
 
+    /// Goes on as another verifier, by its registry, but with all that was learnt until now: what was spent, where tokens
+    /// came from, wrong tags.
+    pub fn succeed(&mut self, mut next: Self) {
+        std::mem::swap(self, &mut next);
+        self.counters.inherit(next.counters);
+        self.tries = next.tries;
+    }
+
     /// Moves the index on by at most `budget` keys; `true` if there may be more to do.
     ///
     /// If the clock has jumped, the index is made anew at once.

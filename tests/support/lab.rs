@@ -260,7 +260,7 @@ impl Lab {
     pub fn configure(&self, services: &str) {
         let path = |part: &str| self.directory.path.join(part).display().to_string();
         let addresses = ["--address", "10.77.1.1", "--address", "fd77:1::1"];
-        let directories = ["--dir", &path("etc"), "--state", &path("state")];
+        let directories = ["--dir", &path("etc"), "--state", &path("state"), "--runtime", &path("run")];
         succeeds(
             &self.knockq(&self.server, &[&["init", "--protect", "tcp/22"], &addresses[..], &directories].concat()),
         );

@@ -1,0 +1,205 @@
+//! `knockq grants`, `knockq revoke` and `knockq confirm`
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::failure::Failure;
+use super::{ConfigArg, note, print};
+use crate::config::server::RUNTIME_DIRECTORY;
+use crate::config::{Network, ServerConfig};
+use crate::nft::{self, Doors, OpenDoor};
+use crate::serve::control::{self, ControlError, Reply, Request, Selection};
+use crate::service::{Name, Port};
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  knockq grants\n  knockq grants --json | jq '.[].source'\n\n\
+                        The kernel is asked, so this works without the daemon too. A door that several users hold open is \
+                        listed under the one who holds it longest.")]
+pub(super) struct Grants {
+    /// As a JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+/// One door, as it is shown.
+#[derive(Serialize)]
+struct Shown<'a> {
+    source: IpAddr,
+    port: Port,
+    /// `None` if somebody opened it by hand.
+    user: Option<&'a str>,
+    service: Option<&'a str>,
+    once: bool,
+    /// `None` if it stays open for ever, which only a hand can have done.
+    seconds_left: Option<u64>,
+}
+
+impl Grants {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let mut doors = nft::open_doors()?;
+        doors.sort_by_key(|open| (open.door.source, open.door.port));
+        let shown: Vec<Shown<'_>> = doors.iter().map(Shown::of).collect();
+        if self.json {
+            let json = serde_json::to_string_pretty(&shown).map_err(|error| Failure::new(error.to_string()))?;
+            return print(&(json + "\n"));
+        }
+        if shown.is_empty() {
+            note("no door is open");
+        }
+        print(&shown.iter().map(|door| door.line() + "\n").collect::<String>())
+    }
+}
+
+impl<'a> Shown<'a> {
+    fn of(open: &'a OpenDoor) -> Self {
+        let (user, service) = open.comment.split_once(' ').unzip();
+        let (source, port, once) = (open.door.source, open.door.port, open.door.once);
+        Self { source, port, user, service, once, seconds_left: open.left.map(|left| left.as_secs()) }
+    }
+
+    fn line(&self) -> String {
+        let who = match (self.user, self.service) {
+            (Some(user), Some(service)) => format!("{user} {service}"),
+            _ => "(by hand)".to_owned(),
+        };
+        let left = self.seconds_left.map_or_else(|| "for ever".to_owned(), time_left);
+        let once = if self.once { ", one connection" } else { "" };
+        format!("{:<39} {:<10} {who:<24} {left}{once}", self.source.to_string(), self.port.to_string())
+    }
+}
+
+/// The two largest units.
+fn time_left(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m {}s", seconds % 60),
+        3600..86_400 => format!("{hours}h {}m", minutes % 60),
+        _ => format!("{days}d {}h", hours % 24),
+    }
+}
+
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  knockq revoke 203.0.113.9\n  knockq revoke --user alice\n  knockq revoke --all\n\n\
+                        Established connections live on."
+)]
+pub(super) struct Revoke {
+    #[command(flatten)]
+    selection: SelectionArgs,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct SelectionArgs {
+    /// The address or network whose doors are shut
+    #[arg(value_name = "ADDR")]
+    source: Option<Network>,
+    /// The user whose doors are shut; what others hold open stays open
+    #[arg(long, value_name = "NAME")]
+    user: Option<Name>,
+    /// Shut every door
+    #[arg(long)]
+    all: bool,
+}
+
+impl Revoke {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let selection = match self.selection {
+            SelectionArgs { source: Some(network), .. } => Selection::Source(network.0),
+            SelectionArgs { user: Some(user), .. } => Selection::User(user),
+            SelectionArgs { .. } => Selection::All,
+        };
+        let meant: Vec<OpenDoor> = nft::open_doors()?.into_iter().filter(|open| covers(&selection, open)).collect();
+        match ask(&runtime(&self.config.config), &Request::Revoke(selection)) {
+            // A daemon that is not there holds no book, and no table.
+            Err(Refusal::Control(ControlError::NotRunning { .. })) => {
+                let mut doors = Doors::new()?;
+                meant.iter().try_for_each(|open| doors.close(&open.door))?;
+            }
+            asked => asked?,
+        }
+        report(&meant, &nft::open_doors()?)
+    }
+}
+
+fn covers(selection: &Selection, open: &OpenDoor) -> bool {
+    match selection {
+        Selection::Source(network) => network.contains(&open.door.source),
+        Selection::User(user) => Shown::of(open).user == Some(user.as_str()),
+        Selection::All => true,
+    }
+}
+
+fn report(meant: &[OpenDoor], left: &[OpenDoor]) -> Result<(), Failure> {
+    if meant.is_empty() {
+        note("no such door is open");
+    }
+    let lines = meant.iter().map(|open| {
+        let still = left.iter().find(|still| still.door == open.door).map(Shown::of);
+        let state = match &still {
+            None => "shut".to_owned(),
+            Some(Shown { user: Some(user), .. }) => format!("still open for {user}"),
+            Some(_) => "still open, by hand: `nft list table inet knockq` shows the element to delete".to_owned(),
+        };
+        format!("{} {}: {state}\n", open.door.source, open.door.port)
+    });
+    print(&lines.collect::<String>())
+}
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  knockq serve --try 10m &\n  ...            # knock, connect\n  knockq confirm")]
+pub(super) struct Confirm {
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+impl Confirm {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        ask(&runtime(&self.config.config), &Request::Confirm)?;
+        print("Confirmed: the gate stays.\n")
+    }
+}
+
+/// Why the daemon has not done what was asked.
+pub(super) enum Refusal {
+    Control(ControlError),
+    Refused(Failure),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Control(error) => error.into(),
+            Refusal::Refused(failure) => failure,
+        }
+    }
+}
+
+pub(super) fn ask(runtime: &Path, request: &Request) -> Result<(), Refusal> {
+    match control::ask(runtime, request).map_err(Refusal::Control)? {
+        Reply::Done => Ok(()),
+        Reply::Refused { message, hint } => Err(Refusal::Refused(Failure::new(message).hint(hint))),
+    }
+}
+
+/// Where the daemon listens. A configuration that is broken now does not keep anybody from shutting doors.
+fn runtime(config: &Path) -> PathBuf {
+    ServerConfig::load(config).map_or_else(|_| RUNTIME_DIRECTORY.into(), |config| config.runtime)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::time_left;
+
+    #[test]
+    fn time_is_shown_in_its_two_largest_units() {
+        let shown = [0, 59, 60, 3599, 3600, 86_399, 90_000].map(time_left);
+        assert_eq!(shown, ["0s", "59s", "1m 0s", "59m 59s", "1h 0m", "23h 59m", "1d 1h"]);
+    }
+}

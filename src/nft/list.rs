@@ -1,0 +1,64 @@
+//! Reading which doors are open, as the kernel has them.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use nftables::expr::{Elem, Expression, NamedExpression};
+use nftables::schema::{NfListObject, NfObject, Nftables};
+use serde::{Deserialize, Serialize};
+
+use super::Door;
+use super::elements::SETS;
+use super::load::{NftError, list_set};
+use crate::service::{Port, Transport};
+
+/// A door that is open.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OpenDoor {
+    /// Which.
+    pub door: Door,
+    /// What its element says of it: `user service` if the daemon opened it.
+    pub comment: String,
+    /// How long it stays open, in whole seconds; `None` for ever, which the daemon never opens a door for.
+    pub left: Option<Duration>,
+}
+
+/// All doors that are open.
+///
+/// # Errors
+/// When there is no table, or nft cannot list it.
+pub fn open_doors() -> Result<Vec<OpenDoor>, NftError> {
+    let mut doors = Vec::new();
+    for (set, once) in SETS {
+        let listing = list_set(set)?;
+        let listing: Nftables<'_> =
+            serde_json::from_str(&listing).map_err(|cause| NftError::Unreadable { set, cause: cause.to_string() })?;
+        let elements = listing.objects.iter().filter_map(elements).flatten();
+        doors.extend(elements.filter_map(|element| open_door(element, once)));
+    }
+    Ok(doors)
+}
+
+fn elements<'a>(object: &'a NfObject<'a>) -> Option<&'a [Expression<'a>]> {
+    let NfObject::ListObject(NfListObject::Set(set)) = object else { return None };
+    set.elem.as_deref()
+}
+
+fn open_door(element: &Expression<'_>, once: bool) -> Option<OpenDoor> {
+    // What somebody added for ever, by hand, is a bare key.
+    let (key, expires, comment) = match element {
+        Expression::Named(NamedExpression::Elem(Elem { val, expires, comment, .. })) => {
+            (val.as_ref(), *expires, comment.as_deref())
+        }
+        key => (key, None, None),
+    };
+    let Expression::Named(NamedExpression::Concat(key)) = key else { return None };
+    let [Expression::String(source), Expression::String(transport), Expression::Number(number)] = key.as_slice() else {
+        return None;
+    };
+    let source: IpAddr = source.parse().ok()?;
+    let transport = [Transport::Tcp, Transport::Udp].into_iter().find(|known| known.to_string() == *transport)?;
+    let port = Port { transport, number: u16::try_from(*number).ok()? };
+    let left = expires.map(|seconds| Duration::from_secs(seconds.into()));
+    Some(OpenDoor { door: Door { source, port, once }, comment: comment.unwrap_or_default().to_owned(), left })
+}

@@ -1,0 +1,88 @@
+//! The whole table: loaded, compared, taken away.
+
+use serde_json::Value;
+use thiserror::Error;
+
+use super::load::{NftError, list_table, load};
+use super::{Doors, ElementError, Ownership, Ruleset, TABLE};
+
+/// Name of the table that is made for comparison only: dormant, so that it touches no packet.
+const SHADOW: &str = "knockq_check";
+
+/// Why the table is not as it should be.
+#[derive(Debug, Error)]
+pub enum TableError {
+    /// nft did not do it.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The kernel did not do it.
+    #[error(transparent)]
+    Element(#[from] ElementError),
+}
+
+/// Loads an include file, all or nothing; `true` if the table persists without an owner, so that a daemon can adopt it and
+/// nobody else flush it then.
+///
+/// # Errors
+/// [`TableError`]; what was there is there still.
+pub fn install(ruleset: &str) -> Result<bool, TableError> {
+    // Made and let go at once: nft fills the orphan, then the monitor adopts it.
+    let ownership = Doors::new()?.own_table()?;
+    let persists = ownership != Ownership::Unsupported;
+    // nft 1.0.6 cannot name such a table's flags, so it must not try to add it.
+    let add_table = format!("add table inet {TABLE}\n");
+    let loaded = if persists { load(&ruleset.replace(&add_table, "")) } else { load(ruleset) };
+    if loaded.is_err() && ownership == Ownership::Made {
+        let _ = remove(); // it is empty; the error that is reported is the cause
+    }
+    loaded?;
+    Ok(persists)
+}
+
+/// Deletes the table, and the gate and all doors with it.
+///
+/// # Errors
+/// When it is not there, or a living daemon's.
+pub fn remove() -> Result<(), TableError> {
+    Ok(Doors::new()?.delete_table()?)
+}
+
+/// Whether the kernel's table is the one that this ruleset makes: the same sets, chains and rules, whatever doors are open.
+///
+/// # Errors
+/// When nft cannot make the ruleset, or list it. That there is no table is no error.
+pub fn is_live(ruleset: &Ruleset) -> Result<bool, NftError> {
+    let Ok(live) = list_table(TABLE) else { return Ok(false) };
+    let fresh = format!("add table inet {SHADOW}\ndelete table inet {SHADOW}\n");
+    let dormant = ruleset
+        .render(SHADOW)
+        .replace(&format!("add table inet {SHADOW}\n"), &format!("add table inet {SHADOW} {{ flags dormant; }}\n"));
+    load(&(fresh.clone() + &dormant))?;
+    let shadow = list_table(SHADOW);
+    load(&fresh)?;
+    Ok(contents(&live) == contents(&shadow?))
+}
+
+/// What a table is made of, as far as the ruleset says it.
+fn contents(listing: &str) -> Vec<Value> {
+    let listing: Value = serde_json::from_str(listing).unwrap_or_default();
+    let objects = listing.get("nftables").and_then(Value::as_array).cloned().unwrap_or_default();
+    objects.into_iter().filter_map(content).collect()
+}
+
+fn content(mut object: Value) -> Option<Value> {
+    let (kind, about) = object.as_object_mut()?.iter_mut().next()?;
+    if kind == "metainfo" || kind == "table" {
+        return None;
+    }
+    let is_of_doors = about.get("flags").is_some_and(|flags| flags.to_string().contains("timeout"));
+    let about = about.as_object_mut()?;
+    about.remove("handle");
+    about.remove("table");
+    if is_of_doors {
+        about.remove("elem");
+    } else if let Some(elements) = about.get_mut("elem").and_then(Value::as_array_mut) {
+        elements.sort_by_key(Value::to_string); // a hash table has no order
+    }
+    Some(object)
+}

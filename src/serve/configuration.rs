@@ -1,0 +1,150 @@
+//! The child that reads the configuration and its keys, at the start and at each reload, and hands on what each process
+//! needs of it. A file that cannot be read or understood ends this child, and nothing else.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use super::channel::{Channel, Message};
+use super::handover;
+use super::keeper::ServeError;
+use super::policy::{Opening, Policy};
+use super::sandbox::{Identity, SandboxError};
+use super::verifier::Settings;
+use crate::config::ServerConfig;
+use crate::config::server::RulesetMode;
+use crate::crypto::PublicKey;
+use crate::nft::Ruleset;
+use crate::verify::Service;
+
+/// Ids of the verifier where the configured account does not exist: `nobody`'s, as everywhere.
+const VERIFIER_FALLBACK: u32 = 65_534;
+
+/// Ids of the monitor where its account does not exist: it must not be the verifier's.
+const MONITOR_FALLBACK: u32 = 65_533;
+
+/// What the keeper needs of a configuration.
+#[derive(Serialize, Deserialize)]
+pub struct Plan {
+    /// What only a restart can change.
+    pub fixed: Fixed,
+    /// The table.
+    pub ruleset: Ruleset,
+    /// How many may knock.
+    pub users: usize,
+    /// For how many services.
+    pub services: usize,
+    /// Where.
+    pub knock_ports: String,
+}
+
+/// What only a restart can change.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fixed {
+    /// The server's key.
+    pub server: PublicKey,
+    /// The counter store's file.
+    pub store: PathBuf,
+    /// Directory of the daemon's socket.
+    pub runtime: PathBuf,
+    /// Number of the queue.
+    pub queue: u16,
+    /// Who loads the table.
+    pub ruleset_mode: RulesetMode,
+    /// Whom verifier and monitor become.
+    pub accounts: [Identity; 2],
+}
+
+impl Fixed {
+    /// The setting that differs, if any.
+    pub fn difference(&self, other: &Self) -> Option<&'static str> {
+        let settings = [
+            ("private_key", self.server == other.server),
+            ("state", self.store == other.store),
+            ("runtime", self.runtime == other.runtime),
+            ("queue", self.queue == other.queue),
+            ("ruleset", self.ruleset_mode == other.ruleset_mode),
+            ("user", self.accounts == other.accounts),
+        ];
+        settings.into_iter().find(|(_, is_same)| !is_same).map(|(setting, _)| setting)
+    }
+}
+
+/// Reads the configuration and hands the keeper three sealed memories: its [`Plan`], the verifier's [`Settings`], the
+/// monitor's [`Policy`].
+///
+/// # Errors
+/// [`ServeError::Config`] and [`ServeError::Account`] for what is wrong in the files.
+pub fn run(path: &Path) -> Result<(), ServeError> {
+    let keeper = Channel::of_stdin()?;
+    let config = ServerConfig::load(path)?;
+    let accounts = accounts(&config)?;
+    let [verifier, monitor] = accounts;
+    let settings = Settings {
+        identity: verifier,
+        server: *config.private_key.public(),
+        store_path: config.store_path().display().to_string(),
+        registry: config.registry()?,
+    };
+    let settings = handover::seal(&settings)?;
+    let policy = handover::seal(&policy(&config, monitor))?;
+    let plan = handover::seal(&plan(&config, accounts))?;
+    keeper.send(Message::Ready, &[&plan, &settings, &policy].map(AsFd::as_fd))?;
+    Ok(())
+}
+
+/// Whom verifier and monitor become, in this order.
+///
+/// # Errors
+/// When an account is root's, or both have one user id: then each could reach into the other.
+pub fn accounts(config: &ServerConfig) -> Result<[Identity; 2], ServeError> {
+    let monitor = format!("{}-monitor", config.account);
+    let accounts = [(&config.account, VERIFIER_FALLBACK), (&monitor, MONITOR_FALLBACK)];
+    let [verifier, monitor] = accounts.map(|(account, fallback)| {
+        let (identity, exists) = Identity::of_account(account, fallback)?;
+        if !exists {
+            let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
+            warn!(hint, "there is no user `{account}`, so uid {fallback} stands in for it");
+        }
+        Ok::<_, SandboxError>(identity)
+    });
+    let (verifier, monitor) = (verifier?, monitor?);
+    if verifier.uid == monitor.uid {
+        return Err(SandboxError::Shared(config.account.clone()).into());
+    }
+    Ok([verifier, monitor])
+}
+
+fn plan(config: &ServerConfig, accounts: [Identity; 2]) -> Plan {
+    Plan {
+        fixed: Fixed {
+            server: *config.private_key.public(),
+            store: config.store_path(),
+            runtime: config.runtime.clone(),
+            queue: config.queue,
+            ruleset_mode: config.ruleset_mode,
+            accounts,
+        },
+        ruleset: config.ruleset(),
+        users: config.users.len(),
+        services: config.services.len(),
+        knock_ports: config.knock_ports.to_string(),
+    }
+}
+
+fn policy(config: &ServerConfig, identity: Identity) -> Policy {
+    let opening =
+        |service: &Service| Opening { ports: service.ports.clone(), once: service.once, seconds: service.open_for };
+    let name = |place: &usize| config.services.get(*place).map(|service| service.name.clone());
+    let services = config.services.iter().map(|service| (service.name.clone(), opening(service)));
+    let users = config.users.iter().map(|user| (user.name.clone(), user.services.iter().filter_map(name).collect()));
+    Policy {
+        identity,
+        queue: config.queue,
+        answer: config.answer,
+        services: services.collect(),
+        users: users.collect(),
+    }
+}

@@ -1,0 +1,193 @@
+//! The keeper's command socket: what root asks of the running daemon.
+//!
+//! A request and its reply are one value each, in postcard's encoding, ended by closing that half of the stream. Both ends
+//! are this binary.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use rustix::fs::Mode;
+use rustix::process::umask;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::book::Grant;
+use crate::nft::Door;
+use crate::service::Name;
+
+/// Bytes of the longest request or reply.
+const MAX_LEN: u64 = 4096;
+
+/// Time that a client has to say what it wants, and to take the reply: the keeper waits for nobody.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Time that the daemon may take: ten thousand users take two seconds to reload.
+const WORK: Duration = Duration::from_secs(60);
+
+/// What is asked.
+#[derive(PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Read the configuration again.
+    Reload,
+    /// Shut doors.
+    Revoke(Selection),
+    /// Keep the gate that `serve --try` set up.
+    Confirm,
+}
+
+/// Which doors.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Selection {
+    /// Those of a source address or network.
+    Source(IpNet),
+    /// What a user opened.
+    User(Name),
+    /// Every one.
+    All,
+}
+
+impl Selection {
+    /// Whether this grant is meant.
+    pub fn covers(&self, door: &Door, grant: &Grant) -> bool {
+        match self {
+            Self::Source(network) => network.contains(&door.source),
+            Self::User(user) => grant.user == *user,
+            Self::All => true,
+        }
+    }
+}
+
+/// What came of it.
+#[derive(PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// It is not, and why.
+    Refused {
+        /// Why.
+        message: String,
+        /// What to do about it.
+        hint: String,
+    },
+}
+
+/// Why nobody answers, or the answer is no use.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// Nobody listens.
+    #[error("{}: the daemon is not running", path.display())]
+    NotRunning {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Another daemon listens.
+    #[error("{}: another daemon listens there", path.display())]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The socket failed.
+    #[error("{}: {cause}", path.display())]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+}
+
+/// The keeper's end.
+pub struct Control {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Control {
+    /// Listens, for root alone.
+    ///
+    /// # Errors
+    /// When another daemon does, or the directory cannot be made.
+    pub fn listen(directory: &Path) -> Result<Self, ControlError> {
+        let path = socket_path(directory);
+        let fail = |cause| ControlError::Io { path: path.clone(), cause };
+        if UnixStream::connect(&path).is_ok() {
+            return Err(ControlError::Taken { path });
+        }
+        fs::create_dir_all(directory).map_err(fail)?;
+        let _ = fs::remove_file(&path); // of a daemon that was killed
+        let before = umask(Mode::RWXG | Mode::RWXO);
+        let listener = UnixListener::bind(&path);
+        umask(before);
+        let listener = listener.map_err(fail)?;
+        listener.set_nonblocking(true).map_err(fail)?;
+        Ok(Self { listener, path })
+    }
+
+    /// Takes one request, with the stream that its reply goes to; `None` if whoever asked did not ask in time, or made no
+    /// sense.
+    pub fn accept(&self) -> Option<(Request, UnixStream)> {
+        let (mut stream, _) = self.listener.accept().ok()?;
+        stream.set_nonblocking(false).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        stream.set_write_timeout(Some(PATIENCE)).ok()?;
+        Some((receive(&mut stream).ok()?, stream))
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Replies; whoever asked may have gone away.
+pub fn reply(mut stream: UnixStream, reply: &Reply) {
+    let _ = send(&mut stream, reply);
+}
+
+/// Asks the running daemon.
+///
+/// # Errors
+/// [`ControlError`]; then nothing has been done, or nobody knows.
+pub fn ask(directory: &Path, request: &Request) -> Result<Reply, ControlError> {
+    let path = socket_path(directory);
+    let mut stream = UnixStream::connect(&path).map_err(|cause| match cause.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::NotRunning { path: path.clone() },
+        _ => ControlError::Io { path: path.clone(), cause },
+    })?;
+    let mut talk = || {
+        stream.set_read_timeout(Some(WORK))?;
+        send(&mut stream, request)?;
+        receive(&mut stream)
+    };
+    talk().map_err(|cause| ControlError::Io { path, cause })
+}
+
+fn socket_path(directory: &Path) -> PathBuf {
+    directory.join("control.sock")
+}
+
+fn send<T: Serialize>(stream: &mut UnixStream, value: &T) -> io::Result<()> {
+    let bytes = postcard::to_stdvec(value).map_err(io::Error::other)?;
+    stream.write_all(&bytes)?;
+    stream.shutdown(Shutdown::Write)
+}
+
+fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
+    let mut bytes = Vec::new();
+    stream.take(MAX_LEN).read_to_end(&mut bytes)?;
+    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+}

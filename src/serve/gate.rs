@@ -1,0 +1,141 @@
+//! The table, as the keeper tends it: loaded, or only checked where the host's own nftables.conf loads it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+use tracing::{error, info, warn};
+
+use crate::config::secure_file::{self, Privacy};
+use crate::config::server::RulesetMode;
+use crate::nft::{self, Ruleset, TableError};
+
+/// Times that the table is loaded again before giving up, and the time between.
+const RESTORE_TRIES: u32 = 100;
+const RESTORE_PAUSE: Duration = Duration::from_millis(10);
+
+/// Why the gate does not stand.
+#[derive(Debug, Error)]
+pub enum GateError {
+    /// It could not be loaded.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// It is for others to load, and they have not.
+    #[error("table inet knockq is not there, or not that of this configuration (ruleset = \"external\")")]
+    NotLoaded {
+        /// The include file.
+        include_file: PathBuf,
+    },
+}
+
+/// The table and who loads it.
+pub(super) struct Gate {
+    ruleset: Ruleset,
+    mode: RulesetMode,
+    include_file: PathBuf,
+    /// Nobody else can change or flush it.
+    is_ours_alone: bool,
+}
+
+impl Gate {
+    pub(super) const fn new(ruleset: Ruleset, mode: RulesetMode, include_file: PathBuf) -> Self {
+        Self { ruleset, mode, include_file, is_ours_alone: false }
+    }
+
+    /// Whether this ruleset would make another table.
+    pub(super) fn differs_from(&self, ruleset: &Ruleset) -> bool {
+        self.ruleset != *ruleset
+    }
+
+    /// Sees to it that the table is there as it should be.
+    pub(super) fn raise(&mut self) -> Result<(), GateError> {
+        match self.mode {
+            RulesetMode::External => self.expect_live(&self.ruleset),
+            RulesetMode::Managed => {
+                self.is_ours_alone = nft::install(&self.ruleset.to_string())?;
+                self.keep();
+                Ok(())
+            }
+        }
+    }
+
+    /// Says so if others can flush it.
+    pub(super) fn say_who_can_flush_it(&self) {
+        if self.mode == RulesetMode::Managed && !self.is_ours_alone {
+            let hint = format!("include \"{}\" in /etc/nftables.conf", self.include_file.display());
+            info!(
+                hint,
+                "others can flush the gate, for this kernel is older than Linux 6.9 or a plain table was there"
+            );
+        }
+    }
+
+    /// Whether [`Gate::replace`] would work.
+    pub(super) fn could_become(&self, ruleset: &Ruleset) -> Result<(), GateError> {
+        match self.mode {
+            RulesetMode::External => self.expect_live(ruleset),
+            RulesetMode::Managed => Ok(nft::check(&ruleset.for_check()).map_err(TableError::from)?),
+        }
+    }
+
+    /// Replaces the table by that of another ruleset, or leaves it as it is.
+    pub(super) fn replace(&mut self, ruleset: Ruleset) -> Result<(), GateError> {
+        let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
+        next.raise()?;
+        *self = next;
+        Ok(())
+    }
+
+    /// Somebody changed or deleted the table: loads it again; `false` if that is for others to do, and they have not yet.
+    ///
+    /// The gate is open until this is done. Whoever deleted the table may still be at it.
+    pub(super) fn restore(&self) -> Result<bool, GateError> {
+        if self.mode == RulesetMode::External {
+            return Ok(self.is_live());
+        }
+        let mut tries = 0;
+        while let Err(error) = nft::install(&self.ruleset.to_string()) {
+            tries += 1;
+            if tries == RESTORE_TRIES {
+                return Err(error.into());
+            }
+            std::thread::sleep(RESTORE_PAUSE);
+        }
+        warn!("somebody else changed or deleted table inet knockq: it is loaded again, and open doors are open again");
+        Ok(true)
+    }
+
+    /// Says what others have to do.
+    pub(super) fn complain(&self) {
+        let hint = format!("nft -f {}", self.include_file.display());
+        error!(
+            hint,
+            "somebody else changed or deleted table inet knockq: until it is loaded, guarded ports may be open"
+        );
+    }
+
+    /// Whatever happened: if the table is gone, the gate must not stay open. If we own it, it cannot be.
+    pub(super) fn leave_shut(&self) {
+        if self.mode == RulesetMode::Managed {
+            let _ = nft::install(&self.ruleset.to_string());
+        }
+    }
+
+    fn is_live(&self) -> bool {
+        nft::is_live(&self.ruleset).unwrap_or(false)
+    }
+
+    fn expect_live(&self, ruleset: &Ruleset) -> Result<(), GateError> {
+        let is_live = nft::is_live(ruleset).map_err(TableError::from)?;
+        if is_live { Ok(()) } else { Err(GateError::NotLoaded { include_file: self.include_file.clone() }) }
+    }
+
+    /// Keeps the include file beside the configuration what was loaded last: the next boot begins with it.
+    fn keep(&self) {
+        let text = self.ruleset.to_string();
+        let is_kept = secure_file::read(&self.include_file, Privacy::Public).is_ok_and(|kept| *kept == text);
+        if !is_kept && let Err(error) = secure_file::replace(&self.include_file, &text, Privacy::Public) {
+            warn!("the next boot begins with the gate of before: {error}");
+        }
+    }
+}
