@@ -45,6 +45,11 @@ impl Failure {
         Self { code, ..self }
     }
 
+    /// A hint where there is none yet.
+    pub(super) fn or_hint(self, hint: &str) -> Self {
+        Self { hint: self.hint.or_else(|| Some(hint.to_owned())), ..self }
+    }
+
     fn maybe_hint(self, hint: Option<String>) -> Self {
         Self { hint, ..self }
     }

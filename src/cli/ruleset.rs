@@ -28,7 +28,9 @@ impl PrintRuleset {
     pub(super) fn run(self) -> Result<(), Failure> {
         if self.load {
             let include_file = self.config.config.with_file_name("knockq.nft");
-            nft::install(&secure_file::read(&include_file, Privacy::Public)?)?;
+            let ruleset = secure_file::read(&include_file, Privacy::Public)
+                .map_err(|error| Failure::from(error).or_hint("`knockq serve` makes it; `knockq ruleset` prints it"))?;
+            nft::install(&ruleset)?;
             return Ok(());
         }
         let ruleset = ServerConfig::load(&self.config.config)?.ruleset();

@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use tracing::warn;
 
 use super::channel::{Channel, Message};
 use super::handover;
@@ -19,17 +18,19 @@ use crate::crypto::PublicKey;
 use crate::nft::Ruleset;
 use crate::verify::Service;
 
-/// Ids of the verifier where the configured account does not exist: `nobody`'s, as everywhere.
-const VERIFIER_FALLBACK: u32 = 65_534;
+/// The verifier where the configured account does not exist: `nobody`, as everywhere.
+const VERIFIER_FALLBACK: Identity = Identity { uid: 65_534, gid: 65_534 };
 
-/// Ids of the monitor where its account does not exist: it must not be the verifier's.
-const MONITOR_FALLBACK: u32 = 65_533;
+/// The monitor where its account does not exist: it must not be the verifier's.
+const MONITOR_FALLBACK: Identity = Identity { uid: 65_533, gid: 65_533 };
 
 /// What the keeper needs of a configuration.
 #[derive(Serialize, Deserialize)]
 pub struct Plan {
     /// What only a restart can change.
     pub fixed: Fixed,
+    /// Accounts that others stand in for.
+    pub missing_accounts: Vec<String>,
     /// The table.
     pub ruleset: Ruleset,
     /// How many may knock.
@@ -80,7 +81,7 @@ impl Fixed {
 pub fn run(path: &Path) -> Result<(), ServeError> {
     let keeper = Channel::of_stdin()?;
     let config = ServerConfig::load(path)?;
-    let accounts = accounts(&config)?;
+    let (accounts, missing_accounts) = accounts(&config)?;
     let [verifier, monitor] = accounts;
     let settings = Settings {
         identity: verifier,
@@ -90,34 +91,28 @@ pub fn run(path: &Path) -> Result<(), ServeError> {
     };
     let settings = handover::seal(&settings)?;
     let policy = handover::seal(&policy(&config, monitor))?;
-    let plan = handover::seal(&plan(&config, accounts))?;
+    let plan = handover::seal(&plan(&config, accounts, missing_accounts))?;
     keeper.send(Message::Ready, &[&plan, &settings, &policy].map(AsFd::as_fd))?;
     Ok(())
 }
 
-/// Whom verifier and monitor become, in this order.
+/// Whom verifier and monitor become, in this order, and the accounts of theirs that do not exist.
 ///
 /// # Errors
 /// When an account is root's, or both have one user id: then each could reach into the other.
-pub fn accounts(config: &ServerConfig) -> Result<[Identity; 2], ServeError> {
-    let monitor = format!("{}-monitor", config.account);
-    let accounts = [(&config.account, VERIFIER_FALLBACK), (&monitor, MONITOR_FALLBACK)];
-    let [verifier, monitor] = accounts.map(|(account, fallback)| {
-        let (identity, exists) = Identity::of_account(account, fallback)?;
-        if !exists {
-            let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
-            warn!(hint, "there is no user `{account}`, so uid {fallback} stands in for it");
-        }
-        Ok::<_, SandboxError>(identity)
-    });
-    let (verifier, monitor) = (verifier?, monitor?);
-    if verifier.uid == monitor.uid {
+pub fn accounts(config: &ServerConfig) -> Result<([Identity; 2], Vec<String>), ServeError> {
+    let names = [config.account.clone(), format!("{}-monitor", config.account)];
+    let found = [Identity::of_account(&names[0])?, Identity::of_account(&names[1])?];
+    let missing = names.into_iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(name, _)| name).collect();
+    let [verifier, monitor] = found;
+    let accounts = [verifier.unwrap_or(VERIFIER_FALLBACK), monitor.unwrap_or(MONITOR_FALLBACK)];
+    if accounts[0].uid == accounts[1].uid {
         return Err(SandboxError::Shared(config.account.clone()).into());
     }
-    Ok([verifier, monitor])
+    Ok((accounts, missing))
 }
 
-fn plan(config: &ServerConfig, accounts: [Identity; 2]) -> Plan {
+fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<String>) -> Plan {
     Plan {
         fixed: Fixed {
             server: *config.private_key.public(),
@@ -127,6 +122,7 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2]) -> Plan {
             ruleset_mode: config.ruleset_mode,
             accounts,
         },
+        missing_accounts,
         ruleset: config.ruleset(),
         users: config.users.len(),
         services: config.services.len(),

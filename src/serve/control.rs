@@ -122,7 +122,7 @@ impl Control {
         }
         fs::create_dir_all(directory).map_err(fail)?;
         let _ = fs::remove_file(&path); // of a daemon that was killed
-        let before = umask(Mode::RWXG | Mode::RWXO);
+        let before = umask(Mode::XUSR | Mode::RWXG | Mode::RWXO);
         let listener = UnixListener::bind(&path);
         umask(before);
         let listener = listener.map_err(fail)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use caps::{CapSet, Capability};
 use signal_hook::consts::SIGHUP;
 use thiserror::Error;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::channel::{Message, message_pair};
 use super::children::{Children, Event};
@@ -156,7 +156,11 @@ fn bring_up(
     let (_, read) = children.wait_for("configuration", &[Message::Ready], ignore)?;
     let [plan, settings, policy] = three(read)?;
     children.dismiss("configuration");
-    let Plan { fixed, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
+    let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
+    for account in missing_accounts {
+        let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
+        warn!(hint, "there is no user `{account}`, so a user id that nobody has stands in for it");
+    }
     if trial.is_some() && fixed.ruleset_mode == RulesetMode::External {
         return Err(ServeError::NothingToUndo.into());
     }
@@ -238,7 +242,9 @@ impl Keeper {
     /// Somebody changed or deleted the table.
     fn restore(&mut self) -> Result<(), Ended> {
         if self.gate.restore()? {
-            self.is_lost = false;
+            if std::mem::take(&mut self.is_lost) {
+                info!("table inet knockq is as it should be again, and open doors are open again");
+            }
             self.children.tell("monitor", Message::Loaded, &[])?;
         } else if !self.is_lost {
             self.is_lost = true;
@@ -285,6 +291,7 @@ impl Keeper {
 
     /// The configuration could not be read; the child has said why.
     fn keep_configuration(&mut self) -> Result<(), Ended> {
+        self.children.dismiss("configuration");
         self.refuse("the configuration is refused", "knockq check")
     }
 
@@ -295,7 +302,6 @@ impl Keeper {
     }
 
     fn end_reload(&mut self, reply: impl Fn() -> Reply) -> Result<(), Ended> {
-        self.children.dismiss("configuration");
         self.askers.drain(..).for_each(|stream| control::reply(stream, &reply()));
         sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
         if let Some(late) = self.late.take() {
@@ -308,8 +314,9 @@ impl Keeper {
     /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the verifier
     /// prepares beside its work, and the table changes in one transaction.
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
+        self.children.dismiss("configuration");
         let [plan, settings, policy] = three(read)?;
-        let Plan { fixed, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
+        let Plan { fixed, ruleset, users, services, knock_ports, .. } = handover::unseal(plan)?;
         if let Some(setting) = self.fixed.difference(&fixed) {
             return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
         }
@@ -329,6 +336,7 @@ impl Keeper {
             self.ask("monitor", Message::Release, &[])?;
             let replaced = self.gate.replace(ruleset);
             self.children.tell("monitor", Message::Loaded, &[])?;
+            self.is_lost = false;
             replaced?;
         }
         info!(users, services, knock_ports, "reloaded");

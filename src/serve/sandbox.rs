@@ -21,21 +21,21 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The identity of an account in /etc/passwd; where there is none by that name, `fallback` for both ids, and `false`.
+    /// The identity of an account in /etc/passwd; `None` where there is none by that name.
     ///
     /// Read as a file, for the accounts of daemons are local: the C library would load whatever modules nsswitch.conf
     /// names into a process that is root.
     ///
     /// # Errors
     /// When the account is root's, or its line cannot be read.
-    pub fn of_account(name: &str, fallback: u32) -> Result<(Self, bool), SandboxError> {
+    pub fn of_account(name: &str) -> Result<Option<Self>, SandboxError> {
         let accounts = fs::read_to_string(ACCOUNTS).unwrap_or_default();
         let line = accounts.lines().find(|line| line.split(':').next() == Some(name));
-        let Some(line) = line else { return Ok((Self { uid: fallback, gid: fallback }, false)) };
+        let Some(line) = line else { return Ok(None) };
         let mut ids = line.split(':').skip(2).map_while(|id| id.parse().ok());
         match (ids.next(), ids.next()) {
             (Some(0), _) | (_, Some(0)) => Err(SandboxError::Root(name.to_owned())),
-            (Some(uid), Some(gid)) => Ok((Self { uid, gid }, true)),
+            (Some(uid), Some(gid)) => Ok(Some(Self { uid, gid })),
             _ => Err(SandboxError::Account(name.to_owned())),
         }
     }

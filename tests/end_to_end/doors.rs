@@ -1,12 +1,13 @@
 //! What a knock opens, for whom, and for how long.
 
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 use std::{fs, thread};
 
 use knockq::nft::{Door, Doors};
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{self, FAMILIES, Host, Lab, eventually, succeeds};
+use crate::lab::{self, FAMILIES, Family, Host, Lab, eventually, succeeds};
 use crate::{seconds_left, unix_now};
 
 #[test]
@@ -183,20 +184,6 @@ fn a_second_knock_renews_the_time() {
 }
 
 #[test]
-fn a_once_service_lets_one_connection_in() {
-    let lab = Lab::with("open_for = \"1m\"\nonce = true");
-    let _daemon = lab.start();
-    for family in FAMILIES {
-        lab.knock(family, &[]);
-        lab.wait_for_door(family.alice(), 22);
-        let mut connection = lab.alice.connect(family.server(), 22).expect("the first");
-        assert!(!lab.alice.reaches(family.server(), 22), "a second");
-        assert_eq!(lab.door(family.alice(), 22), None, "the kernel has shut the door");
-        assert!(lab::echoes(&mut connection));
-    }
-}
-
-#[test]
 fn a_user_whose_tokens_must_be_bound_and_come_from_home_is_held_to_it() {
     let lab = Lab::with("open_for = \"3s\"");
     let entry = lab.config().with_file_name("users.d").join("alice.toml");
@@ -288,5 +275,46 @@ fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
         eventually("closing", || {
             !lab.server.nft(&["list", "table", "inet", "knockq"]).contains(&family.alice().to_string())
         });
+    }
+}
+
+#[test]
+fn a_service_of_several_ports_and_transports_opens_and_shuts_as_one() {
+    let lab = Lab::network();
+    lab.configure(
+        "[services.mesh]\nports = [\"tcp/22\", \"udp/5000\", \"tcp/25\", \"udp/22\"]\nopen_for = \"4s\"\n\
+         [services.other]\nports = [\"udp/6000\"]\n",
+    );
+    lab.add_user("alice", &["mesh"]);
+    [22, 25].into_iter().for_each(|port| lab.server.serve(port));
+    let _daemon = lab.start();
+    let udp = [5000, 22, 6000].map(|port| lab.server.enter(|| UdpSocket::bind(("::", port)).unwrap()));
+    udp.iter().for_each(|socket| socket.set_nonblocking(true).unwrap());
+    let sender = lab.alice.enter(|| UdpSocket::bind("[::]:0").unwrap());
+    // Which ports can be reached, in the order tcp/22, tcp/25, udp/5000, udp/22, udp/6000.
+    let open = |family: Family| {
+        let over_udp = udp.each_ref().map(|socket| {
+            let server = match family.server() {
+                IpAddr::V4(address) => address.to_ipv6_mapped().into(),
+                address => address,
+            };
+            let mut buffer = [0; 16];
+            while socket.recv(&mut buffer).is_ok() {}
+            sender.send_to(b"hello", SocketAddr::new(server, socket.local_addr().unwrap().port())).unwrap();
+            thread::sleep(Duration::from_millis(50));
+            socket.recv(&mut buffer).is_ok()
+        });
+        let over_tcp = [22, 25].map(|port| lab.alice.reaches(family.server(), port));
+        [over_tcp.as_slice(), &over_udp].concat()
+    };
+    for family in FAMILIES {
+        assert_eq!(open(family), [false; 5]);
+        lab.knock(family, &[]);
+        for port in [22, 25] {
+            lab.wait_for_door(family.alice(), port);
+        }
+        assert_eq!(open(family), [true, true, true, true, false]);
+        eventually("closing", || lab.door(family.alice(), 22).is_none() && lab.door(family.alice(), 25).is_none());
+        assert_eq!(open(family), [false; 5]);
     }
 }

@@ -1,22 +1,26 @@
 //! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
 
+mod answer;
+mod control;
 mod daemon;
 mod doors;
 #[path = "../support/lab.rs"]
 mod lab;
+mod once;
+mod reload;
 mod table;
 mod wire;
 
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, Side};
-use knockq::packet::KernelSettings;
+use knockq::packet::{Flow, KernelSettings};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
-use lab::{Family, Host, Lab};
+use lab::{Family, Lab};
 
 pub(crate) const KERNEL: KernelSettings = KernelSettings {
     timestamps: true,
@@ -92,6 +96,11 @@ impl Lab {
     }
 }
 
+/// From a port that no kernel chose.
+pub(crate) fn flow(source: IpAddr, destination: IpAddr, destination_port: u16) -> Flow {
+    Flow { source, source_port: 40_000, destination, destination_port }
+}
+
 pub(crate) fn unix_now() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
 }
@@ -115,11 +124,6 @@ pub(crate) fn seconds_left(element: &str) -> f64 {
         number.clear();
     }
     seconds
-}
-
-pub(crate) fn refused(host: &Host, server: IpAddr, port: u16) -> bool {
-    let connected = host.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, port), Duration::from_secs(5)));
-    connected.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 pub(crate) fn tcp_offset(packet: &[u8]) -> usize {

@@ -6,9 +6,10 @@ use std::{fs, thread};
 
 use knockq::crypto::{Binding, KnockPorts};
 use knockq::packet::{Flow, Persona};
+use nix::sys::signal::Signal;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
-use crate::{KERNEL, daemon_owned_the_table, raw_socket, send_raw, unix_now};
+use crate::{KERNEL, daemon_owned_the_table, raw_socket, seconds_left, send_raw, unix_now};
 
 #[test]
 fn the_include_file_applied_again_doubles_no_rule_and_keeps_open_doors() {
@@ -145,4 +146,91 @@ fn a_table_that_nft_cannot_fill_stops_the_start_and_changes_nothing() {
     assert!(log.contains("knockq: nft: ") && log.contains("open4") && log.contains("Hint: "), "{log}");
     assert!(!log.contains("CONFIG_NFT_QUEUE"), "another cause: {log}");
     assert_eq!(lab.server.nft(&["list", "ruleset"]), before);
+}
+
+#[test]
+fn an_external_table_is_checked_and_never_touched() {
+    let lab = Lab::with("open_for = \"1h\"");
+    lab.set("ruleset = \"external\"");
+    let config = lab.config().display().to_string();
+    let include_file = lab.config().with_file_name("knockq.nft");
+    let load = || {
+        fs::write(&include_file, lab.control(&["ruleset", "--config", &config])).unwrap();
+        lab.server.nft(&["-f", include_file.to_str().unwrap()]);
+    };
+
+    let mut daemon = Daemon::spawn(&lab, &[]);
+    assert_eq!(daemon.end(), Some(1));
+    assert!(
+        daemon.log().contains("table inet knockq is not there") && daemon.log().contains("Hint: "),
+        "{}",
+        daemon.log()
+    );
+    assert_eq!(lab.server.nft(&["list", "ruleset"]), "", "it is for others to load");
+
+    load();
+    let mut daemon = lab.start();
+    for family in FAMILIES {
+        assert!(!lab.alice.reaches(family.server(), 22));
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+
+    // As `systemctl reload nftables` does it: all is gone and back in one transaction.
+    let reloaded = format!("flush ruleset\ninclude \"{}\"\n", include_file.display());
+    let nftables_conf = lab.directory.path.join("nftables.conf");
+    fs::write(&nftables_conf, reloaded).unwrap();
+    lab.server.nft(&["-f", nftables_conf.to_str().unwrap()]);
+    for family in FAMILIES {
+        let element = lab.wait_for_door(family.alice(), 22);
+        assert!(seconds_left(&element) > 3000.0, "with the time that was left: {element}");
+    }
+
+    // Somebody's mistake is told once, and what they do about it too.
+    lab.server.nft(&["flush", "chain", "inet", "knockq", "gate"]);
+    daemon.wait_for("until it is loaded, guarded ports may be open");
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(daemon.log().matches("guarded ports may be open").count(), 1, "{}", daemon.log());
+    load();
+    daemon.wait_for("table inet knockq is as it should be again");
+
+    // A changed configuration waits for its table.
+    lab.set("trusted = [\"192.0.2.0/24\"]");
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for("not reloaded: table inet knockq is not there, or not that of this configuration");
+    load();
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for("knockq: reloaded");
+    for family in FAMILIES {
+        assert!(lab.door(family.alice(), 22).is_some());
+        assert!(lab.alice.reaches(family.server(), 22) && !lab.mallory.reaches(family.server(), 22));
+    }
+}
+
+#[test]
+fn the_boot_loads_the_last_gate_whatever_the_configuration_is_like() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let config = lab.config().display().to_string();
+    lab.start().stop();
+    lab.server.sh("nft delete table inet knockq"); // as a boot does
+    lab.set("no_such_key = 1");
+    let load = ["ruleset", "--load", "--config", &config];
+    lab.control(&load);
+    for family in FAMILIES {
+        assert!(!lab.alice.reaches(family.server(), 22) && !lab.alice.reaches(family.server(), 25));
+    }
+    lab.control(&load); // once more does no harm
+    let text = fs::read_to_string(lab.config()).unwrap();
+    fs::write(lab.config(), text.replace("no_such_key = 1\n", "")).unwrap();
+    let daemon = lab.start();
+    assert_eq!(daemon.log().contains("the table is owned"), !daemon.log().contains("others can flush the gate"));
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    daemon.stop();
+    fs::remove_file(lab.config().with_file_name("knockq.nft")).unwrap();
+    let missing = lab.knockq(&lab.server, &load);
+    let said = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert!(!missing.status.success() && said.contains("knockq.nft: ") && said.contains("Hint: "), "{said}");
 }

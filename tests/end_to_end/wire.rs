@@ -8,8 +8,8 @@ use std::time::Duration;
 use knockq::crypto::{Binding, KnockPorts};
 use knockq::packet::{Flow, Persona};
 
-use crate::lab::{Capture, FAMILIES, Family, Lab, eventually, hex};
-use crate::{KERNEL, raw_socket, refused, send_raw, source, tcp_offset, unix_now};
+use crate::lab::{Capture, FAMILIES, Family, Lab, eventually, hex, refused};
+use crate::{KERNEL, raw_socket, send_raw, source, tcp_offset, unix_now};
 
 #[test]
 fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {

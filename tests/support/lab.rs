@@ -350,12 +350,17 @@ impl Daemon {
     }
 
     pub fn spawn(lab: &Lab, environment: &[(&str, &str)]) -> Self {
+        Self::spawn_with(lab, &[], environment)
+    }
+
+    /// With more arguments to `serve`.
+    pub fn spawn_with(lab: &Lab, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let log = lab.directory.path.join(format!("serve-{}.log", COUNT.fetch_add(1, Ordering::Relaxed)));
         let stderr = File::create(&log).unwrap();
         let child = lab.server.enter(|| {
             let mut command = Command::new(knockq());
-            command.args(["serve", "--config"]).arg(lab.config()).envs(environment.iter().copied());
+            command.args(["serve", "--config"]).arg(lab.config()).args(arguments).envs(environment.iter().copied());
             command.stdin(Stdio::null()).stderr(stderr).spawn().unwrap()
         });
         Self { child, log }
@@ -493,6 +498,12 @@ fn parse_pcap(file: &Path) -> Vec<Vec<u8>> {
         rest = more;
     }
     packets
+}
+
+/// The port answers with a reset.
+pub fn refused(host: &Host, server: IpAddr, port: u16) -> bool {
+    let connected = host.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, port), Duration::from_secs(5)));
+    connected.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 pub fn hex(bytes: &[u8]) -> String {

@@ -1,0 +1,97 @@
+//! Doors for one connection.
+
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
+
+use knockq::crypto::{Binding, KnockPorts};
+use knockq::packet::Persona;
+
+use crate::lab::{FAMILIES, Host, Lab, echoes, eventually};
+use crate::{KERNEL, flow, raw_socket, send_raw, unix_now};
+
+/// A hundred knocks, and two connections at the same moment for each.
+#[test]
+fn exactly_one_of_two_simultaneous_connections_gets_in() {
+    const RACES: u64 = 50;
+    let lab = Lab::with("open_for = \"1h\"\nonce = true");
+    let daemon = lab.start();
+    let ports = KnockPorts::new([20_000..=21_023]).unwrap();
+    let key = lab.alice_key();
+    let first = unix_now() - RACES;
+    for (round, family) in (0..).zip(FAMILIES) {
+        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        for n in (first + round * RACES..).take(50) {
+            let token = key.seal(n, 22, Binding::Unbound);
+            let flow = flow(family.alice(), family.server(), key.pad(n).knock_port(&ports));
+            let packet = persona.syn(&flow, token.sequence, token.tsval, 7).unwrap();
+            let granted = daemon.log().matches("granted").count();
+            lab.alice.enter(|| send_raw(&raw_socket(family), family, &packet));
+            eventually("the grant", || daemon.log().matches("granted").count() > granted);
+            let start = Barrier::new(2);
+            let connect = || {
+                lab.alice.enter(|| {
+                    start.wait();
+                    let address = SocketAddr::new(family.server(), 22);
+                    TcpStream::connect_timeout(&address, Duration::from_millis(400)).is_ok()
+                })
+            };
+            let got_in =
+                thread::scope(|scope| [scope.spawn(connect), scope.spawn(connect)].map(|one| one.join().unwrap()));
+            assert!(got_in[0] != got_in[1], "{family:?}, knock {n}: {got_in:?}");
+        }
+    }
+}
+
+/// One connection whose first answer is lost: the SYN that comes again belongs to it.
+fn survives_the_loss_of_a_syn_ack(lose: fn(&Lab) -> &Host, hook: &str) {
+    let lab = Lab::with("open_for = \"1h\"\nonce = true");
+    let _daemon = lab.start();
+    let loser = lose(&lab);
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        loser.sh(&format!(
+            "nft 'add table inet loss; add chain inet loss c {{ type filter hook {hook} priority raw; }}; \
+             add rule inet loss c tcp sport 22 tcp flags & (syn | ack) == (syn | ack) drop'"
+        ));
+        let connection = thread::scope(|scope| {
+            let connecting = scope.spawn(|| {
+                lab.alice.enter(|| {
+                    TcpStream::connect_timeout(&SocketAddr::new(family.server(), 22), Duration::from_secs(20))
+                })
+            });
+            eventually("the first SYN", || lab.door(family.alice(), 22).is_none());
+            loser.sh("nft delete table inet loss");
+            connecting.join().unwrap()
+        });
+        connection.expect("the SYN that came again was let in");
+        assert!(!lab.alice.reaches(family.server(), 22), "{family:?}: and no second connection");
+    }
+}
+
+#[test]
+fn a_syn_that_comes_again_before_any_answer_spends_nothing_more() {
+    // Before connection tracking sees it, so that for the server nothing was ever answered.
+    survives_the_loss_of_a_syn_ack(|lab| &lab.server, "output");
+}
+
+#[test]
+fn a_syn_ack_that_is_lost_on_the_way_spends_nothing_more() {
+    survives_the_loss_of_a_syn_ack(|lab| &lab.alice, "prerouting");
+}
+
+#[test]
+fn a_once_service_lets_one_connection_in() {
+    let lab = Lab::with("open_for = \"1h\"\nonce = true");
+    let _daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        let mut connection = lab.alice.connect(family.server(), 22).expect("the one connection");
+        assert_eq!(lab.door(family.alice(), 22), None);
+        assert!(!lab.alice.reaches(family.server(), 22), "and no second one");
+        assert!(echoes(&mut connection));
+    }
+}

@@ -1,0 +1,213 @@
+//! A configuration that changes while the daemon runs.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use knockq::crypto::{Binding, KnockPorts};
+use knockq::packet::Persona;
+use nix::sys::signal::Signal;
+
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, refused, succeeds};
+use crate::{KERNEL, daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
+
+impl Lab {
+    fn edit(&self, file: &str, from: &str, to: &str) {
+        let path = self.config().with_file_name(file);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{file} has no {from}");
+        fs::write(path, text.replace(from, to)).unwrap();
+    }
+}
+
+fn reload(daemon: &mut Daemon) {
+    let before = daemon.log().matches("knockq: reloaded").count();
+    daemon.signal(Signal::SIGHUP);
+    eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+}
+
+#[test]
+fn users_and_services_come_change_and_go_without_a_restart() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let mut daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &["ssh"]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    let doors = || FAMILIES.map(|family| lab.door(family.alice(), 22).is_some());
+
+    // A user more; alice's doors are untouched.
+    lab.add_user("bob", &["mail"]);
+    reload(&mut daemon);
+    assert_eq!(doors(), [true; 2]);
+    for family in FAMILIES {
+        succeeds(&lab.knockq_as("bob", &lab.alice, &["send", "server", family.flag()]));
+        lab.wait_for_door(family.alice(), 25);
+    }
+
+    // A service more, with a port that was open to all until now.
+    assert!(lab.mallory.reaches(Family::V4.server(), 80));
+    lab.edit(
+        "knockq.toml",
+        "[services.mail]",
+        "[services.web]\nports = [\"tcp/80\"]\nopen_for = \"1h\"\n[services.mail]",
+    );
+    lab.edit("users.d/alice.toml", "[\"ssh\"]", "[\"ssh\", \"web\"]");
+    reload(&mut daemon);
+    assert_eq!(doors(), [true; 2]);
+    for family in FAMILIES {
+        assert!(!lab.mallory.reaches(family.server(), 80), "guarded now");
+        assert!(lab.alice.reaches(family.server(), 22));
+    }
+
+    // A service less for one user ends what it opened, and nothing else.
+    lab.edit("users.d/alice.toml", "[\"ssh\", \"web\"]", "[\"web\"]");
+    reload(&mut daemon);
+    assert_eq!(doors(), [false; 2]);
+    assert!(daemon.log().contains("shut user=alice service=ssh"), "{}", daemon.log());
+
+    // The service goes, and its port is open to all again.
+    lab.edit("users.d/alice.toml", "[\"web\"]", "[\"ssh\"]");
+    lab.edit("knockq.toml", "[services.web]\nports = [\"tcp/80\"]\nopen_for = \"1h\"\n", "");
+    reload(&mut daemon);
+    for family in FAMILIES {
+        assert!(lab.mallory.reaches(family.server(), 80));
+        lab.knock(family, &["ssh"]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+
+    // The user goes, and with her what she opened.
+    fs::remove_file(lab.config().with_file_name("users.d/alice.toml")).unwrap();
+    reload(&mut daemon);
+    assert_eq!(doors(), [false; 2]);
+    lab.knock(Family::V4, &["ssh"]);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(doors(), [false; 2], "nobody's knock");
+    assert!(daemon.log().contains("shut user=alice service=ssh"), "{}", daemon.log());
+}
+
+#[test]
+fn a_broken_file_keeps_the_old_configuration_and_says_where() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    lab.edit("knockq.toml", "open_for = \"3s\"", "open_for = 3");
+    daemon.signal(Signal::SIGHUP);
+    eventually("the refusal", || daemon.log().contains("not reloaded: "));
+    let log = daemon.log();
+    assert!(log.contains("knockq.toml:") && log.contains("open_for = 3") && log.contains("^"), "{log}");
+    lab.edit("knockq.toml", "open_for = 3", "open_for = \"3s\"");
+    lab.set("queue = 4098");
+    daemon.signal(Signal::SIGHUP);
+    eventually("the refusal", || daemon.log().contains("not reloaded: only a restart changes `queue`"));
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+}
+
+#[test]
+fn the_knock_ports_may_change_and_the_include_file_follows() {
+    let lab = Lab::new();
+    let mut daemon = lab.start();
+    lab.edit("knockq.toml", "20000-21023", "30000-30255");
+    reload(&mut daemon);
+    let include_file = fs::read_to_string(lab.config().with_file_name("knockq.nft")).unwrap();
+    assert!(include_file.contains("{ 30000-30255 }"), "{include_file}");
+    for family in FAMILIES {
+        assert!(refused(&lab.alice, family.server(), 20_000), "a closed port like any other");
+        assert!(!lab.alice.reaches(family.server(), 30_000));
+        assert!(!refused(&lab.alice, family.server(), 30_000));
+        lab.knock(family, &[]);
+        eventually("the hint", || {
+            daemon.log().contains(&format!("reason=wrong_knock_port user=alice source={}", family.alice()))
+                || lab.door(family.alice(), 22).is_none()
+        });
+        assert_eq!(lab.door(family.alice(), 22), None, "her profile has the old ones");
+    }
+    if daemon_owned_the_table(&lab) {
+        let flushed = lab.server.sh("nft flush ruleset 2>&1 || true; nft list tables");
+        assert!(flushed.contains("table inet knockq"), "owned again after the reload: {flushed}");
+    }
+}
+
+/// Knock after knock, while the configuration is read again and again and the table changes each time.
+#[test]
+fn no_knock_is_lost_while_the_configuration_is_read_again() {
+    const RELOADS: usize = 5;
+    let lab = Lab::with("open_for = \"1h\"");
+    let mut daemon = lab.start();
+    let ports = KnockPorts::new([20_000..=21_023]).unwrap();
+    let key = lab.alice_key();
+    let mut next = unix_now() - 40;
+    for family in FAMILIES {
+        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        let is_over = AtomicBool::new(false);
+        let sent = thread::scope(|scope| {
+            let next = &mut next;
+            let is_over = &is_over;
+            let (lab, key, ports) = (&lab, &key, &ports);
+            let knocking = scope.spawn(move || {
+                lab.alice.enter(|| {
+                    let socket = raw_socket(family);
+                    let mut sent = 0;
+                    while !is_over.load(Ordering::Relaxed) && *next < unix_now() + 50 {
+                        *next = (*next + 1).max(unix_now() - 40);
+                        let token = key.seal(*next, 22, Binding::Unbound);
+                        let flow = flow(family.alice(), family.server(), key.pad(*next).knock_port(ports));
+                        send_raw(&socket, family, &persona.syn(&flow, token.sequence, token.tsval, 7).unwrap());
+                        sent += 1;
+                        thread::sleep(Duration::from_millis(100));
+                    }
+                    sent
+                })
+            });
+            for network in 0..RELOADS {
+                let text = fs::read_to_string(lab.config()).unwrap();
+                let rest: Vec<&str> = text.lines().filter(|line| !line.starts_with("trusted")).collect();
+                let trusted = format!("[server]\ntrusted = [\"192.0.2.{network}\"]");
+                fs::write(lab.config(), rest.join("\n").replace("[server]", &trusted)).unwrap();
+                reload(&mut daemon);
+            }
+            is_over.store(true, Ordering::Relaxed);
+            knocking.join().unwrap()
+        });
+        let grants = || daemon.log().matches(&format!("source={} ", family.alice())).count();
+        eventually("a grant for each knock", || grants() == sent);
+        assert!(sent > RELOADS, "only {sent} knocks came in between");
+        assert!(lab.door(family.alice(), 22).is_some());
+    }
+    assert!(!daemon.log().contains("somebody else changed"), "{}", daemon.log());
+}
+
+#[test]
+fn doors_that_outlived_the_daemon_are_known_to_the_next_one() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    lab.add_user("bob", &["mail"]);
+    lab.edit(
+        "knockq.toml",
+        "[services.mail]\nports = [\"tcp/25\"]\nopen_for = \"3s\"",
+        "[services.mail]\nports = [\"tcp/25\"]\nopen_for = \"1h\"",
+    );
+    daemon.stop();
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        succeeds(&lab.knockq_as("bob", &lab.alice, &["send", "server", family.flag()]));
+        lab.wait_for_door(family.alice(), 25);
+    }
+    daemon.stop();
+    fs::remove_file(lab.config().with_file_name("users.d/alice.toml")).unwrap();
+    let _daemon = lab.start();
+    let config = lab.config().display().to_string();
+    for family in FAMILIES {
+        assert_eq!(lab.door(family.alice(), 22), None, "she was removed meanwhile");
+        assert!(lab.door(family.alice(), 25).is_some());
+    }
+    succeeds(&lab.knockq(&lab.server, &["revoke", "--user", "bob", "--config", &config]));
+    for family in FAMILIES {
+        assert_eq!(lab.door(family.alice(), 25), None);
+    }
+}
