@@ -173,7 +173,9 @@ impl From<ProfileError> for Failure {
             ProfileError::Home(error) => error.into(),
             ProfileError::File(error) => error.into(),
             ProfileError::Content(error) => error.into(),
-            ProfileError::Exists(_) => failure.hint("choose another name, or remove the profile's file first"),
+            ProfileError::Exists(name) => {
+                failure.hint(format!("choose another name, or take the old one away: knockq host remove {name}"))
+            }
             ProfileError::Missing(_) => failure.hint("add one with `knockq host add NAME PROFILE`"),
             ProfileError::KnownKey { .. } => {
                 failure.hint("if both are one server, add it with --same-server; else somebody copied a key")

@@ -1,6 +1,7 @@
 //! The command line: words into calls. `main` alone prints errors and picks exit codes.
 
 mod check;
+mod columns;
 mod failure;
 mod host;
 mod init;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 
 use crate::client::send::give_up_raw_sockets;
 use failure::{Failure, PERMISSION, USAGE};
@@ -114,6 +116,12 @@ fn print(text: &str) -> Result<(), Failure> {
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
         .map_err(|error| Failure::new(format!("stdout: {error}")))
+}
+
+/// Prints a result for programs to read.
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(format!("--json: {error}")))?;
+    print(&(text + "\n"))
 }
 
 /// Says something that is not the result.

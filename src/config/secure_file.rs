@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use thiserror::Error;
@@ -92,9 +92,17 @@ impl FileError {
         }
     }
 
+    /// The kernel's kind of error, if it was the kernel that refused.
+    pub fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io { cause, .. } => Some(cause.kind()),
+            _ => None,
+        }
+    }
+
     /// Whether the cause is a missing privilege of the caller.
     pub fn is_permission(&self) -> bool {
-        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied)
+        self.kind() == Some(io::ErrorKind::PermissionDenied)
     }
 
     pub(crate) fn io(path: &Path, cause: impl Into<io::Error>) -> Self {
@@ -178,6 +186,26 @@ pub fn create(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileE
 pub fn replace(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
     let temporary = write_beside(path, contents, privacy)?;
     fs::rename(&temporary, path).and_then(|()| sync_parent(path)).map_err(|cause| FileError::io(path, cause))
+}
+
+/// Takes a file away, durably. Nothing of it is looked at: what is broken can be removed too.
+///
+/// # Errors
+/// [`FileError`], also if there is none.
+pub fn remove(path: &Path) -> Result<(), FileError> {
+    fs::remove_file(path).and_then(|()| sync_parent(path)).map_err(|cause| FileError::io(path, cause))
+}
+
+/// Gives a file another name in one step, durably: nobody sees both names or none.
+///
+/// # Errors
+/// [`FileError`] with the path that it is about, also if `from` is missing or `to` exists.
+pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
+    renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(|errno| {
+        let path = if errno == Errno::EXIST { to } else { from };
+        FileError::io(path, errno)
+    })?;
+    sync_parent(to).map_err(|cause| FileError::io(to, cause))
 }
 
 /// Writes and syncs a file of a name that nothing reads, in the directory of `path`.
