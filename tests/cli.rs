@@ -71,6 +71,15 @@ impl World {
         self.run(&[&["user"], arguments, &["--config", &config]].concat())
     }
 
+    fn recover(&self, more: &[&str]) -> Ran {
+        self.run(&[&["recover", "--config", &self.config().display().to_string()], more].concat())
+    }
+
+    /// The store, and those that `recover` has kept beside it.
+    fn stores(&self) -> Vec<PathBuf> {
+        self.files().into_iter().filter(|file| file.starts_with(self.path("state"))).collect()
+    }
+
     fn check(&self) -> Ran {
         self.run(&["check", "--config", &self.config().display().to_string()])
     }
@@ -200,7 +209,7 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&["keygen", "../x"]).fails(64, &["../x"]);
     world.run(&["host", "add", "../x", "-"]).fails(64, &["is not a name"]);
     assert!(world.run(&["--help"]).succeeds().contains("Exit codes"));
-    for command in ["init", "check", "ruleset", "serve", "keygen", "send"] {
+    for command in ["init", "check", "ruleset", "serve", "recover", "keygen", "send"] {
         assert!(world.run(&[command, "--help"]).succeeds().contains("Example"), "{command} --help has no example");
     }
     for (command, words) in
@@ -219,6 +228,8 @@ fn words_that_are_wrong_are_usage_errors() {
     }
     world.run(&["user", "rename", "alice"]).fails(64, &["NEW"]);
     world.run(&["user", "rename", "alice", "b/b"]).fails(64, &["is not a name"]);
+    world.run(&["recover", "--ahead", "1w"]).fails(64, &["`1w` is no duration"]);
+    world.run(&["recover", "now"]).fails(64, &["unexpected argument"]);
     world.run(&["user", "show", "alice", "--profile", "--json"]).fails(64, &["cannot be used with"]);
 }
 
@@ -343,6 +354,94 @@ fn a_missing_store_stops_the_server() {
     for ran in [world.check(), world.serve()] {
         ran.fails(78, &["counters.redb: the counter store is missing", "Hint: "]);
     }
+}
+
+#[test]
+fn recover_makes_a_store_that_is_lost_with_all_above_it() {
+    let world = World::new();
+    fs::remove_dir_all(world.path("state")).unwrap();
+    world.check().fails(78, &["the counter store is missing", "Hint: ", "knockq recover"]);
+    let said = world.recover(&[]).succeeds();
+    assert!(said.contains("There was no old one") && said.contains("Users can knock again in 61 s"), "{said}");
+    assert_eq!(world.stores(), [world.path("state/counters.redb")]);
+    for (file, mode) in [("state", 0o700), ("state/counters.redb", 0o600)] {
+        assert_eq!(fs::metadata(world.path(file)).unwrap().permissions().mode() & 0o7777, mode, "{file}");
+    }
+    world.check().succeeds();
+}
+
+#[test]
+fn recover_keeps_the_old_store_and_never_lowers_its_floor() {
+    let world = World::new();
+    world.edit("etc/knockq.toml", "[server]\n", "[server]\nwindow = \"5m\"\n");
+    let said = world.recover(&["--ahead", "2h"]).succeeds();
+    assert!(said.contains("Users can knock again in 7501 s"), "{said}");
+    let said = world.recover(&[]).succeeds();
+    let seconds: u64 = said.split("again in ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!((7400..=7501).contains(&seconds), "{said}");
+    assert_eq!(world.stores().len(), 3, "{:?}", world.stores());
+    for kept in world.stores() {
+        assert_eq!(fs::metadata(&kept).unwrap().permissions().mode() & 0o7777, 0o600);
+        // Each is whole: in its place again, it is the store again.
+        fs::rename(&kept, world.path("state/counters.redb")).unwrap();
+        world.check().succeeds();
+    }
+}
+
+#[test]
+fn recover_replaces_a_store_that_is_broken_or_of_another_server() {
+    let (world, other) = (World::new(), World::new());
+    let store = world.path("state/counters.redb");
+    let whole = fs::read(&store).unwrap();
+    for contents in [&b""[..], b"garbage", &whole[..5000]] {
+        fs::write(&store, contents).unwrap();
+        let said = world.recover(&[]).succeeds();
+        assert!(said.contains("nothing is taken over, it is kept as "), "{said}");
+        world.check().succeeds();
+    }
+    fs::copy(other.path("state/counters.redb"), &store).unwrap();
+    world.check().fails(78, &["belongs to the server key", "Hint: ", "knockq recover"]);
+    world.recover(&[]).succeeds();
+    world.check().succeeds();
+    assert_eq!(world.stores().len(), 5);
+    // redb panics over some of these.
+    for page in 0..16 {
+        let mut damaged = whole.clone();
+        damaged[page * 4096..][..4096].fill(0x5a);
+        fs::write(&store, damaged).unwrap();
+        let ran = world.recover(&[]);
+        if ran.0.status.success() {
+            world.check().succeeds();
+        } else {
+            ran.fails(1, &["is damaged so badly that it cannot be read", "Hint: move it away"]);
+        }
+    }
+}
+
+#[test]
+fn recover_changes_nothing_while_it_may_not() {
+    let world = World::new();
+    let store = world.path("state/counters.redb");
+    let before = fs::read(&store).unwrap();
+    let opened = fs::File::open(&store).unwrap();
+    opened.try_lock().unwrap();
+    world.recover(&[]).fails(1, &["recover: the daemon runs: ", "is in use", "Hint: stop it first"]);
+    drop(opened);
+    world.mode("state/counters.redb", 0o644);
+    world.recover(&[]).fails(78, &["must not be readable by others", "Hint: chmod 600 "]);
+    world.mode("state/counters.redb", 0o600);
+    world.edit("etc/users.d/alice.toml", "services", "servces");
+    world.recover(&[]).fails(78, &["alice.toml:2:1: unknown field"]);
+    world.edit("etc/users.d/alice.toml", "servces", "services");
+    let ran = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all", KNOCKQ, "recover"])
+        .arg("--config")
+        .arg(world.config())
+        .output()
+        .unwrap();
+    Ran(ran).fails(77, &["ermission denied", "Hint: "]);
+    assert_eq!(world.stores(), std::slice::from_ref(&store));
+    assert_eq!(fs::read(&store).unwrap(), before);
 }
 
 #[test]

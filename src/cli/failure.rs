@@ -112,7 +112,7 @@ impl From<ServeError> for Failure {
             ServeError::Nft(error) => error.into(),
             ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
                 Self::new(format!("{}: the counter store is missing", path.display()))
-                    .hint("restore it from a backup; without one the server needs a new key: see docs/configuration.md")
+                    .hint("if it is lost for good, or comes from a backup: knockq recover")
                     .code(CONFIGURATION)
             }
             ServeError::Store(error) => error.into(),
@@ -145,9 +145,7 @@ impl From<VerifierError> for Failure {
         let failure = Self::new(error.to_string());
         match error {
             VerifierError::Store { .. } => failure
-                .hint(
-                    "put back the store that belongs to this server key; a wrong one would let old knocks be replayed",
-                )
+                .hint("put back the store that belongs to this server key, or make a new one: knockq recover")
                 .code(CONFIGURATION),
             _ => failure,
         }

@@ -6,6 +6,7 @@ mod failure;
 mod host;
 mod init;
 mod keygen;
+mod recover;
 mod ruleset;
 mod send;
 mod serve;
@@ -50,6 +51,8 @@ enum Command {
     Serve(serve::Serve),
     /// Server: who may knock
     User(user::User),
+    /// Server: make a new counter store, after a restored backup or a lost one
+    Recover(recover::Recover),
     /// Client: make this machine's key and print its public half
     Keygen(keygen::Keygen),
     /// Client: the hosts that one knocks at
@@ -94,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Ruleset(ruleset) => ruleset.run(),
         Command::Serve(serve) => serve.run(),
         Command::User(user) => user.run(),
+        Command::Recover(recover) => recover.run(),
         Command::Keygen(keygen) => keygen.run(),
         Command::Host(host) => host.run(),
         Command::Send(send) => send.run(),

@@ -4,6 +4,7 @@ mod daemon;
 mod doors;
 #[path = "../support/lab.rs"]
 mod lab;
+mod store;
 mod table;
 mod wire;
 
