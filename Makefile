@@ -1,5 +1,6 @@
 # Two commands for newcomers, on a fresh Debian with Rust, make and gcc: `make demo` and `make test`.
 # Each installs what it lacks (as root, with apt-get) and puts everything else under target/.
+# For a machine that is to keep it: `make`, then `make install` as root.
 
 CARGO  ?= cargo
 TARGET := x86_64-unknown-linux-gnu
@@ -9,9 +10,20 @@ OUT    := target/$(TARGET)/debug
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS := -C target-feature=+crt-static
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := $(CURDIR)/tests/vm/runner
 
-.PHONY: all demo test test-newer-kernel check clean
+# Where `make install` puts things. DESTDIR stages them elsewhere, and then nothing of this machine is touched.
+PREFIX      ?= /usr/local
+BINDIR      ?= $(PREFIX)/bin
+UNITDIR     ?= $(PREFIX)/lib/systemd/system
+SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
+BINARY      ?= target/release/knockq
+
+.PHONY: all install uninstall demo test test-newer-kernel check clean
 all:
 	$(CARGO) build --release
+
+# The binary with the one capability that clients need, the daemon's two accounts, and the units, which it does not enable.
+install uninstall:
+	@BINARY='$(BINARY)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' UNITDIR='$(UNITDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' dist/$@
 
 # A knock opens a real gated port on a real kernel, shown step by step, and the door closes.
 demo:

@@ -71,6 +71,21 @@ impl World {
         self.run(&[&["user", "add", name, "--key", key, "--config", &config], more].concat())
     }
 
+    /// A subcommand of `user` on this server.
+    fn user(&self, arguments: &[&str]) -> Ran {
+        let config = self.config().display().to_string();
+        self.run(&[&["user"], arguments, &["--config", &config]].concat())
+    }
+
+    fn recover(&self, more: &[&str]) -> Ran {
+        self.run(&[&["recover", "--config", &self.config().display().to_string()], more].concat())
+    }
+
+    /// The store, and those that `recover` has kept beside it.
+    fn stores(&self) -> Vec<PathBuf> {
+        self.files().into_iter().filter(|file| file.starts_with(self.path("state"))).collect()
+    }
+
     fn check(&self) -> Ran {
         self.run(&["check", "--config", &self.config().display().to_string()])
     }
@@ -139,6 +154,12 @@ impl Ran {
     }
 }
 
+#[track_caller]
+fn json(ran: &Ran) -> serde_json::Value {
+    assert!(ran.0.status.success(), "{}", ran.errors());
+    serde_json::from_slice(&ran.0.stdout).unwrap()
+}
+
 #[test]
 fn init_makes_all_files_with_safe_modes_and_says_what_comes_next() {
     let world = World::empty();
@@ -194,12 +215,28 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&["keygen", "../x"]).fails(64, &["../x"]);
     world.run(&["host", "add", "../x", "-"]).fails(64, &["is not a name"]);
     assert!(world.run(&["--help"]).succeeds().contains("Exit codes"));
-    for command in ["init", "check", "ruleset", "serve", "keygen", "send"] {
+    for command in ["init", "check", "ruleset", "serve", "recover", "keygen", "send"] {
         assert!(world.run(&[command, "--help"]).succeeds().contains("Example"), "{command} --help has no example");
     }
-    for words in [["user", "add"], ["host", "add"]] {
-        assert!(world.run(&[words[0], words[1], "--help"]).succeeds().contains("Example"), "{words:?}");
+    for (command, words) in
+        [("user", &["add", "list", "show", "remove", "rename"][..]), ("host", &["add", "list", "show", "remove"])]
+    {
+        for word in words {
+            let help = world.run(&[command, word, "--help"]).succeeds();
+            assert!(help.contains("Example"), "{command} {word} --help has no example");
+        }
     }
+    for arguments in [["user", "show"], ["user", "remove"], ["host", "show"], ["host", "remove"]] {
+        world.run(&arguments).fails(64, &["NAME"]);
+        for name in ["../x", ".x", "", "a b", "x\u{1b}"] {
+            world.run(&[&arguments[..], &[name]].concat()).fails(64, &["a name"]);
+        }
+    }
+    world.run(&["user", "rename", "alice"]).fails(64, &["NEW"]);
+    world.run(&["user", "rename", "alice", "b/b"]).fails(64, &["is not a name"]);
+    world.run(&["recover", "--ahead", "1w"]).fails(64, &["`1w` is no duration"]);
+    world.run(&["recover", "now"]).fails(64, &["unexpected argument"]);
+    world.run(&["user", "show", "alice", "--profile", "--json"]).fails(64, &["cannot be used with"]);
 }
 
 #[test]
@@ -326,6 +363,94 @@ fn a_missing_store_stops_the_server() {
 }
 
 #[test]
+fn recover_makes_a_store_that_is_lost_with_all_above_it() {
+    let world = World::new();
+    fs::remove_dir_all(world.path("state")).unwrap();
+    world.check().fails(78, &["the counter store is missing", "Hint: ", "knockq recover"]);
+    let said = world.recover(&[]).succeeds();
+    assert!(said.contains("There was no old one") && said.contains("Users can knock again in 61 s"), "{said}");
+    assert_eq!(world.stores(), [world.path("state/counters.redb")]);
+    for (file, mode) in [("state", 0o700), ("state/counters.redb", 0o600)] {
+        assert_eq!(fs::metadata(world.path(file)).unwrap().permissions().mode() & 0o7777, mode, "{file}");
+    }
+    world.check().succeeds();
+}
+
+#[test]
+fn recover_keeps_the_old_store_and_never_lowers_its_floor() {
+    let world = World::new();
+    world.edit("etc/knockq.toml", "[server]\n", "[server]\nwindow = \"5m\"\n");
+    let said = world.recover(&["--ahead", "2h"]).succeeds();
+    assert!(said.contains("Users can knock again in 7501 s"), "{said}");
+    let said = world.recover(&[]).succeeds();
+    let seconds: u64 = said.split("again in ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!((7400..=7501).contains(&seconds), "{said}");
+    assert_eq!(world.stores().len(), 3, "{:?}", world.stores());
+    for kept in world.stores() {
+        assert_eq!(fs::metadata(&kept).unwrap().permissions().mode() & 0o7777, 0o600);
+        // Each is whole: in its place again, it is the store again.
+        fs::rename(&kept, world.path("state/counters.redb")).unwrap();
+        world.check().succeeds();
+    }
+}
+
+#[test]
+fn recover_replaces_a_store_that_is_broken_or_of_another_server() {
+    let (world, other) = (World::new(), World::new());
+    let store = world.path("state/counters.redb");
+    let whole = fs::read(&store).unwrap();
+    for contents in [&b""[..], b"garbage", &whole[..5000]] {
+        fs::write(&store, contents).unwrap();
+        let said = world.recover(&[]).succeeds();
+        assert!(said.contains("nothing is taken over, it is kept as "), "{said}");
+        world.check().succeeds();
+    }
+    fs::copy(other.path("state/counters.redb"), &store).unwrap();
+    world.check().fails(78, &["belongs to the server key", "Hint: ", "knockq recover"]);
+    world.recover(&[]).succeeds();
+    world.check().succeeds();
+    assert_eq!(world.stores().len(), 5);
+    // redb panics over some of these.
+    for page in 0..16 {
+        let mut damaged = whole.clone();
+        damaged[page * 4096..][..4096].fill(0x5a);
+        fs::write(&store, damaged).unwrap();
+        let ran = world.recover(&[]);
+        if ran.0.status.success() {
+            world.check().succeeds();
+        } else {
+            ran.fails(1, &["is damaged so badly that it cannot be read", "Hint: move it away"]);
+        }
+    }
+}
+
+#[test]
+fn recover_changes_nothing_while_it_may_not() {
+    let world = World::new();
+    let store = world.path("state/counters.redb");
+    let before = fs::read(&store).unwrap();
+    let opened = fs::File::open(&store).unwrap();
+    opened.try_lock().unwrap();
+    world.recover(&[]).fails(1, &["recover: the daemon runs: ", "is in use", "Hint: stop it first"]);
+    drop(opened);
+    world.mode("state/counters.redb", 0o644);
+    world.recover(&[]).fails(78, &["must not be readable by others", "Hint: chmod 600 "]);
+    world.mode("state/counters.redb", 0o600);
+    world.edit("etc/users.d/alice.toml", "services", "servces");
+    world.recover(&[]).fails(78, &["alice.toml:2:1: unknown field"]);
+    world.edit("etc/users.d/alice.toml", "servces", "services");
+    let ran = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all", KNOCKQ, "recover"])
+        .arg("--config")
+        .arg(world.config())
+        .output()
+        .unwrap();
+    Ran(ran).fails(77, &["ermission denied", "Hint: "]);
+    assert_eq!(world.stores(), std::slice::from_ref(&store));
+    assert_eq!(fs::read(&store).unwrap(), before);
+}
+
+#[test]
 fn one_port_of_both_transports_is_one_service_and_one_address_is_a_network() {
     let world = World::empty();
     world.init(&["--protect", "tcp/64443", "--protect", "udp/64443"]).succeeds();
@@ -409,9 +534,202 @@ fn user_add_refuses_what_exists_and_writes_nothing_then() {
     world.user_add("bob", other, &["--from", "10.0.0.0/40"]).fails(64, &["--from"]);
     assert_eq!(world.files(), before);
     let said = world.user_add("bob", other, &["--allow", "ssh", "--from", "10.0.0.0/8", "--source", "bound"]);
-    assert!(said.errors().contains("applies at the next start"), "{}", said.errors());
+    assert!(said.errors().contains("applies when the daemon reloads"), "{}", said.errors());
     said.succeeds();
     assert!(world.check().succeeds().contains("users 2"));
+}
+
+const OTHER_KEY: &str = "y4p1aUaYDQ5GXyhXHs0XxBvXjsH7bfmeStQcm0hFJks=";
+
+#[test]
+fn users_are_listed_and_shown_and_their_profiles_printed_again() {
+    let world = World::new();
+    let own = world.run(&["keygen", "--show"]).succeeds();
+    let networks = ["--from", "10.0.0.0/8", "--from", "2001:db8::7", "--source", "bound"];
+    let printed = world.user_add("bob", OTHER_KEY, &networks).succeeds();
+    let listed = world.user(&["list"]).succeeds();
+    let lines: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(
+        lines,
+        [
+            vec!["NAME", "SERVICES", "SOURCE", "FROM", "KEY"],
+            vec!["alice", "ssh", "any", "-", own.trim_end()],
+            vec!["bob", "ssh", "bound", "10.0.0.0/8,2001:db8::7/128", OTHER_KEY],
+        ]
+    );
+    let shown = world.user(&["show", "bob"]).succeeds();
+    for text in [OTHER_KEY, "ssh", "bound", "10.0.0.0/8,2001:db8::7/128", &world.text("etc/users.d/bob.toml")] {
+        assert!(shown.contains(text), "`{text}` is not in:\n{shown}");
+    }
+    assert_eq!(world.user(&["show", "bob", "--profile"]).succeeds(), printed, "what `user add` printed");
+
+    let listed = json(&world.user(&["list", "--json"]));
+    assert_eq!(listed[1], json(&world.user(&["show", "bob", "--json"])));
+    assert_eq!(listed[0]["name"], "alice");
+    assert_eq!(listed[0]["from"], serde_json::json!([]));
+    assert_eq!(listed[1]["public_key"], OTHER_KEY);
+    assert_eq!(listed[1]["services"], serde_json::json!(["ssh"]));
+    assert_eq!(listed[1]["source"], "bound");
+    assert_eq!(listed[1]["from"], serde_json::json!(["10.0.0.0/8", "2001:db8::7/128"]));
+
+    world.user(&["show", "carol"]).fails(78, &["user carol: there is no ", "users.d/carol.toml", "Hint: "]);
+    world.edit("etc/users.d/bob.toml", "[\"ssh\"]", "[]");
+    world.user(&["show", "bob", "--profile"]).fails(78, &["user bob: may open no service", "Hint: "]);
+    world.edit("etc/users.d/bob.toml", "services", "servces");
+    for arguments in [&["list"][..], &["show", "alice"]] {
+        world.user(arguments).fails(78, &["bob.toml:2:1: unknown field `servces`", "^"]);
+    }
+}
+
+#[test]
+fn a_profile_printed_again_keeps_the_default_service() {
+    let world = World::empty();
+    world.init(&["--protect", "tcp/22", "--protect", "tcp/25", "--address", "192.0.2.1"]).succeeds();
+    let printed = world.user_add("bob", OTHER_KEY, &["--allow", "smtp", "--allow", "ssh"]).succeeds();
+    assert!(printed.contains("default = \"smtp\""), "{printed}");
+    assert_eq!(world.user(&["show", "bob", "--profile"]).succeeds(), printed);
+}
+
+#[test]
+fn a_server_without_users_lists_none() {
+    let world = World::empty();
+    world.init(&["--protect", "tcp/22"]).succeeds();
+    fs::remove_dir(world.path("etc/users.d")).unwrap();
+    let listed = world.user(&["list"]);
+    assert!(listed.errors().contains("There is no user yet"), "{}", listed.errors());
+    assert_eq!(listed.succeeds(), "");
+    assert_eq!(json(&world.user(&["list", "--json"])), serde_json::json!([]));
+    world.user(&["remove", "alice"]).fails(78, &["user alice: there is no "]);
+}
+
+#[test]
+fn a_user_is_removed_even_if_their_file_is_broken() {
+    let world = World::new();
+    world.user_add("bob", OTHER_KEY, &[]).succeeds();
+    world.user(&["remove", "carol"]).fails(78, &["user carol: there is no ", "Hint: "]);
+    let removed = world.user(&["remove", "bob"]);
+    assert!(removed.errors().contains("when the daemon reloads"), "{}", removed.errors());
+    assert!(removed.succeeds().contains("Doors that are open for bob end when the daemon reloads"));
+    assert!(world.check().succeeds().contains("users 1"));
+    world.user(&["remove", "bob"]).fails(78, &["user bob: there is no "]);
+
+    for (broken, mode) in [("public_key = \n", 0o644), ("\u{0}", 0o644), ("", 0o666), ("", 0o000)] {
+        fs::write(world.path("etc/users.d/bob.toml"), broken).unwrap();
+        world.mode("etc/users.d/bob.toml", mode);
+        world.check().fails(78, &["bob.toml"]);
+        world.user(&["remove", "bob"]).succeeds();
+        world.check().succeeds();
+    }
+    symlink("/nowhere", world.path("etc/users.d/bob.toml")).unwrap();
+    world.check().fails(78, &["bob.toml: is not a regular file"]);
+    world.user(&["remove", "bob"]).succeeds();
+
+    // Another file is broken as well: this one goes all the same, and that the daemon cannot know yet is said.
+    world.user_add("bob", OTHER_KEY, &[]).succeeds();
+    world.edit("etc/users.d/alice.toml", "services", "servces");
+    world.user(&["remove", "bob"]).fails(78, &["The daemon cannot take this over", "alice.toml:2:1: unknown field"]);
+    assert!(!world.path("etc/users.d/bob.toml").exists());
+}
+
+#[test]
+fn a_user_is_renamed_in_one_step_and_never_onto_another() {
+    let world = World::new();
+    world.user_add("bob", OTHER_KEY, &[]).succeeds();
+    let entry = fs::read(world.path("etc/users.d/alice.toml")).unwrap();
+    for (old, new, said) in [
+        ("alice", "bob", "user bob: exists already"),
+        ("alice", "alice", "user alice: exists already"),
+        ("carol", "dave", "user carol: there is no "),
+        ("carol", "bob", "user carol: there is no "),
+    ] {
+        world.user(&["rename", old, new]).fails(78, &[said, "Hint: "]);
+    }
+    assert_eq!(fs::read(world.path("etc/users.d/alice.toml")).unwrap(), entry);
+    world.user(&["rename", "alice", "alice-laptop"]).succeeds();
+    assert_eq!(fs::read(world.path("etc/users.d/alice-laptop.toml")).unwrap(), entry);
+    assert!(!world.path("etc/users.d/alice.toml").exists());
+    assert!(world.check().succeeds().contains("users 2"));
+    // The file's name itself may be what is wrong.
+    fs::rename(world.path("etc/users.d/bob.toml"), world.path("etc/users.d/bob.toml.off")).unwrap();
+    world.edit("etc/users.d/alice-laptop.toml", "services", "servces");
+    world.user(&["rename", "alice-laptop", "alice"]).fails(78, &["The daemon cannot take this over", "alice.toml:2:1"]);
+    assert!(world.path("etc/users.d/alice.toml").exists());
+}
+
+#[test]
+fn users_that_one_may_not_change_are_a_matter_of_permission() {
+    let world = World::new();
+    let ran = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"]);
+        let config = world.config().display().to_string();
+        Ran(command.arg(KNOCKQ).args(arguments).args(["--config", &config]).output().unwrap())
+    };
+    for arguments in [&["user", "list"][..], &["user", "remove", "alice"], &["user", "rename", "alice", "bob"]] {
+        ran(arguments).fails(77, &["ermission denied", "Hint: "]);
+    }
+    assert!(world.path("etc/users.d/alice.toml").exists());
+}
+
+#[test]
+fn hosts_are_listed_and_shown_and_a_broken_one_hides_no_other() {
+    let world = World::empty();
+    world.run(&["keygen"]).succeeds();
+    let listed = world.run(&["host", "list"]);
+    assert!(listed.errors().contains("There is no host yet"), "{}", listed.errors());
+    assert_eq!(listed.succeeds(), "");
+    assert_eq!(json(&world.run(&["host", "list", "--json"])), serde_json::json!([]));
+
+    let world = World::new();
+    world.edit("alice.profile", "[\"192.0.2.1\"]", "[\"192.0.2.1\", \"2001:db8::1\"]");
+    world.run(&["host", "add", "away", &world.text("alice.profile")]).succeeds();
+    let listed = world.run(&["host", "list"]).succeeds();
+    let lines: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(
+        lines,
+        [["NAME", "ADDRESSES", "SERVICES"], ["away", "192.0.2.1,2001:db8::1", "ssh"], ["home", "192.0.2.1", "ssh"]]
+    );
+    let server_key = fs::read_to_string(world.path("alice.profile")).unwrap().split('"').nth(1).unwrap().to_owned();
+    let shown = world.run(&["host", "show", "home"]).succeeds();
+    assert!(shown.starts_with(&format!("server_key = \"{server_key}\"")), "{shown}");
+    assert_eq!(shown, fs::read_to_string(world.path(".config/knockq/hosts/home.toml")).unwrap());
+    let shown = json(&world.run(&["host", "show", "home", "--json"]));
+    assert_eq!(shown["name"], "home");
+    assert_eq!(shown["server_key"], *server_key);
+    assert_eq!(shown["services"]["ssh"], serde_json::json!({"selector": 22, "ports": ["tcp/22"]}));
+    assert_eq!(json(&world.run(&["host", "list", "--json"]))[1], shown);
+
+    for (broken, mode) in [("garbage\n", 0o600), ("", 0o644)] {
+        fs::write(world.path(".config/knockq/hosts/bad.toml"), broken).unwrap();
+        world.mode(".config/knockq/hosts/bad.toml", mode);
+        let listed = world.run(&["host", "list"]);
+        listed.fails(1, &["host bad: ", "bad.toml", "Hint: ", "knockq host remove bad"]);
+        assert_eq!(String::from_utf8_lossy(&listed.0.stdout).lines().count(), 3);
+        world.run(&["host", "list", "--json"]).fails(1, &["host bad: "]);
+        world.run(&["host", "show", "bad"]).fails(78, &["bad.toml"]);
+        world.run(&["host", "remove", "bad"]).succeeds();
+        world.run(&["host", "list"]).succeeds();
+    }
+    world.run(&["host", "show", "nowhere"]).fails(78, &["host nowhere: there is no profile by this name", "Hint: "]);
+    world.run(&["host", "remove", "nowhere"]).fails(78, &["host nowhere: there is no profile by this name", "Hint: "]);
+}
+
+#[test]
+fn a_host_that_is_removed_and_added_again_uses_no_counter_twice() {
+    let world = World::new();
+    world.edit("alice.profile", "192.0.2.1", "127.0.0.1");
+    let mut sequences = Vec::new();
+    for _ in 0..3 {
+        world.run(&["host", "remove", "home"]).succeeds();
+        world.run(&["host", "add", "home", &world.text("alice.profile")]).succeeds();
+        let printed = world.run(&["send", "home", "--print", "hex"]).succeeds();
+        sequences.push(printed[48..56].to_owned());
+    }
+    let removed = world.run(&["host", "remove", "home"]).succeeds();
+    assert!(removed.contains(&world.text(".local/state/knockq/counters")), "{removed}");
+    sequences.sort_unstable();
+    sequences.dedup();
+    assert_eq!(sequences.len(), 3, "one key and port, so a counter used twice shows as a sequence number sent twice");
 }
 
 #[test]

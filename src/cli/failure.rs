@@ -132,7 +132,7 @@ impl From<ServeError> for Failure {
             )),
             ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
                 Self::new(format!("{}: the counter store is missing", path.display()))
-                    .hint("restore it from a backup; without one the server needs a new key: see docs/configuration.md")
+                    .hint("if it is lost for good, or comes from a backup: knockq recover")
                     .code(CONFIGURATION)
             }
             ServeError::Store(error) => error.into(),
@@ -193,9 +193,7 @@ impl From<VerifierError> for Failure {
         let failure = Self::new(error.to_string());
         match error {
             VerifierError::Store { .. } => failure
-                .hint(
-                    "put back the store that belongs to this server key; a wrong one would let old knocks be replayed",
-                )
+                .hint("put back the store that belongs to this server key, or make a new one: knockq recover")
                 .code(CONFIGURATION),
             _ => failure,
         }
@@ -221,7 +219,9 @@ impl From<ProfileError> for Failure {
             ProfileError::Home(error) => error.into(),
             ProfileError::File(error) => error.into(),
             ProfileError::Content(error) => error.into(),
-            ProfileError::Exists(_) => failure.hint("choose another name, or remove the profile's file first"),
+            ProfileError::Exists(name) => {
+                failure.hint(format!("choose another name, or take the old one away: knockq host remove {name}"))
+            }
             ProfileError::Missing(_) => failure.hint("add one with `knockq host add NAME PROFILE`"),
             ProfileError::KnownKey { .. } => {
                 failure.hint("if both are one server, add it with --same-server; else somebody copied a key")

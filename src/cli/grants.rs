@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use super::columns::columns;
 use super::failure::Failure;
 use super::{ConfigArg, note, print};
 use crate::config::server::RUNTIME_DIRECTORY;
@@ -48,8 +49,10 @@ impl Grants {
         }
         if shown.is_empty() {
             note("no door is open");
+            return Ok(());
         }
-        print(&shown.iter().map(|door| door.line() + "\n").collect::<String>())
+        let head = ["SOURCE", "PORT", "USER", "SERVICE", "LEFT", "ONCE"].map(str::to_owned);
+        print(&columns(&[vec![head], shown.iter().map(Shown::row).collect()].concat()))
     }
 }
 
@@ -60,14 +63,13 @@ impl<'a> Shown<'a> {
         Self { source, port, user, service, once, seconds_left: open.left.map(|left| left.as_secs()) }
     }
 
-    fn line(&self) -> String {
-        let who = match (self.user, self.service) {
-            (Some(user), Some(service)) => format!("{user} {service}"),
-            _ => "(by hand)".to_owned(),
-        };
+    /// Its cells; somebody's own element has neither user nor service.
+    fn row(&self) -> [String; 6] {
         let left = self.seconds_left.map_or_else(|| "for ever".to_owned(), time_left);
-        let once = if self.once { ", one connection" } else { "" };
-        format!("{:<39} {:<10} {who:<24} {left}{once}", self.source.to_string(), self.port.to_string())
+        let once = if self.once { "once" } else { "" };
+        let cells = [self.user.unwrap_or_default(), self.service.unwrap_or_default(), &left, once];
+        let [user, service, left, once] = cells.map(str::to_owned);
+        [self.source.to_string(), self.port.to_string(), user, service, left, once]
     }
 }
 

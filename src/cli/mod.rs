@@ -1,11 +1,13 @@
 //! The command line: words into calls. `main` alone prints errors and picks exit codes.
 
 mod check;
+mod columns;
 mod failure;
 mod grants;
 mod host;
 mod init;
 mod keygen;
+mod recover;
 mod ruleset;
 mod send;
 mod serve;
@@ -16,6 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 
 use crate::client::send::give_up_raw_sockets;
 use failure::{Failure, PERMISSION, USAGE};
@@ -55,6 +58,8 @@ enum Command {
     Revoke(grants::Revoke),
     /// Server: who may knock
     User(user::User),
+    /// Server: make a new counter store, after a restored backup or a lost one
+    Recover(recover::Recover),
     /// Client: make this machine's key and print its public half
     Keygen(keygen::Keygen),
     /// Client: the hosts that one knocks at
@@ -105,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Grants(grants) => grants.run(),
         Command::Revoke(revoke) => revoke.run(),
         Command::User(user) => user.run(),
+        Command::Recover(recover) => recover.run(),
         Command::Keygen(keygen) => keygen.run(),
         Command::Host(host) => host.run(),
         Command::Send(send) => send.run(),
@@ -128,6 +134,12 @@ fn print(text: &str) -> Result<(), Failure> {
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
         .map_err(|error| Failure::new(format!("stdout: {error}")))
+}
+
+/// Prints a result for programs to read.
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(format!("--json: {error}")))?;
+    print(&(text + "\n"))
 }
 
 /// Says something that is not the result.

@@ -225,7 +225,23 @@ impl Profile {
         })
     }
 
-    fn all(home: &Home) -> Result<Vec<(Name, Self)>, ProfileError> {
+    /// Takes a profile away, be it right or broken. Counters are not its business and stay: they belong to the pair of
+    /// keys, which may meet again.
+    ///
+    /// # Errors
+    /// When there is none by that name, or it cannot be deleted.
+    pub fn remove(home: &Home, name: &Name) -> Result<(), ProfileError> {
+        secure_file::remove(&home.host_path(name)).map_err(|error| match error.kind() {
+            Some(io::ErrorKind::NotFound) => ProfileError::Missing(name.to_string()),
+            _ => error.into(),
+        })
+    }
+
+    /// The names of all profiles, right or broken, in order.
+    ///
+    /// # Errors
+    /// When their directory cannot be read.
+    pub fn names(home: &Home) -> Result<Vec<Name>, ProfileError> {
         let directory = home.hosts();
         let fail = |cause| FileError::Io { path: directory.clone(), cause };
         let entries = match fs::read_dir(&directory) {
@@ -233,7 +249,13 @@ impl Profile {
             other => other.map_err(fail)?,
         };
         let paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<PathBuf>>>().map_err(fail)?;
-        let names = paths.iter().filter_map(|path| path.file_name()?.to_str()?.strip_suffix(".toml"));
-        names.map(|name| Self::load(home, name)).collect()
+        let stems = paths.iter().filter_map(|path| path.file_name()?.to_str()?.strip_suffix(".toml"));
+        let mut names: Vec<Name> = stems.filter_map(|stem| stem.parse().ok()).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn all(home: &Home) -> Result<Vec<(Name, Self)>, ProfileError> {
+        Self::names(home)?.iter().map(|name| Self::load(home, name.as_str())).collect()
     }
 }

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use thiserror::Error;
@@ -92,9 +92,17 @@ impl FileError {
         }
     }
 
+    /// The kernel's kind of error, if it was the kernel that refused.
+    pub fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io { cause, .. } => Some(cause.kind()),
+            _ => None,
+        }
+    }
+
     /// Whether the cause is a missing privilege of the caller.
     pub fn is_permission(&self) -> bool {
-        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied)
+        self.kind() == Some(io::ErrorKind::PermissionDenied)
     }
 
     pub(crate) fn io(path: &Path, cause: impl Into<io::Error>) -> Self {
@@ -165,10 +173,8 @@ pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<
 /// # Errors
 /// [`FileError`], also if it exists.
 pub fn create(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
-    let temporary = write_beside(path, contents, privacy)?;
-    let linked = fs::hard_link(&temporary, path).and_then(|()| sync_parent(path));
-    let _ = fs::remove_file(&temporary); // it is only a second name
-    linked.map_err(|cause| FileError::io(path, cause))
+    let draft = written(path, contents, privacy)?;
+    link(&draft.temporary, path)
 }
 
 /// Puts a new file in the place of an old one, at once and durably.
@@ -176,24 +182,80 @@ pub fn create(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileE
 /// # Errors
 /// [`FileError`]; the old file is whole then.
 pub fn replace(path: &Path, contents: &str, privacy: Privacy) -> Result<(), FileError> {
-    let temporary = write_beside(path, contents, privacy)?;
-    fs::rename(&temporary, path).and_then(|()| sync_parent(path)).map_err(|cause| FileError::io(path, cause))
+    written(path, contents, privacy)?.install()
 }
 
-/// Writes and syncs a file of a name that nothing reads, in the directory of `path`.
-fn write_beside(path: &Path, contents: &str, privacy: Privacy) -> Result<PathBuf, FileError> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.new", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let mode = if privacy == Privacy::Secret { 0o600 } else { 0o644 };
-    let _ = fs::remove_file(&temporary); // of a process of this number that died
-    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
-    let mut file = file.map_err(|cause| FileError::io(path, cause))?;
-    file.write_all(contents.as_bytes()).and_then(|()| file.sync_all()).map_err(|cause| {
-        let _ = fs::remove_file(&temporary);
-        FileError::io(path, cause)
+fn written(path: &Path, contents: &str, privacy: Privacy) -> Result<Draft, FileError> {
+    let (draft, mut file) = Draft::new(path, privacy)?;
+    file.write_all(contents.as_bytes()).and_then(|()| file.sync_all()).map_err(|cause| FileError::io(path, cause))?;
+    Ok(draft)
+}
+
+/// A file in the making. It has a name that nothing reads, in the directory where it is to be, and is gone when this is
+/// dropped.
+pub struct Draft {
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl Draft {
+    /// Makes the empty file that is to be at `path`.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn new(path: &Path, privacy: Privacy) -> Result<(Self, File), FileError> {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.new", std::process::id()));
+        let draft = Self { temporary: path.with_file_name(name), path: path.to_owned() };
+        let mode = if privacy == Privacy::Secret { 0o600 } else { 0o644 };
+        let _ = fs::remove_file(&draft.temporary); // of a process of this number that died
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(&draft.temporary);
+        let file = file.map_err(|cause| FileError::io(path, cause))?;
+        Ok((draft, file))
+    }
+
+    /// Puts it in its place, durably and at once, also if there is another. Its contents must be on disk.
+    ///
+    /// # Errors
+    /// [`FileError`]; the other file is whole then.
+    pub fn install(self) -> Result<(), FileError> {
+        let moved = fs::rename(&self.temporary, &self.path).and_then(|()| sync_parent(&self.path));
+        moved.map_err(|cause| FileError::io(&self.path, cause))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.temporary); // nothing is there once it is installed
+    }
+}
+
+/// Gives a file a second name, durably.
+///
+/// # Errors
+/// [`FileError`] with the second name, also if there is such a file.
+pub fn link(path: &Path, second: &Path) -> Result<(), FileError> {
+    fs::hard_link(path, second).and_then(|()| sync_parent(second)).map_err(|cause| FileError::io(second, cause))
+}
+
+/// Takes a file away, durably. Nothing of it is looked at: what is broken can be removed too.
+///
+/// # Errors
+/// [`FileError`], also if there is none.
+pub fn remove(path: &Path) -> Result<(), FileError> {
+    fs::remove_file(path).and_then(|()| sync_parent(path)).map_err(|cause| FileError::io(path, cause))
+}
+
+/// Gives a file another name in one step, durably: nobody sees both names or none.
+///
+/// # Errors
+/// [`FileError`] with the path that it is about, also if `from` is missing or `to` exists.
+pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
+    renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(|errno| {
+        let path = if errno == Errno::EXIST { to } else { from };
+        FileError::io(path, errno)
     })?;
-    Ok(temporary)
+    sync_parent(to).map_err(|cause| FileError::io(to, cause))
 }
 
 /// Makes a directory, and those above it, for its owner alone; one that is there is left as it is.

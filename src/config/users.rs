@@ -31,6 +31,13 @@ pub struct UserEntry {
     pub from: Vec<IpNet>,
 }
 
+impl UserEntry {
+    /// Whether only tokens that are bound to their source count.
+    pub fn must_bind(&self) -> bool {
+        self.source == SourcePolicy::Bound
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {

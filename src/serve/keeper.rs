@@ -394,7 +394,10 @@ fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {
 }
 
 /// The kernel would only say that it is not permitted.
-fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
+///
+/// # Errors
+/// When a process has the queue, most likely a daemon that runs.
+pub fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
     let queues = fs::read_to_string(QUEUES).unwrap_or_default();
     for line in queues.lines() {
         let mut fields = line.split_whitespace();

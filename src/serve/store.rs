@@ -59,13 +59,25 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn create(file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
+        Self::create_after(&Remains::default(), file, server, floor)
+    }
+
+    /// Makes a store in an empty file that takes over what another one knew: no counter and no floor is ever lowered.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create_after(remains: &Remains, file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
         let database = open(file)?;
+        let floor = remains.floor.max(floor);
         let transaction = database.begin_write().map_err(redb::Error::from)?;
         {
             let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
             facts.insert(SERVER, server.as_bytes().as_slice()).map_err(redb::Error::from)?;
             facts.insert(FLOOR, floor.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
-            transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+            let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+            for (row, n) in &remains.rows {
+                counters.insert(row, n).map_err(redb::Error::from)?;
+            }
         }
         transaction.commit().map_err(redb::Error::from)?;
         Ok(())
@@ -101,8 +113,7 @@ impl Store {
     ) -> Result<HashMap<PublicKey, u64>, StoreError> {
         let server = self.server;
         let database = self.database()?;
-        let floor = fact(database, FLOOR)?.and_then(|floor| <[u8; 8]>::try_from(floor).ok());
-        let floor = floor.map(u64::from_be_bytes).ok_or(StoreError::NotAStore)?;
+        let floor = floor(database)?;
         let transaction = database.begin_read().map_err(redb::Error::from)?;
         let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
         let last = |client: PublicKey| {
@@ -118,6 +129,66 @@ impl Store {
             self.database = Some(open(file)?);
         }
         self.database.as_ref().ok_or(StoreError::NotAStore)
+    }
+}
+
+/// What a store knew that another one is to replace. Nobody else can open that store while this lives.
+#[derive(Default)]
+pub struct Remains {
+    rows: HashMap<[u8; 64], u64>,
+    floor: u64,
+    _lock: Option<Database>,
+}
+
+impl Remains {
+    /// Reads a whole store, of whichever server key: its rows carry their server's.
+    ///
+    /// # Errors
+    /// When somebody has it open, or it is no store.
+    ///
+    /// # Panics
+    /// redb does, over some kinds of damage.
+    pub fn read(file: File) -> Result<Self, StoreError> {
+        if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+            return Err(StoreError::NotAStore);
+        }
+        let mut database = open(file)?;
+        // Else redb believes what a damaged page says.
+        database.check_integrity().map_err(|error| StoreError::Database(error.into()))?;
+        let floor = floor(&database)?;
+        let transaction = database.begin_read().map_err(redb::Error::from)?;
+        let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        let rows = counters.iter().map_err(redb::Error::from)?.map(|row| {
+            let (row, n) = row.map_err(redb::Error::from)?;
+            Ok((row.value(), n.value()))
+        });
+        let rows = rows.collect::<Result<_, StoreError>>()?;
+        Ok(Self { rows, floor, _lock: Some(database) })
+    }
+
+    /// How many keys have a counter in it.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether no key has.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// No counter up to this one was accepted for any key.
+    pub const fn floor(&self) -> u64 {
+        self.floor
+    }
+
+    /// The last counter that was accepted for this pair of keys, if there is one.
+    pub fn last(&self, client: &PublicKey, server: &PublicKey) -> Option<u64> {
+        self.rows.get(&row(client, server)).copied()
+    }
+
+    /// The highest counter that was accepted, if there is one.
+    pub fn highest(&self) -> Option<u64> {
+        self.rows.values().copied().max()
     }
 }
 
@@ -153,6 +224,11 @@ fn write<'a>(
     }
     transaction.commit().map_err(redb::Error::from)?;
     Ok(())
+}
+
+fn floor(database: &Database) -> Result<u64, StoreError> {
+    let floor = fact(database, FLOOR)?.and_then(|floor| <[u8; 8]>::try_from(floor).ok());
+    floor.map(u64::from_be_bytes).ok_or(StoreError::NotAStore)
 }
 
 fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> {

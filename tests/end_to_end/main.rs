@@ -8,6 +8,7 @@ mod doors;
 mod lab;
 mod once;
 mod reload;
+mod store;
 mod table;
 mod wire;
 

@@ -1,14 +1,16 @@
-//! `knockq user`
+//! `knockq user add`
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 
-use super::failure::{CONFIGURATION, Failure, USAGE};
-use super::init::host_addresses;
-use super::{ConfigArg, note, print};
+use super::{apply, entry_path, exists};
+use crate::cli::failure::{CONFIGURATION, Failure, USAGE};
+use crate::cli::init::host_addresses;
+use crate::cli::{ConfigArg, note, print};
 use crate::client::host::{Key, Profile, ProfileService};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::{Network, ServerConfig};
@@ -16,20 +18,8 @@ use crate::crypto::{KeyError, PublicKey};
 use crate::service::Name;
 
 #[derive(Args)]
-pub(super) struct User {
-    #[command(subcommand)]
-    command: UserCommand,
-}
-
-#[derive(Subcommand)]
-enum UserCommand {
-    /// Let a client's key open services, and print the profile that its user imports
-    #[command(after_help = "Example:\n  knockq user add alice --key 'iMvpU…=' --allow ssh > alice.profile")]
-    Add(Add),
-}
-
-#[derive(Args)]
-struct Add {
+#[command(after_help = "Example:\n  knockq user add alice --key 'iMvpU…=' --allow ssh > alice.profile")]
+pub(super) struct Add {
     /// The user's name
     name: Name,
     /// The public key that `knockq keygen` printed on the user's machine
@@ -56,23 +46,14 @@ enum SourceArg {
     Bound,
 }
 
-impl User {
-    pub(super) fn run(self) -> Result<(), Failure> {
-        let UserCommand::Add(add) = self.command;
-        add.run()
-    }
-}
-
 impl Add {
-    fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(self) -> Result<(), Failure> {
         let config = ServerConfig::load(&self.config.config)?;
         let key: PublicKey = self.key.parse().map_err(|error: KeyError| {
             Failure::new(format!("--key: {error}")).hint("`knockq keygen` prints the right one").code(USAGE)
         })?;
-        if let Some(user) = config.users.iter().find(|user| user.name == self.name) {
-            return Err(Failure::new(format!("user {}: exists already", self.name))
-                .hint(format!("choose another name, or remove {}", user.path.display()))
-                .code(CONFIGURATION));
+        if config.users.iter().any(|user| user.name == self.name) {
+            return Err(exists(&self.name));
         }
         if let Some(user) = config.users.iter().find(|user| user.public_key == key) {
             return Err(Failure::new(format!("user {}: user {} has this public key already", self.name, user.name))
@@ -85,19 +66,19 @@ impl Add {
                 .code(CONFIGURATION));
         }
         let allowed = self.allowed_services(&config)?;
-        let profile = profile(&config, key, &allowed)?;
+        let profile = profile_text(&config, &self.name, key, &allowed)?;
 
-        let directory = self.config.config.with_file_name("users.d");
-        let path = directory.join(format!("{}.toml", self.name));
-        secure_file::create_directory(&directory)?;
+        let path = entry_path(&self.config.config, &self.name);
+        secure_file::create_directory(path.parent().unwrap_or(Path::new(".")))?;
         secure_file::create(&path, &self.entry(&key, &allowed), Privacy::Public)?;
         if let Err(error) = ServerConfig::load(&self.config.config) {
             let _ = fs::remove_file(&path); // a configuration that worked must go on working
             return Err(error.into());
         }
-        note(&format!("Wrote {}. It applies at the next start of the daemon: restart `knockq serve`", path.display()));
+        note(&format!("Wrote {}", path.display()));
+        apply(&self.config.config)?;
         note(&format!("Give this profile to {}, who imports it with `knockq host add HOSTNAME -`:", self.name));
-        print(&format!("# knockq profile of {} (no secret in it)\n{}", self.name, profile.to_text()))
+        print(&profile)
     }
 
     fn allowed_services(&self, config: &ServerConfig) -> Result<Vec<Name>, Failure> {
@@ -129,7 +110,18 @@ impl Add {
     }
 }
 
-fn profile(config: &ServerConfig, client: PublicKey, allowed: &[Name]) -> Result<Profile, Failure> {
+/// What a user with this key imports. The first of the services is the one that is opened when none is named.
+pub(super) fn profile_text(
+    config: &ServerConfig,
+    user: &Name,
+    client: PublicKey,
+    allowed: &[Name],
+) -> Result<String, Failure> {
+    if allowed.is_empty() {
+        return Err(Failure::new(format!("user {user}: may open no service, so no client takes the profile"))
+            .hint("put one into `services` of the user's file")
+            .code(CONFIGURATION));
+    }
     let address = if config.addresses.is_empty() { host_addresses() } else { config.addresses.clone() };
     if address.is_empty() {
         return Err(Failure::new("this host has no address that a client could use".to_owned())
@@ -140,7 +132,7 @@ fn profile(config: &ServerConfig, client: PublicKey, allowed: &[Name]) -> Result
         let (selector, ports, once) = (service.selector, service.ports.clone(), service.once);
         (service.name.clone(), ProfileService { selector, ports, once })
     });
-    Ok(Profile {
+    let profile = Profile {
         server_key: Key(*config.private_key.public()),
         client_key: Key(client),
         address,
@@ -149,5 +141,6 @@ fn profile(config: &ServerConfig, client: PublicKey, allowed: &[Name]) -> Result
         default: (allowed.len() > 1).then(|| allowed.first().cloned()).flatten(),
         source: None,
         services: services.collect::<BTreeMap<_, _>>(),
-    })
+    };
+    Ok(format!("# knockq profile of {user} (no secret in it)\n{}", profile.to_text()))
 }

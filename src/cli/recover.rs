@@ -1,0 +1,151 @@
+//! `knockq recover`
+
+use std::fmt::Write as _;
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
+use std::{panic, process};
+
+use clap::Args;
+
+use super::failure::{FAILED, Failure};
+use super::{ConfigArg, note, print};
+use crate::client::clock::{is_synchronized, unix_now};
+use crate::config::secure_file::{self, Draft, Privacy};
+use crate::config::{Seconds, ServerConfig};
+use crate::serve::keeper;
+use crate::serve::store::{Remains, Store, StoreError};
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  systemctl stop knockq && knockq recover && systemctl start knockq\n\n\
+                        For a store that is lost, or that was restored from a backup or snapshot and so has forgotten\n\
+                        knocks. The new one takes no counter up to now + window, which all that were accepted before are;\n\
+                        users can knock again once the clock has passed that. So set the clock first. The old store is\n\
+                        kept beside the new one. It does no harm to run this twice.")]
+pub(super) struct Recover {
+    /// How far this machine's clock was ahead of the right time before the loss, if it was
+    #[arg(long, value_name = "DURATION", default_value = "0s")]
+    ahead: Seconds,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+impl Recover {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let config = ServerConfig::load(&self.config.config)?;
+        // A daemon whose store was deleted goes on with a file that has no name any more, and so no lock to be seen.
+        keeper::refuse_taken_queue(config.queue).map_err(|error| is_running(&error.to_string()))?;
+        let path = config.store_path();
+        let old = Old::find(&path)?;
+        let now = unix_now();
+        warn_of_clock(now, &old, &config);
+
+        secure_file::create_directory(&config.state)?;
+        let floor = now.saturating_add(config.window.0.into()).saturating_add(self.ahead.0.into());
+        let (draft, file) = Draft::new(&path, Privacy::Secret)?;
+        Store::create_after(&old.remains, file, config.private_key.public(), floor)
+            .map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))?;
+        let kept = old.keep_aside(&path, now)?;
+        draft.install()?;
+        print(&report(&path, kept.as_deref(), &old))?;
+        print(&waiting(now, floor, &old.remains, &config))
+    }
+}
+
+/// The store that is to be replaced, if there is one.
+struct Old {
+    is_there: bool,
+    remains: Remains,
+    /// Why nothing of it can be taken over.
+    damage: Option<StoreError>,
+}
+
+impl Old {
+    fn find(path: &Path) -> Result<Self, Failure> {
+        let lost = || Self { is_there: false, remains: Remains::default(), damage: None };
+        let file = match secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true).write(true)) {
+            Err(error) if error.kind() == Some(ErrorKind::NotFound) => return Ok(lost()),
+            other => other?,
+        };
+        exit_on_panic(path);
+        let read = Remains::read(file);
+        let _ = panic::take_hook();
+        match read {
+            Ok(remains) => Ok(Self { is_there: true, remains, damage: None }),
+            Err(StoreError::InUse) => Err(is_running(&format!("{}: {}", path.display(), StoreError::InUse))),
+            Err(damage) => Ok(Self { is_there: true, damage: Some(damage), ..lost() }),
+        }
+    }
+
+    /// A second name for it, so that there is a store at every moment until the new one takes its place.
+    fn keep_aside(&self, path: &Path, now: u64) -> Result<Option<PathBuf>, Failure> {
+        if !self.is_there {
+            return Ok(None);
+        }
+        let name = |number: u64| path.with_extension(format!("redb.{number}"));
+        let free = (now..).map(name).find(|name| !name.exists()).unwrap_or_else(|| name(now));
+        secure_file::link(path, &free)?;
+        Ok(Some(free))
+    }
+}
+
+/// redb panics over some kinds of damage; what is shown is to be a message of ours all the same.
+fn exit_on_panic(path: &Path) {
+    let failure = Failure::new(format!("{}: is damaged so badly that it cannot be read", path.display()))
+        .hint(format!("move it away and run this again: mv {0} {0}.damaged", path.display()));
+    panic::set_hook(Box::new(move |_| {
+        let _ = write!(io::stderr(), "{failure}");
+        process::exit(FAILED.into());
+    }));
+}
+
+fn is_running(cause: &str) -> Failure {
+    Failure::new(format!("recover: the daemon runs: {cause}")).hint("stop it first: systemctl stop knockq")
+}
+
+/// With a clock that is behind, knocks of the past look like knocks to come.
+fn warn_of_clock(now: u64, old: &Old, config: &ServerConfig) {
+    if !is_synchronized() {
+        note("warning: the kernel says that this machine's clock is not synchronised; the new store rests on it");
+    }
+    let end = now.saturating_add(config.window.0.into());
+    if let Some(highest) = old.remains.highest().filter(|highest| *highest > end) {
+        note(&format!(
+            "warning: the old store took a counter that is {} s ahead of this machine's clock. \
+             If the clock is behind now, set it and run this again; if it was ahead then, give --ahead",
+            highest - now
+        ));
+    }
+}
+
+fn report(path: &Path, kept: Option<&Path>, old: &Old) -> String {
+    let fate = match (kept, &old.damage) {
+        (None, _) => "There was no old one".to_owned(),
+        (Some(kept), None) => {
+            format!(
+                "The old one is kept as {}; the counters of its {} keys are taken over",
+                kept.display(),
+                old.remains.len()
+            )
+        }
+        (Some(kept), Some(damage)) => {
+            format!("The old one {damage}: nothing is taken over, it is kept as {}", kept.display())
+        }
+    };
+    format!("Made a new counter store: {}\n{fate}.\n", path.display())
+}
+
+fn waiting(now: u64, floor: u64, remains: &Remains, config: &ServerConfig) -> String {
+    let mut text = format!(
+        "No knock of before can be replayed. Users can knock again in {} s\n",
+        remains.floor().max(floor).saturating_sub(now).saturating_add(1)
+    );
+    for user in &config.users {
+        if let Some(last) = remains.last(&user.public_key, config.private_key.public()).filter(|last| *last > floor) {
+            let wait = last.saturating_sub(now).saturating_add(1);
+            let _ = writeln!(text, "{} has spent a counter ahead of that, and can knock again in {wait} s", user.name);
+        }
+    }
+    text.push_str("Next: start the daemon, for example with `systemctl start knockq`\n");
+    text
+}
