@@ -534,7 +534,7 @@ fn user_add_refuses_what_exists_and_writes_nothing_then() {
     world.user_add("bob", other, &["--from", "10.0.0.0/40"]).fails(64, &["--from"]);
     assert_eq!(world.files(), before);
     let said = world.user_add("bob", other, &["--allow", "ssh", "--from", "10.0.0.0/8", "--source", "bound"]);
-    assert!(said.errors().contains("applies when the daemon reloads"), "{}", said.errors());
+    assert!(said.errors().contains("It applies when the daemon starts: none runs now."), "{}", said.errors());
     said.succeeds();
     assert!(world.check().succeeds().contains("users 2"));
 }
@@ -608,8 +608,8 @@ fn a_user_is_removed_even_if_their_file_is_broken() {
     world.user_add("bob", OTHER_KEY, &[]).succeeds();
     world.user(&["remove", "carol"]).fails(78, &["user carol: there is no ", "Hint: "]);
     let removed = world.user(&["remove", "bob"]);
-    assert!(removed.errors().contains("when the daemon reloads"), "{}", removed.errors());
-    assert!(removed.succeeds().contains("Doors that are open for bob end when the daemon reloads"));
+    assert!(removed.errors().contains("It applies when the daemon starts: none runs now."), "{}", removed.errors());
+    assert!(removed.succeeds().starts_with("Removed user bob: deleted "));
     assert!(world.check().succeeds().contains("users 1"));
     world.user(&["remove", "bob"]).fails(78, &["user bob: there is no "]);
 

@@ -75,6 +75,49 @@ fn a_second_copy_during_the_write_of_the_first_makes_one_grant() {
 }
 
 #[test]
+fn a_reload_changes_who_may_what_and_forgets_nothing_that_was_spent() {
+    let (mut server, clients) = world(3, |_, _| {});
+    let knock = |client: usize, n| Knock::new(&clients[client], n).bound_to("203.0.113.9").packet();
+    server.receive(&knock(0, NOW), NOW).grant();
+    server.ledger.is_full = true;
+    assert_eq!(server.receive(&knock(1, NOW), NOW), REFUSED(Reason::NotDurable));
+    server.ledger.is_full = false;
+    let unbound = || Knock::new(&clients[2], NOW);
+    server.receive(&unbound().packet(), NOW).grant();
+    let in_flight = server.claim(&knock(0, NOW + 1), NOW).unwrap();
+
+    server.reload(NOW, |registry| {
+        registry.users[1].services = vec![2];
+        registry.users.swap(0, 2);
+    });
+    let recorded = server.record(in_flight).unwrap();
+    server.settle(&recorded, NOW).grant();
+    assert_eq!(server.receive(&knock(0, NOW + 1), NOW), REFUSED(Reason::Replayed));
+    assert_eq!(server.receive(&knock(1, NOW), NOW), REFUSED(Reason::Unknown), "not a service of hers any more");
+    let mail = Knock::new(&clients[1], NOW).port(25).packet();
+    assert_eq!(server.receive(&mail, NOW), REFUSED(Reason::Replayed), "its counter stays taken, durable or not");
+    server.receive(&Knock::new(&clients[1], NOW + 1).port(25).packet(), NOW).grant();
+    let withdrawn = End::Withdrawn { source: address("203.0.113.9"), elsewhere: address("198.51.100.1") };
+    assert_eq!(server.receive(&unbound().from("198.51.100.1").packet(), NOW), withdrawn, "where it came from is known");
+}
+
+#[test]
+fn a_user_who_was_removed_gets_nothing_for_a_knock_in_flight_nor_for_an_old_one_when_back() {
+    let (mut server, clients) = world(2, |_, _| {});
+    let knock = || Knock::new(&clients[0], NOW).packet();
+    let in_flight = server.claim(&knock(), NOW).unwrap();
+    let mut removed = None;
+    server.reload(NOW, |registry| removed = Some(registry.users.remove(0)));
+    let recorded = server.record(in_flight).unwrap();
+    assert_eq!(server.settle(&recorded, NOW), REFUSED(Reason::NotPermitted));
+    assert_eq!(server.receive(&knock(), NOW), REFUSED(Reason::Unknown));
+    server.receive(&Knock::new(&clients[1], NOW).packet(), NOW).grant();
+    server.reload(NOW, |registry| registry.users.extend(removed));
+    assert_eq!(server.receive(&knock(), NOW), REFUSED(Reason::Replayed));
+    server.receive(&Knock::new(&clients[0], NOW + 1).packet(), NOW).grant();
+}
+
+#[test]
 fn the_window_is_exact_on_both_sides() {
     let (mut server, clients) = world(3, |_, _| {});
     for (client, n) in [(0, NOW - WINDOW), (1, NOW + WINDOW)] {

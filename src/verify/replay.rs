@@ -82,10 +82,12 @@ impl Counters {
         Self { last, recent: HashMap::new() }
     }
 
-    /// Takes over what another knew of the same keys, and every sighting: it may know counters that are not durable yet.
-    pub fn inherit(&mut self, before: Self) {
-        for (client, last) in &mut self.last {
-            *last = (*last).max(before.last.get(client).copied().unwrap_or_default());
+    /// Takes over every sighting, and what is known of the keys that still count: more than the ledger may know, for what
+    /// could not be made durable is taken all the same.
+    pub fn inherit(&mut self, before: Self, counts: impl Fn(&PublicKey) -> bool) {
+        for (client, n) in before.last.into_iter().filter(|(client, _)| counts(client)) {
+            let last = self.last.entry(client).or_default();
+            *last = n.max(*last);
         }
         self.recent = before.recent;
     }

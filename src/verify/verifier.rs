@@ -160,7 +160,7 @@ impl Verifier {
     /// came from, wrong tags.
     pub fn succeed(&mut self, mut next: Self) {
         std::mem::swap(self, &mut next);
-        self.counters.inherit(next.counters);
+        self.counters.inherit(next.counters, |client| self.places.contains_key(client));
         self.tries = next.tries;
     }
 

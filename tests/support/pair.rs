@@ -207,6 +207,12 @@ impl Server {
         }
     }
 
+    /// The configuration is edited and read again: what the verifier has learnt goes over, the rest is in the ledger.
+    pub fn reload(&mut self, now: u64, edit: impl FnOnce(&mut Registry)) {
+        edit(&mut self.registry);
+        self.verifier.succeed(Verifier::new(self.registry.clone(), self.ledger.last.clone(), now));
+    }
+
     /// What a new process knows: the configuration and what the ledger kept.
     pub fn restart(&mut self, now: u64) {
         self.verifier = Verifier::new(self.registry.clone(), self.ledger.last.clone(), now);

@@ -13,7 +13,7 @@ use crate::service::Name;
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  knockq user remove alice\n\n\
-                        Doors that are open for the user end when the daemon reloads; connections stay.\n\
+                        Doors that are open for the user are shut at once; connections stay.\n\
                         The user's counter is kept: an old knock opens nothing even if the key comes back.")]
 pub(super) struct Remove {
     /// The user's name
@@ -30,17 +30,15 @@ impl Remove {
             Some(ErrorKind::NotFound) => missing(&name, &config),
             _ => error.into(),
         })?;
-        print(&format!(
-            "Removed user {name}: deleted {}. Doors that are open for {name} end when the daemon reloads\n",
-            path.display()
-        ))?;
+        print(&format!("Removed user {name}: deleted {}\n", path.display()))?;
         apply(&config)
     }
 }
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  knockq user rename alice alice-laptop\n\n\
-                        Key, profile and counter stay as they are: the user notices nothing.")]
+                        Key, profile and counter stay as they are. Doors that are open under the old name are shut: one more knock \
+                        opens them again.")]
 pub(super) struct Rename {
     /// The user's name
     old: Name,
