@@ -907,3 +907,48 @@ fn a_reader_that_goes_away_is_no_panic() {
     let ran = world.command(&["ruleset", "--config", &config]).stdout(writer).stderr(Stdio::piped()).output().unwrap();
     Ran(ran).fails(1, &["stdout: Broken pipe"]);
 }
+
+/// Makes a server of an example: its files, with a key and a store of its own.
+fn check_example(knockq_toml: &str, users: &[(String, String)]) -> Ran {
+    let world = World::empty();
+    world.init(&["--protect", "tcp/22"]).succeeds();
+    let places = format!("[server]\nstate = {:?}\nruntime = {:?}", world.text("state"), world.text("run"));
+    let own: Vec<&str> = knockq_toml.lines().filter(|line| !line.starts_with("state ")).collect();
+    let own: Vec<&str> = own.into_iter().filter(|line| !line.starts_with("runtime ")).collect();
+    fs::write(world.config(), own.join("\n").replacen("[server]", &places, 1)).unwrap();
+    for (name, text) in users {
+        fs::write(world.path("etc/users.d").join(name), text).unwrap();
+    }
+    world.check()
+}
+
+#[test]
+fn every_example_passes_the_check() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut checked = 0;
+    for directory in fs::read_dir(examples).unwrap().map(|entry| entry.unwrap().path()) {
+        let Ok(config) = fs::read_to_string(directory.join("knockq.toml")) else { continue };
+        let users = fs::read_dir(directory.join("users.d")).into_iter().flatten().map(|entry| entry.unwrap().path());
+        let users: Vec<(String, String)> = users
+            .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read_to_string(path).unwrap()))
+            .collect();
+        let said = check_example(&config, &users).succeeds();
+        assert!(said.contains(&format!("users {}", users.len())), "{}: {said}", directory.display());
+        checked += 1;
+    }
+    assert_eq!(checked, 3, "examples/*/knockq.toml");
+}
+
+#[test]
+fn the_blocks_of_the_configuration_reference_pass_the_check() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let text = fs::read_to_string(path).unwrap();
+    let block = |first: &str| {
+        let lines = text.lines().skip_while(|line| *line != format!("    {first}"));
+        let lines = lines.take_while(|line| line.is_empty() || line.starts_with("    "));
+        lines.map(|line| line.trim_start_matches("    ")).collect::<Vec<_>>().join("\n")
+    };
+    let users = [("alice.toml".to_owned(), block("# users.d/alice.toml"))];
+    let said = check_example(&block("[server]"), &users).succeeds();
+    assert!(said.contains("services 3, users 1"), "{said}");
+}
