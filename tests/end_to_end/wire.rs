@@ -6,10 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::{Binding, KnockPorts};
-use knockq::packet::{Flow, Persona};
+use knockq::packet::Flow;
 
 use crate::lab::{Capture, FAMILIES, Family, Lab, eventually, hex};
-use crate::{KERNEL, raw_socket, refused, send_raw, source, tcp_offset, unix_now};
+use crate::recorded::persona;
+use crate::{raw_socket, refused, send_raw, source, tcp_offset, unix_now};
 
 #[test]
 fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {
@@ -138,10 +139,10 @@ fn knocks_under_a_flood_of_syns_are_all_honoured() {
     let key = lab.alice_key();
     let first = unix_now() - 50;
     for (round, family) in (0..).zip(FAMILIES) {
-        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        let persona = persona(family == Family::V4);
         let syn = |source: IpAddr, destination_port, sequence, tsval| {
             let flow = Flow { source, source_port: 40_000, destination: family.server(), destination_port };
-            persona.syn(&flow, sequence, tsval, 7).unwrap()
+            persona.syn(&flow, sequence, tsval).unwrap()
         };
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
