@@ -180,7 +180,7 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&[]).fails(64, &["Usage"]);
     world.run(&["knock"]).fails(64, &["knock"]);
     world.run(&["send"]).fails(64, &["HOST"]);
-    world.run(&["send", "home", "--strict"]).fails(64, &["--strict"]);
+    world.run(&["send", "home", "--stealthy"]).fails(64, &["--stealthy"]);
     world.run(&["send", "home", "-4", "-6"]).fails(64, &["cannot be used with"]);
     world.run(&["send", "home", "--source", "here"]).fails(64, &["not an IP address, nor `none`"]);
     world.init(&["--protect", "22"]).fails(64, &["`22` is not a port"]);

@@ -61,6 +61,8 @@ pub struct Request<'a> {
     pub family: Family,
     /// What the token is bound to.
     pub source: Source,
+    /// Rather none than a knock that its timestamp sets apart.
+    pub strict: bool,
 }
 
 /// A knock that is ready to be sent: its counter is used up.
@@ -150,6 +152,9 @@ pub enum SendError {
     /// The kernel's SYN cannot be seen, or is no model.
     #[error(transparent)]
     Specimen(#[from] SpecimenError),
+    /// `--strict`: a random TSval stands out.
+    #[error("the timestamps of this host's connections follow one clock, so an observer could tell a knock by its own")]
+    TimestampLine,
     /// It did not leave.
     #[error("{server}: the knock could not be sent: {cause}")]
     Send {
@@ -258,7 +263,7 @@ impl Knock {
         let destination = SocketAddr::new(server.ip(), pad.knock_port(&profile.knock_ports));
         let destination = with_scope(destination, &server);
         let port = unused_port(home, destination, own_source(request.source))?;
-        let persona = persona(&port)?;
+        let persona = persona(&port, request.strict)?;
         let bound_to = binding(request.source, profile.source, port.local.ip(), server.ip());
         let token = key.seal(n, details.selector, bound_to.map_or(Binding::Unbound, Binding::Bound));
         let flow = Flow {
@@ -350,9 +355,12 @@ fn binding(asked: Source, profile: Option<IpAddr>, own: IpAddr, server: IpAddr) 
 }
 
 /// The SYN that the kernel would send from this port.
-fn persona(port: &HeldPort) -> Result<Persona, SendError> {
+fn persona(port: &HeldPort, strict: bool) -> Result<Persona, SendError> {
     let settings = port.route_settings()?;
     let family = if port.destination.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    if strict && specimen::has_one_timestamp_line(&settings, family)? {
+        return Err(SendError::TimestampLine);
+    }
     Ok(specimen::persona(&settings, family)?)
 }
 

@@ -68,6 +68,21 @@ pub fn persona(settings: &RouteSettings, family: AddressFamily) -> Result<Person
     Ok(Persona::of(&specimen(settings, family)?)?.over(&settings.route))
 }
 
+/// Whether the TSvals of all connections between two hosts follow one clock, so that the one of a knock stands out.
+///
+/// Of two connections one after the other the second then has a TSval that is greater by the milliseconds between them,
+/// and else any. The chance that an offset drawn anew looks so is below one in a million.
+///
+/// # Errors
+/// [`SpecimenError`].
+pub fn has_one_timestamp_line(settings: &RouteSettings, family: AddressFamily) -> Result<bool, SpecimenError> {
+    let start = Instant::now();
+    let (first, second) = (persona(settings, family)?, persona(settings, family)?);
+    let elapsed = u32::try_from(start.elapsed().as_millis()).unwrap_or(u32::MAX).saturating_add(1);
+    let difference = first.tsval().zip(second.tsval()).map(|(first, second)| second.wrapping_sub(first));
+    Ok(difference.is_some_and(|difference| difference <= elapsed))
+}
+
 /// Connects to itself as it would connect over the route, as far as a socket's options can make it so.
 fn specimen(settings: &RouteSettings, family: AddressFamily) -> Result<Vec<u8>, SpecimenError> {
     let loopback: IpAddr =

@@ -1,5 +1,7 @@
 //! Is a knock the SYN that the kernel would send? Field by field, between the same two hosts.
 
+use std::time::Instant;
+
 use crate::lab::{Capture, FAMILIES, Family, Lab, hex, succeeds};
 use crate::{source, tcp_offset};
 
@@ -159,6 +161,49 @@ fn where_loopback_is_shut_a_knock_is_refused_with_a_hint_and_nothing_leaves() {
         assert!(said.contains("cannot see this kernel's own SYN over loopback: timed out"), "{said}");
         assert!(said.contains("Hint: this host must be able to connect to itself"), "{said}");
     }
+}
+
+#[test]
+fn strict_refuses_where_all_timestamps_follow_one_clock() {
+    let lab = Lab::new();
+    lab.alice.sysctl("net/ipv4/tcp_timestamps", "2");
+    for family in FAMILIES {
+        assert!(the_wire_shows_one_clock(&lab, family));
+        let said = is_refused(&lab, family, &["--strict"]);
+        assert!(said.contains("timestamps"), "{said}");
+        assert!(said.contains("Hint: "), "{said}");
+        lab.knock(family, &[]);
+    }
+}
+
+#[test]
+fn strict_knocks_if_and_only_if_the_timestamps_on_the_wire_do_not_follow_one_clock() {
+    let lab = Lab::new();
+    for family in FAMILIES {
+        let one_clock = the_wire_shows_one_clock(&lab, family);
+        println!("{family:?}: one clock for all connections of a pair of hosts: {one_clock}"); // depends on the kernel
+        if one_clock {
+            is_refused(&lab, family, &["--strict"]);
+        } else {
+            lab.knock(family, &["--strict"]);
+        }
+    }
+}
+
+/// By the SYNs of two connections to one host: within the time between them, or anywhere?
+fn the_wire_shows_one_clock(lab: &Lab, family: Family) -> bool {
+    let capture = Capture::start(lab, &lab.alice, "eth0", "tcp");
+    let start = Instant::now();
+    for port in [CLOSED, CLOSED + 1] {
+        assert!(!lab.alice.reaches(family.server(), port));
+    }
+    let elapsed = start.elapsed().as_millis();
+    let packets = capture.packets();
+    let syns = packets.iter().filter(|packet| source(packet) == family.alice());
+    let tsvals: Vec<u32> =
+        syns.map(|syn| u32::from_be_bytes(syn[tcp_offset(syn) + 28..][..4].try_into().unwrap())).collect();
+    let [first, second] = tsvals[..] else { panic!("{packets:02x?}") };
+    u128::from(second.wrapping_sub(first)) <= elapsed + 1
 }
 
 /// What `send` says; it must fail, and no packet leaves.
