@@ -33,6 +33,25 @@ fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {
 }
 
 #[test]
+fn a_knock_is_all_that_leaves_and_a_reset_is_met_with_silence() {
+    let lab = Lab::new();
+    for family in FAMILIES {
+        // Everything but the search for neighbours, and that for multicast groups behind its hop-by-hop header.
+        let everything = "not arp and not icmp6 and not (ip6[6] = 0)";
+        let sides = [(&lab.alice, "eth0"), (&lab.server, "eth1"), (&lab.server, "eth2")];
+        let captures = sides.map(|(host, interface)| Capture::start(&lab, host, interface, everything));
+        lab.knock(family, &[]);
+        thread::sleep(Duration::from_millis(1500)); // a SYN would be sent again after one second
+        let [left, arrived, elsewhere] = captures.map(Capture::packets);
+        // No daemon runs: the port is closed, and the server's kernel says so.
+        let [knock, reset] = left.as_slice() else { panic!("{left:02x?}") };
+        assert_eq!((source(knock), source(reset)), (family.alice(), family.server()));
+        assert_eq!(reset[tcp_offset(reset) + 13], 0x14, "RST and ACK");
+        assert_eq!((arrived, elsewhere), (left, vec![]));
+    }
+}
+
+#[test]
 fn the_syn_of_a_knock_is_the_kernels_own_but_for_what_is_random() {
     let lab = Lab::new();
     let _daemon = lab.start();
