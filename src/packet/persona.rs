@@ -231,6 +231,14 @@ mod tests {
     }
 
     #[test]
+    fn bits_that_the_kernel_sets_stay_set() {
+        let accurate_ecn = knock(&V4.replace("a002", "a1c2"), &ROUTE, &flow("10.99.7.1", "10.99.7.2"));
+        assert_eq!(accurate_ecn[32..34], [0xa1, 0xc2], "AE, CWR, ECE (RFC 9768) and SYN");
+        let in_ip = knock(&V4.replacen("4500", "4502", 1), &ROUTE, &flow("10.99.7.1", "10.99.7.2"));
+        assert_eq!(in_ip[..2], [0x45, 0x02], "ECT(0), as dctcp has it");
+    }
+
+    #[test]
     fn a_syn_without_timestamps_or_with_something_unknown_is_no_persona() {
         assert_eq!(Persona::of(&bytes(NO_TIMESTAMPS)), Err(PersonaError::NoTimestamps));
         let unknown_option = V4.replace("0103030a", "fd04f989");
