@@ -207,7 +207,7 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&[]).fails(64, &["Usage"]);
     world.run(&["knock"]).fails(64, &["knock"]);
     world.run(&["send"]).fails(64, &["HOST"]);
-    world.run(&["send", "home", "--strict"]).fails(64, &["--strict"]);
+    world.run(&["send", "home", "--stealthy"]).fails(64, &["--stealthy"]);
     world.run(&["send", "home", "-4", "-6"]).fails(64, &["cannot be used with"]);
     world.run(&["send", "home", "--source", "here"]).fails(64, &["not an IP address, nor `none`"]);
     world.init(&["--protect", "22"]).fails(64, &["`22` is not a port"]);
@@ -863,7 +863,7 @@ fn send_needs_one_capability_and_gives_it_up() {
 }
 
 #[test]
-fn without_a_route_or_timestamps_send_says_so() {
+fn without_a_route_timestamps_or_loopback_send_says_so() {
     let world = World::new();
     let isolated = |script: &str| {
         let script = format!("{script}; exec \"$0\" send home");
@@ -871,6 +871,11 @@ fn without_a_route_or_timestamps_send_says_so() {
         Ran(ran.unwrap())
     };
     isolated(":").fails(1, &["192.0.2.1: ", "unreachable", "Hint: "]);
+    let lan =
+        "ip link add one type veth peer two; ip link set one up; ip link set two up; ip addr add 192.0.2.2/24 dev one";
+    isolated(lan).fails(1, &["this kernel's own SYN over loopback: ", "Hint: ", "ip link set lo up"]);
+    isolated(&format!("{lan}; ip link set lo up; echo 2 > /proc/sys/net/ipv4/tcp_syncookies"))
+        .fails(1, &["this kernel's own SYN: it was not kept", "Hint: sysctl net.ipv4.tcp_syncookies=1"]);
     isolated("ip link set lo up; ip route add local 192.0.2.1 dev lo; echo 0 > /proc/sys/net/ipv4/tcp_timestamps")
         .fails(1, &["TCP timestamps are switched off", "Hint: sysctl net.ipv4.tcp_timestamps=1"]);
     isolated("ip link set lo up; ip route add local 192.0.2.1 dev lo; echo 0 > /proc/sys/net/ipv4/tcp_fastopen")

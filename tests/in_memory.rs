@@ -2,6 +2,8 @@
 
 #[path = "support/pair.rs"]
 mod pair;
+#[path = "support/persona.rs"]
+mod recorded;
 
 use knockq::service::Transport;
 use knockq::verify::{Reason, SourcePolicy};

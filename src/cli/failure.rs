@@ -5,6 +5,7 @@ use std::io;
 
 use crate::client::counter::CounterError;
 use crate::client::port::PortError;
+use crate::client::specimen::SpecimenError;
 use crate::client::{HomeError, ProfileError, SendError};
 use crate::config::{ConfigError, Diagnostic, FileError};
 use crate::nft::{ElementError, NftError, TableError};
@@ -272,7 +273,19 @@ impl From<SendError> for Failure {
             }
             SendError::Port(PortError::NoRoute { .. }) => failure.hint("check the network: ip route"),
             SendError::Port(PortError::Source { .. }) => failure.hint("see the own addresses with: ip address"),
-            SendError::Persona(PersonaError::NoTimestamps) => failure.hint("sysctl net.ipv4.tcp_timestamps=1"),
+            SendError::Specimen(SpecimenError::Persona(PersonaError::NoTimestamps)) => {
+                failure.hint("sysctl net.ipv4.tcp_timestamps=1")
+            }
+            SendError::Specimen(SpecimenError::Loopback(_)) => {
+                failure.hint("this host must be able to connect to itself: ip link set lo up, and let the firewall allow it")
+            }
+            SendError::Specimen(SpecimenError::Persona(PersonaError::Unfamiliar)) => {
+                failure.hint("please report it, with `uname -r` and the output of `knockq --version`")
+            }
+            SendError::Specimen(SpecimenError::NotKept) => failure.hint("sysctl net.ipv4.tcp_syncookies=1"),
+            SendError::TimestampLine => failure.hint(
+                "use Linux 6.12.94, 6.18.17 or newer with net.ipv4.tcp_timestamps=1, or leave out --strict and accept it",
+            ),
             SendError::Send { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 failure.hint("this host's own firewall forbids it: allow output to the knock ports")
             }

@@ -31,6 +31,9 @@ pub(super) struct Send {
     /// Confirm by connecting to the service, and say what to check if it stays shut
     #[arg(long, conflicts_with = "print")]
     wait: bool,
+    /// Refuse to knock where this host's timestamps would let an observer tell a knock from a connection
+    #[arg(long)]
+    strict: bool,
     /// Print the packet instead of sending it; its counter is used up
     #[arg(long, value_name = "FORMAT")]
     print: Option<Format>,
@@ -75,7 +78,8 @@ impl Send {
             (_, true) => Family::V6,
             _ => Family::Any,
         };
-        let request = Request { host: &self.host, service: self.service.as_deref(), family, source };
+        let request =
+            Request { host: &self.host, service: self.service.as_deref(), family, source, strict: self.strict };
         let knock = Knock::prepare(&home, &request, |seconds| {
             note(&format!("Many knocks in a row: waiting {seconds} s, so that the server takes this one."));
         })?;

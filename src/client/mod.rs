@@ -7,7 +7,9 @@ pub mod counter;
 pub mod home;
 pub mod host;
 pub mod port;
+pub mod route;
 pub mod send;
+pub mod specimen;
 
 pub use home::{Home, HomeError};
 pub use host::{Profile, ProfileError};

@@ -13,7 +13,7 @@ use rustix::net::sockopt::{ip_mtu, ip_ttl, ipv6_mtu, ipv6_unicast_hops};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, getsockname, socket_with};
 use thiserror::Error;
 
-use crate::packet::KernelSettings;
+use super::route::RouteSettings;
 
 /// `TCP_FASTOPEN_NO_COOKIE`, which nix does not have.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +29,7 @@ nix::setsockopt_impl!(
 /// Random ports that are tried where the kernel does not choose one.
 const BIND_TRIES: usize = 64;
 
-/// Top bit of a flow label that no flow label manager gave out (`IPV6_FLOWLABEL_STATELESS_FLAG`).
-const FLOW_LABEL_STATELESS: u32 = 0x8_0000;
-
-/// Why there is no port, or no telling what the kernel would send.
+/// Why there is no port, or no telling what its route is.
 #[derive(Debug, Error)]
 pub enum PortError {
     /// No way leads there.
@@ -95,42 +92,18 @@ impl HeldPort {
         Ok(Self { local, destination, _port: port, route })
     }
 
-    /// What the kernel's SYN on this route is made of.
+    /// What the route changes in a SYN.
     ///
     /// # Errors
-    /// When a setting cannot be read.
-    pub fn kernel_settings(&self) -> Result<KernelSettings, PortError> {
+    /// The kernel's.
+    pub fn route_settings(&self) -> Result<RouteSettings, PortError> {
         let (mtu, hop_limit) = if self.destination.is_ipv4() {
             (ip_mtu(&self.route), ip_ttl(&self.route))
         } else {
             (ipv6_mtu(&self.route), ipv6_unicast_hops(&self.route).map(u32::from))
         };
-        let [_, receive_buffer, receive_buffer_max] = numbers("net/ipv4/tcp_rmem")?;
-        Ok(KernelSettings {
-            timestamps: number("net/ipv4/tcp_timestamps")? != 0,
-            sack: number("net/ipv4/tcp_sack")? != 0,
-            window_scaling: number("net/ipv4/tcp_window_scaling")? != 0,
-            ecn: number("net/ipv4/tcp_ecn")? == 1,
-            receive_buffer,
-            // Within a namespace net.core is not there; then tcp_rmem decides.
-            receive_buffer_max: receive_buffer_max.max(number("net/core/rmem_max").unwrap_or(0)),
-            hop_limit: u8::try_from(hop_limit.map_err(io::Error::from)?).unwrap_or(u8::MAX),
-            mtu: mtu.map_err(io::Error::from)?,
-        })
-    }
-
-    /// Random bits for the field that the kernel fills at random: the IPv4 identification or the IPv6 flow label.
-    ///
-    /// # Errors
-    /// When there is no randomness, or a setting cannot be read.
-    pub fn filler(&self) -> Result<u32, PortError> {
-        let random = getrandom::u32().map_err(io::Error::other)?;
-        if self.destination.is_ipv4() {
-            return Ok(random);
-        }
-        let is_labelled = matches!(number("net/ipv6/auto_flowlabels")?, 1 | 3);
-        let range = if number("net/ipv6/flowlabel_state_ranges")? == 1 { FLOW_LABEL_STATELESS } else { 0 };
-        Ok(if is_labelled { random | range } else { 0 })
+        let hop_limit = u8::try_from(hop_limit.map_err(io::Error::from)?).unwrap_or(u8::MAX);
+        Ok(RouteSettings::of(self.local, self.destination, mtu.map_err(io::Error::from)?, hop_limit)?)
     }
 }
 

@@ -16,9 +16,10 @@ use super::counter::{CounterError, CounterFile, FlowFile};
 use super::home::{Home, HomeError};
 use super::host::{Profile, ProfileError, ProfileService};
 use super::port::{HeldPort, PortError};
+use super::specimen::{self, SpecimenError};
 use crate::config::FileError;
 use crate::crypto::{Binding, KeyError, KnockKey, KnockSecrets, Side};
-use crate::packet::{Flow, Persona, PersonaError};
+use crate::packet::{Flow, Persona};
 use crate::service::{HostAddress, Name};
 
 /// Seconds that a counter may lie ahead of the clock before the client waits: few servers' clocks are further behind.
@@ -60,6 +61,8 @@ pub struct Request<'a> {
     pub family: Family,
     /// What the token is bound to.
     pub source: Source,
+    /// Rather none than a knock that its timestamp sets apart.
+    pub strict: bool,
 }
 
 /// A knock that is ready to be sent: its counter is used up.
@@ -146,9 +149,12 @@ pub enum SendError {
     /// No port or route.
     #[error(transparent)]
     Port(#[from] PortError),
-    /// The kernel would not send such a SYN.
+    /// The kernel's SYN cannot be seen, or is no model.
     #[error(transparent)]
-    Persona(#[from] PersonaError),
+    Specimen(#[from] SpecimenError),
+    /// `--strict`: a random TSval stands out.
+    #[error("the timestamps of this host's connections follow one clock, so an observer could tell a knock by its own")]
+    TimestampLine,
     /// It did not leave.
     #[error("{server}: the knock could not be sent: {cause}")]
     Send {
@@ -257,6 +263,7 @@ impl Knock {
         let destination = SocketAddr::new(server.ip(), pad.knock_port(&profile.knock_ports));
         let destination = with_scope(destination, &server);
         let port = unused_port(home, destination, own_source(request.source))?;
+        let persona = persona(&port, request.strict)?;
         let bound_to = binding(request.source, profile.source, port.local.ip(), server.ip());
         let token = key.seal(n, details.selector, bound_to.map_or(Binding::Unbound, Binding::Bound));
         let flow = Flow {
@@ -265,8 +272,7 @@ impl Knock {
             destination: destination.ip(),
             destination_port: destination.port(),
         };
-        let persona = Persona::new(&port.kernel_settings()?, &flow.destination)?;
-        let packet = persona.syn(&flow, token.sequence, token.tsval, port.filler()?)?;
+        let packet = persona.syn(&flow, token.sequence, token.tsval).map_err(SpecimenError::from)?;
         let details = details.clone();
         let service = service.clone();
         let sent = Sent {
@@ -346,6 +352,16 @@ fn binding(asked: Source, profile: Option<IpAddr>, own: IpAddr, server: IpAddr) 
         Source::Address(address) => Some(address),
         Source::Auto => profile.or_else(|| (is_global(&own) && !is_nat64(&server)).then_some(own)),
     }
+}
+
+/// The SYN that the kernel would send from this port.
+fn persona(port: &HeldPort, strict: bool) -> Result<Persona, SendError> {
+    let settings = port.route_settings()?;
+    let family = if port.destination.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    if strict && specimen::has_one_timestamp_line(&settings, family)? {
+        return Err(SendError::TimestampLine);
+    }
+    Ok(specimen::persona(&settings, family)?)
 }
 
 /// A held port whose flow no earlier knock of this boot had.

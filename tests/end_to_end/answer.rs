@@ -3,17 +3,16 @@
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use knockq::packet::Persona;
-
 use crate::lab::{Capture, FAMILIES, Family, Host, Lab, eventually, hex, refused};
-use crate::{KERNEL, flow, raw_socket, send_raw, source, tcp_offset};
+use crate::recorded::persona;
+use crate::{flow, raw_socket, send_raw, source, tcp_offset};
 
 const CLOSED: u16 = 4_444;
 
 /// A stranger's SYN with DSCP bits set, whose sequence number tells its answer from others.
 fn probe(host: &Host, family: Family, port: u16, sequence: u32) {
-    let persona = Persona::new(&KERNEL, &family.server()).unwrap();
-    let mut packet = persona.syn(&flow(family.alice(), family.server(), port), sequence, 1, 7).unwrap();
+    let persona = persona(family == Family::V4);
+    let mut packet = persona.syn(&flow(family.alice(), family.server(), port), sequence, 1).unwrap();
     match family {
         Family::V4 => packet[1] = 0x10,
         Family::V6 => packet[0] |= 0x01,

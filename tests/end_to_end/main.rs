@@ -7,6 +7,9 @@ mod doors;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
+mod persona;
+#[path = "../support/persona.rs"]
+mod recorded;
 mod reload;
 mod store;
 mod table;
@@ -18,21 +21,10 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, Side};
-use knockq::packet::{Flow, KernelSettings};
+use knockq::packet::Flow;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
 use lab::{Family, Lab};
-
-pub(crate) const KERNEL: KernelSettings = KernelSettings {
-    timestamps: true,
-    sack: true,
-    window_scaling: true,
-    ecn: false,
-    receive_buffer: 131_072,
-    receive_buffer_max: 6 << 20,
-    hop_limit: 64,
-    mtu: 1500,
-};
 
 pub(crate) fn raw_socket(family: Family) -> OwnedFd {
     let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };

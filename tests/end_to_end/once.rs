@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::{Binding, KnockPorts};
-use knockq::packet::Persona;
 
-use crate::lab::{FAMILIES, Host, Lab, echoes, eventually};
-use crate::{KERNEL, flow, raw_socket, send_raw, unix_now};
+use crate::lab::{FAMILIES, Family, Host, Lab, echoes, eventually};
+use crate::recorded::persona;
+use crate::{flow, raw_socket, send_raw, unix_now};
 
 /// A hundred knocks, and two connections at the same moment for each.
 #[test]
@@ -21,11 +21,11 @@ fn exactly_one_of_two_simultaneous_connections_gets_in() {
     let key = lab.alice_key();
     let first = unix_now() - RACES;
     for (round, family) in (0..).zip(FAMILIES) {
-        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        let persona = persona(family == Family::V4);
         for n in (first + round * RACES..).take(50) {
             let token = key.seal(n, 22, Binding::Unbound);
             let flow = flow(family.alice(), family.server(), key.pad(n).knock_port(&ports));
-            let packet = persona.syn(&flow, token.sequence, token.tsval, 7).unwrap();
+            let packet = persona.syn(&flow, token.sequence, token.tsval).unwrap();
             let granted = daemon.log().matches("granted").count();
             lab.alice.enter(|| send_raw(&raw_socket(family), family, &packet));
             eventually("the grant", || daemon.log().matches("granted").count() > granted);

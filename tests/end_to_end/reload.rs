@@ -6,11 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::{Binding, KnockPorts};
-use knockq::packet::Persona;
 use nix::sys::signal::Signal;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, refused, succeeds};
-use crate::{KERNEL, daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
+use crate::recorded::persona;
+use crate::{daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
 
 impl Lab {
     fn edit(&self, file: &str, from: &str, to: &str) {
@@ -140,7 +140,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
     let key = lab.alice_key();
     let mut next = unix_now() - 40;
     for family in FAMILIES {
-        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        let persona = persona(family == Family::V4);
         let is_over = AtomicBool::new(false);
         let sent = thread::scope(|scope| {
             let next = &mut next;
@@ -154,7 +154,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
                         *next = (*next + 1).max(unix_now() - 40);
                         let token = key.seal(*next, 22, Binding::Unbound);
                         let flow = flow(family.alice(), family.server(), key.pad(*next).knock_port(ports));
-                        send_raw(&socket, family, &persona.syn(&flow, token.sequence, token.tsval, 7).unwrap());
+                        send_raw(&socket, family, &persona.syn(&flow, token.sequence, token.tsval).unwrap());
                         sent += 1;
                         thread::sleep(Duration::from_millis(100));
                     }

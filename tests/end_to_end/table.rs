@@ -5,11 +5,12 @@ use std::time::Duration;
 use std::{fs, thread};
 
 use knockq::crypto::{Binding, KnockPorts};
-use knockq::packet::{Flow, Persona};
+use knockq::packet::Flow;
 use nix::sys::signal::Signal;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
-use crate::{KERNEL, daemon_owned_the_table, raw_socket, seconds_left, send_raw, unix_now};
+use crate::recorded::persona;
+use crate::{daemon_owned_the_table, raw_socket, seconds_left, send_raw, unix_now};
 
 #[test]
 fn the_include_file_applied_again_doubles_no_rule_and_keeps_open_doors() {
@@ -69,7 +70,7 @@ fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_o
     let daemon = lab.start();
     let key = lab.alice_key();
     let ports = KnockPorts::new([20_000..=21_023]).unwrap();
-    let persona = Persona::new(&KERNEL, &Family::V4.server()).unwrap();
+    let persona = persona(true);
     let syn = |source: [u8; 4], port, sequence, tsval| {
         let flow = Flow {
             source: source.into(),
@@ -77,7 +78,7 @@ fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_o
             destination: Family::V4.server(),
             destination_port: port,
         };
-        persona.syn(&flow, sequence, tsval, 7).unwrap()
+        persona.syn(&flow, sequence, tsval).unwrap()
     };
     // Each from an address of its own. Telling of 128 would overflow a socket's usual buffer.
     let doors = 110_u8;

@@ -6,10 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::{Binding, KnockPorts};
-use knockq::packet::{Flow, Persona};
+use knockq::packet::Flow;
 
 use crate::lab::{Capture, FAMILIES, Family, Lab, eventually, hex, refused};
-use crate::{KERNEL, raw_socket, send_raw, source, tcp_offset, unix_now};
+use crate::recorded::persona;
+use crate::{raw_socket, send_raw, source, tcp_offset, unix_now};
 
 #[test]
 fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {
@@ -28,6 +29,25 @@ fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {
         let packets = capture.packets();
         let from_alice = packets.iter().filter(|packet| source(packet) == family.alice()).count();
         assert_eq!((from_alice, packets.len()), (1, 1), "{packets:02x?}");
+    }
+}
+
+#[test]
+fn a_knock_is_all_that_leaves_and_a_reset_is_met_with_silence() {
+    let lab = Lab::new();
+    for family in FAMILIES {
+        // Everything but the search for neighbours, and that for multicast groups behind its hop-by-hop header.
+        let everything = "not arp and not icmp6 and not (ip6[6] = 0)";
+        let sides = [(&lab.alice, "eth0"), (&lab.server, "eth1"), (&lab.server, "eth2")];
+        let captures = sides.map(|(host, interface)| Capture::start(&lab, host, interface, everything));
+        lab.knock(family, &[]);
+        thread::sleep(Duration::from_millis(1500)); // a SYN would be sent again after one second
+        let [left, arrived, elsewhere] = captures.map(Capture::packets);
+        // No daemon runs: the port is closed, and the server's kernel says so.
+        let [knock, reset] = left.as_slice() else { panic!("{left:02x?}") };
+        assert_eq!((source(knock), source(reset)), (family.alice(), family.server()));
+        assert_eq!(reset[tcp_offset(reset) + 13], 0x14, "RST and ACK");
+        assert_eq!((arrived, elsewhere), (left, vec![]));
     }
 }
 
@@ -138,10 +158,10 @@ fn knocks_under_a_flood_of_syns_are_all_honoured() {
     let key = lab.alice_key();
     let first = unix_now() - 50;
     for (round, family) in (0..).zip(FAMILIES) {
-        let persona = Persona::new(&KERNEL, &family.server()).unwrap();
+        let persona = persona(family == Family::V4);
         let syn = |source: IpAddr, destination_port, sequence, tsval| {
             let flow = Flow { source, source_port: 40_000, destination: family.server(), destination_port };
-            persona.syn(&flow, sequence, tsval, 7).unwrap()
+            persona.syn(&flow, sequence, tsval).unwrap()
         };
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {

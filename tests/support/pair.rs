@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, PublicKey, Side};
-use knockq::packet::{Flow, KernelSettings, Persona};
+use knockq::packet::Flow;
 use knockq::service::{Name, Port};
 use knockq::verify::{
     Claim, Decision, Grant, Ledger, Reason, Recorded, Refusal, Registry, Reservation, Service, SourcePolicy, User,
     Verifier,
 };
+
+use crate::recorded::persona;
 
 pub const NOW: u64 = 1_790_000_000;
 pub const WINDOW: u64 = 60;
@@ -157,17 +159,7 @@ impl<'a> Knock<'a> {
     fn syn(&self, knock_port: u16, sequence: u32, tsval: u32) -> Vec<u8> {
         let destination = if self.source.is_ipv4() { address("192.0.2.1") } else { address("2001:db8::1") };
         let flow = Flow { source: self.source, source_port: 40000, destination, destination_port: knock_port };
-        let kernel = KernelSettings {
-            timestamps: true,
-            sack: true,
-            window_scaling: true,
-            ecn: false,
-            receive_buffer: 131_072,
-            receive_buffer_max: 32 << 20,
-            hop_limit: 64,
-            mtu: 1500,
-        };
-        Persona::new(&kernel, &flow.destination).unwrap().syn(&flow, sequence, tsval, 7).unwrap()
+        persona(self.source.is_ipv4()).syn(&flow, sequence, tsval).unwrap()
     }
 }
 
