@@ -10,7 +10,7 @@ use super::{ConfigArg, note, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::serve::configuration::accounts;
-use crate::serve::keeper::ServeError;
+use crate::serve::ending::ServeError;
 use crate::serve::store::{Store, StoreError};
 use crate::serve::verifier::VerifierError;
 

@@ -12,8 +12,8 @@ use crate::nft::{ElementError, NftError, TableError};
 use crate::packet::PersonaError;
 use crate::queue::QueueError;
 use crate::serve::control::ControlError;
+use crate::serve::ending::ServeError;
 use crate::serve::gate::GateError;
-use crate::serve::keeper::ServeError;
 use crate::serve::monitor::MonitorError;
 use crate::serve::verifier::VerifierError;
 

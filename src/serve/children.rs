@@ -15,7 +15,7 @@ use signal_hook::low_level::pipe;
 
 use super::channel::{Channel, Message};
 use super::control::Control;
-use super::keeper::{Ended, ServeError};
+use super::ending::{Ended, ServeError};
 use super::log::Style;
 use super::process::Process;
 

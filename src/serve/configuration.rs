@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::channel::{Channel, Message};
+use super::ending::ServeError;
 use super::handover;
-use super::keeper::ServeError;
 use super::policy::{Opening, Policy};
 use super::sandbox::{Identity, SandboxError};
 use super::verifier::Settings;

@@ -10,21 +10,19 @@ use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability};
 use signal_hook::consts::SIGHUP;
-use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::channel::{Message, message_pair};
 use super::children::{Children, Event};
 use super::configuration::{Fixed, Plan};
-use super::control::{self, Control, ControlError, Reply, Request};
+use super::control::{self, Control, Reply, Request};
+use super::ending::{Ended, ServeError};
 use super::gate::{Gate, GateError};
 use super::handover;
 use super::log::{self, Style};
-use super::sandbox::SandboxError;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
-use crate::config::{ConfigError, FileError};
-use crate::nft::{self, NftError, OpenDoor};
+use crate::nft::{self, OpenDoor};
 use crate::queue::relay;
 
 /// Time between two looks at a table that others have to load.
@@ -32,68 +30,6 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Where the kernel lists who has which queue.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
-
-/// Why the daemon does not start, or stops.
-#[derive(Debug, Error)]
-pub enum ServeError {
-    /// Not enough privileges to begin with.
-    #[error("serve: needs root with CAP_NET_ADMIN")]
-    NotRoot,
-    /// The configuration is refused.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The counter store is not there or not safe.
-    #[error(transparent)]
-    Store(FileError),
-    /// The account is unusable.
-    #[error(transparent)]
-    Account(#[from] SandboxError),
-    /// Another process has the queue.
-    #[error("queue {number}: already bound by {owner}")]
-    QueueTaken {
-        /// Its number.
-        number: u16,
-        /// The process, as far as the kernel tells.
-        owner: String,
-    },
-    /// The table is not as it should be.
-    #[error(transparent)]
-    Gate(#[from] GateError),
-    /// The open doors could not be listed.
-    #[error(transparent)]
-    Doors(#[from] NftError),
-    /// The command socket is not to be had.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// `serve --try` cannot undo what others load.
-    #[error("serve --try: ruleset = \"external\" leaves the gate to others, so it cannot be undone here")]
-    NothingToUndo,
-    /// Nobody confirmed in time.
-    #[error("not confirmed: the gate is taken away, and the guarded ports are as open as without knockq")]
-    NotConfirmed,
-    /// A child reported its own error and ended with this code.
-    #[error("{process} could not start")]
-    ChildFailed {
-        /// Which.
-        process: &'static str,
-        /// Its exit code.
-        code: u8,
-    },
-    /// A child died.
-    #[error("{process} {end}; stopping all, and every door closes by its own timeout")]
-    ChildDied {
-        /// Which.
-        process: &'static str,
-        /// How.
-        end: String,
-    },
-    /// A child did not do what it was asked.
-    #[error("{0} did not become ready within a minute")]
-    TooSlow(&'static str),
-    /// The kernel refused something.
-    #[error("serve: {0}")]
-    Io(#[from] io::Error),
-}
 
 /// Runs the daemon until it is told to stop; with `trial`, for so long at most unless it is confirmed.
 ///
@@ -126,21 +62,6 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
             Ok(())
         }
         Ended::Unconfirmed => Err(ServeError::NotConfirmed),
-    }
-}
-
-/// Why the keeper leaves its work.
-pub(super) enum Ended {
-    /// SIGTERM or SIGINT.
-    Asked,
-    /// The time of `serve --try` is over.
-    Unconfirmed,
-    Failed(ServeError),
-}
-
-impl<E: Into<ServeError>> From<E> for Ended {
-    fn from(error: E) -> Self {
-        Self::Failed(error.into())
     }
 }
 

@@ -16,6 +16,7 @@ pub mod channel;
 mod children;
 pub mod configuration;
 pub mod control;
+pub mod ending;
 pub mod frames;
 pub mod gate;
 pub mod handover;

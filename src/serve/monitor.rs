@@ -91,8 +91,12 @@ pub fn run() -> Result<(), MonitorError> {
     if monitor.is_owner {
         info!("the table is owned: nobody else can change or flush it");
     }
+    if monitor.watch.loss()? == Loss::Doors {
+        monitor.loss = Loss::Doors; // rules, the loading itself has deleted
+    }
     monitor.take_over(handover::unseal(open_doors)?);
     monitor.keeper.send(Message::Ready, &[])?;
+    monitor.watch_table()?;
     monitor.serve()
 }
 
