@@ -40,7 +40,7 @@ impl Remove {
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  knockq user rename alice alice-laptop\n\n\
-                        Key, profile and counter stay as they are: the user notices nothing.")]
+                        Key, profile and counter stay as they are: the user knocks as before.")]
 pub(super) struct Rename {
     /// The user's name
     old: Name,
