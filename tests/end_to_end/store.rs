@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::lab::{FAMILIES, Lab, succeeds};
 use crate::unix_now;
 
-/// Long enough for a replay to be refused by the new store and not by the clock.
+/// Seconds of the default window. A shorter one would let the clock refuse a replay before the new store can.
 const WINDOW: u64 = 60;
 
 fn store(lab: &Lab) -> PathBuf {
@@ -50,7 +50,6 @@ fn recovers(lab: &Lab, lose: impl Fn()) -> String {
 #[test]
 fn a_knock_that_a_lost_store_knew_stays_spent_after_recover() {
     let lab = Lab::new();
-    lab.set(&format!("window = \"{WINDOW}s\""));
     let said = recovers(&lab, || fs::remove_file(store(&lab)).unwrap());
     assert!(said.contains("There was no old one"), "{said}");
     assert!(said.contains(&format!("Users can knock again in {} s", WINDOW + 1)), "{said}");
@@ -59,7 +58,6 @@ fn a_knock_that_a_lost_store_knew_stays_spent_after_recover() {
 #[test]
 fn a_knock_that_a_restored_store_has_forgotten_stays_spent_after_recover() {
     let lab = Lab::new();
-    lab.set(&format!("window = \"{WINDOW}s\""));
     let backup = lab.directory.path.join("backup");
     fs::copy(store(&lab), &backup).unwrap();
     recovers(&lab, || {

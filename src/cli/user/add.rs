@@ -76,9 +76,9 @@ impl Add {
             return Err(error.into());
         }
         note(&format!("Wrote {}", path.display()));
-        apply(&self.config.config)?;
         note(&format!("Give this profile to {}, who imports it with `knockq host add HOSTNAME -`:", self.name));
-        print(&profile)
+        print(&profile)?;
+        apply(&self.config.config)
     }
 
     fn allowed_services(&self, config: &ServerConfig) -> Result<Vec<Name>, Failure> {
