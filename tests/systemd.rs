@@ -55,7 +55,7 @@ ip netns add client; \
 ip link add eth0 type veth peer name eth0 netns client; \
 ip addr add 10.9.0.1/24 dev eth0; ip addr add fd09::1/64 dev eth0 nodad; ip link set eth0 up; \
 ip -n client addr add 10.9.0.2/24 dev eth0; ip -n client addr add fd09::2/64 dev eth0 nodad; \
-ip -n client link set eth0 up'
+ip -n client link set lo up; ip -n client link set eth0 up'
 [Install]
 WantedBy=sysinit.target
 END
