@@ -1,11 +1,9 @@
 //! The keeper's command socket: what root asks of the running daemon.
 //!
-//! A request and its reply are one value each, in postcard's encoding, ended by closing that half of the stream. Both ends
-//! are this binary.
+//! A request and its reply are one value each, in postcard's encoding, sent in one go. Both ends are this binary.
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -23,7 +21,7 @@ use crate::nft::Door;
 use crate::service::Name;
 
 /// Bytes of the longest request or reply.
-const MAX_LEN: u64 = 4096;
+const MAX_LEN: usize = 4096;
 
 /// Time that a client has to say what it wants, and to take the reply: the keeper waits for nobody.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -181,13 +179,15 @@ fn socket_path(directory: &Path) -> PathBuf {
 }
 
 fn send<T: Serialize>(stream: &mut UnixStream, value: &T) -> io::Result<()> {
-    let bytes = postcard::to_stdvec(value).map_err(io::Error::other)?;
-    stream.write_all(&bytes)?;
-    stream.shutdown(Shutdown::Write)
+    stream.write_all(&postcard::to_stdvec(value).map_err(io::Error::other)?)
 }
 
 fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
-    let mut bytes = Vec::new();
-    stream.take(MAX_LEN).read_to_end(&mut bytes)?;
-    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+    let mut bytes = [0; MAX_LEN];
+    match stream.read(&mut bytes)? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        length => {
+            postcard::from_bytes(bytes.get(..length).unwrap_or_default()).map_err(|_| io::ErrorKind::InvalidData.into())
+        }
+    }
 }

@@ -72,9 +72,8 @@ fn bring_up(
     config_path: &Path,
     trial: Option<Duration>,
 ) -> Result<(Fixed, Control, Gate), Ended> {
-    let ignore = |_: &mut Children, _| Ok(());
     children.start("configuration", &["--config".as_ref(), config_path.as_os_str()])?;
-    let (_, read) = children.wait_for("configuration", &[Message::Ready], ignore)?;
+    let (_, read) = children.wait_for("configuration", &[Message::Ready], |_, _| Ok(()))?;
     let [plan, settings, policy] = three(read)?;
     children.dismiss("configuration");
     let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
@@ -88,27 +87,43 @@ fn bring_up(
     let store = open_store(&fixed.store)?;
     refuse_taken_queue(fixed.queue)?;
     let control = Control::listen(&fixed.runtime)?;
-
-    let (relay_reader, relay_writer) = relay::pipe()?;
-    let (frames_of_verifier, frames_of_monitor) = message_pair()?;
-    children.start("verifier", &[])?;
-    children.tell("verifier", Message::Start, &[&relay_reader, &frames_of_verifier, &settings, &store])?;
-    children.wait_for("verifier", &[Message::Ready], ignore)?;
-    children.start("monitor", &[])?;
-    children.tell("monitor", Message::Start, &[&relay_writer, &frames_of_monitor, &policy])?;
-    children.wait_for("monitor", &[Message::Bound], ignore)?;
-    drop((relay_reader, relay_writer, frames_of_verifier, frames_of_monitor)); // else no end would be noticed
+    start_both(children, &settings, &policy, &store)?;
 
     let include_file = config_path.with_file_name("knockq.nft");
     let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
     gate.raise()?;
+    if let Err(ended) = show_doors(children) {
+        if trial.is_some() {
+            children.end();
+            let _ = nft::remove(); // nobody will be there to undo it
+        }
+        return Err(ended);
+    }
     gate.say_who_can_flush_it();
-    let doors: Vec<OpenDoor> = nft::open_doors()?;
-    children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
-    children.wait_for("monitor", &[Message::Ready], ignore)?;
     info!(users, services, knock_ports, queue = fixed.queue, "ready");
     sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
     Ok((fixed, control, gate))
+}
+
+/// Starts verifier and monitor, and hands each what is its own.
+fn start_both(children: &mut Children, settings: &OwnedFd, policy: &OwnedFd, store: &OwnedFd) -> Result<(), Ended> {
+    let (relay_reader, relay_writer) = relay::pipe()?;
+    let (frames_of_verifier, frames_of_monitor) = message_pair()?;
+    children.start("verifier", &[])?;
+    children.tell("verifier", Message::Start, &[&relay_reader, &frames_of_verifier, settings, store])?;
+    children.wait_for("verifier", &[Message::Ready], |_, _| Ok(()))?;
+    children.start("monitor", &[])?;
+    children.tell("monitor", Message::Start, &[&relay_writer, &frames_of_monitor, policy])?;
+    children.wait_for("monitor", &[Message::Bound], |_, _| Ok(()))?;
+    Ok(())
+}
+
+/// Tells the monitor that the table is loaded, and which doors were open before.
+fn show_doors(children: &mut Children) -> Result<(), Ended> {
+    let doors: Vec<OpenDoor> = nft::open_doors()?;
+    children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
+    children.wait_for("monitor", &[Message::Ready], |_, _| Ok(()))?;
+    Ok(())
 }
 
 /// The daemon, once all of it works.

@@ -28,6 +28,9 @@ const TICK: Duration = Duration::from_secs(10);
 /// Frames taken at one go, so that the queue gets its turn.
 const BURST: usize = 64;
 
+/// More frames than the socket can hold.
+const IN_FLIGHT: usize = 4096;
+
 /// Why the monitor stops.
 #[derive(Debug, Error)]
 pub enum MonitorError {
@@ -240,7 +243,7 @@ impl Monitor {
     /// Puts the next policy in force, and shuts what it does not uphold; `false` when the verifier is gone.
     fn enforce(&mut self) -> Result<bool, MonitorError> {
         // What the verifier asked by its old settings is all there is.
-        if !self.take_frames(usize::MAX)? {
+        if !self.take_frames(IN_FLIGHT)? {
             return Ok(false);
         }
         if let Some(policy) = self.next_policy.take() {

@@ -67,9 +67,6 @@ pub enum VerifierError {
     /// A descriptor failed.
     #[error("verifier: {0}")]
     Io(#[from] io::Error),
-    /// The disk is so slow that not even new settings get their turn.
-    #[error("verifier: the disk is too slow to take over new settings; stopping")]
-    Stuck,
     /// The thread that writes counters is gone.
     #[error("verifier: the thread that writes counters is gone; stopping")]
     WriterGone,
@@ -227,7 +224,7 @@ impl Process {
         for decision in decisions {
             match decision {
                 Decision::Refused(refusal) => self.refusals.count(&refusal),
-                Decision::Claimed(claim) => self.give(Work::Record(claim))?,
+                Decision::Claimed(claim) => self.claim(claim)?,
                 Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal).await,
             }
         }
@@ -239,7 +236,11 @@ impl Process {
         match said {
             Some((Message::Settings, mut descriptors)) => {
                 let settings = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-                self.give(Work::Prepare(settings))?;
+                match self.work.try_send(Work::Prepare(settings)) {
+                    Ok(()) => {}
+                    Err(mpsc::TrySendError::Full(_)) => self.keeper.send(Message::Unable, &[])?,
+                    Err(mpsc::TrySendError::Disconnected(_)) => return Err(VerifierError::WriterGone),
+                }
             }
             Some((Message::Enforce, _)) => {
                 if let Some(next) = self.next.take() {
@@ -253,16 +254,15 @@ impl Process {
         Ok(true)
     }
 
-    fn give(&mut self, work: Work) -> Result<(), VerifierError> {
-        match self.work.try_send(work) {
-            Ok(()) => Ok(()),
+    fn claim(&mut self, claim: Claim) -> Result<(), VerifierError> {
+        match self.work.try_send(Work::Record(claim)) {
             Err(mpsc::TrySendError::Full(Work::Record(claim))) => {
                 error!("the counters are written more slowly than knocks come");
                 self.refusals.count(&claim.refuse(Reason::NotDurable));
                 Ok(())
             }
-            Err(mpsc::TrySendError::Full(_)) => Err(VerifierError::Stuck),
             Err(mpsc::TrySendError::Disconnected(_)) => Err(VerifierError::WriterGone),
+            _ => Ok(()),
         }
     }
 
