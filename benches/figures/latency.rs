@@ -1,0 +1,208 @@
+//! From the knock on the wire to the element in the set.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use knockq::crypto::{Binding, KnockPorts};
+use knockq::packet::{Flow, Persona};
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_netfilter::nftables::{
+    DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList,
+};
+use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
+use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
+use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size_force, set_socket_timeout};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
+
+use crate::flood::{self, Flooded, KERNEL};
+use crate::lab::{Family, Host, Lab};
+use crate::users::{self, User};
+use crate::{FLOODS, Row, Scale, machine, millis, percentile};
+
+/// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
+const GROUP: u32 = 7;
+
+/// Time between two knocks.
+const PACE: Duration = Duration::from_millis(10);
+
+/// Time after which a knock counts as lost.
+const LOST: Duration = Duration::from_secs(2);
+
+/// Users who knock in turn, since counters rise by one a second and must lie within the window.
+const USERS: usize = 10;
+
+/// How long each knock took that opened something, sorted; and how many did not.
+pub struct Latencies {
+    pub sorted: Vec<Duration>,
+    pub lost: usize,
+}
+
+impl Latencies {
+    pub fn show(&self) -> String {
+        if self.sorted.is_empty() {
+            return format!("{} of {} lost", self.lost, self.lost);
+        }
+        let [p50, p99] = [50, 99].map(|percent| millis(percentile(&self.sorted, percent)));
+        format!("{p50}, {p99}; {} of {} lost", self.lost, self.lost + self.sorted.len())
+    }
+}
+
+pub fn rows(scale: &Scale) -> Vec<Row> {
+    FLOODS.iter().flat_map(|&rate| under(scale, rate)).collect()
+}
+
+fn under(scale: &Scale, rate: u32) -> Vec<Row> {
+    let lab = Lab::network();
+    lab.configure("[services.ssh]\nports = [\"tcp/22\"]\nopen_for = \"30s\"\n");
+    let users = users::add(&lab, USERS);
+    let daemon = lab.start();
+    let (latencies, flooded) = flood::during(&lab, rate, || of_knocks(&lab, &users, scale.knocks));
+    daemon.stop();
+    let figure = match rate {
+        0 => "knock to element, quiet: p50, p99; lost".to_owned(),
+        _ => format!("knock to element, under {rate} SYN/s: p50, p99; lost"),
+    };
+    let aim = if rate == 0 { "p50 < 0.5 ms, none lost" } else { "p50 < 1 ms, none lost" };
+    let mut rows = vec![Row(figure, aim, latencies.show())];
+    if rate == 0 {
+        let state = lab.directory.path.join("state");
+        let sync = format!("{} ({})", millis(machine::sync(&state)), machine::filesystem(&state));
+        rows.push(Row("of which one fdatasync there: p50 (file system)".to_owned(), "", sync));
+    } else {
+        rows.push(Row("the flood while it was measured".to_owned(), "", flooded.show()));
+    }
+    rows
+}
+
+impl Flooded {
+    pub fn show(&self) -> String {
+        let Self { rate, queued, dropped, generator } = self;
+        format!("{rate:.0} SYN/s sent, {queued} queued, {dropped} dropped unread; sending took {generator:.2} cores")
+    }
+}
+
+fn of_knocks(lab: &Lab, users: &[User], count: u32) -> Latencies {
+    let ports = KnockPorts::new([20_000..=21_023]).unwrap();
+    let persona = Persona::new(&KERNEL, &Family::V4.server()).unwrap();
+    let first = machine::unix_now() - u64::from(count) / 20;
+    let packet = |number: u32, source: Ipv4Addr| {
+        let key = &users[usize::try_from(number).unwrap() % users.len()].key;
+        let n = first + u64::from(number) / 10;
+        let token = key.seal(n, 22, Binding::Bound(source.into()));
+        let flow = Flow {
+            source: source.into(),
+            source_port: 40_000,
+            destination: Family::V4.server(),
+            destination_port: key.pad(n).knock_port(&ports),
+        };
+        persona.syn(&flow, token.sequence, token.tsval, number).unwrap()
+    };
+    let packets: Vec<Vec<u8>> = (0..count).map(|number| packet(number, source(number))).collect();
+    let sending = |socket: &RawSocket, number: u32| socket.send(&packets[usize::try_from(number).unwrap()]);
+    measure(lab, count, PACE, sending)
+}
+
+/// Knocks of one source each, one after the other; `send` sends the knock of a number.
+pub fn measure(lab: &Lab, count: u32, pace: Duration, send: impl Fn(&RawSocket, u32) + Sync) -> Latencies {
+    let is_over = AtomicBool::new(false);
+    let (sent, heard) = thread::scope(|scope| {
+        let listener = scope.spawn(|| listen(&lab.server, &is_over));
+        thread::sleep(Duration::from_millis(100));
+        let sent = lab.alice.enter(|| {
+            let socket = RawSocket::new();
+            let knock = |number| {
+                thread::sleep(pace);
+                let start = Instant::now();
+                send(&socket, number);
+                start
+            };
+            (0..count).map(knock).collect::<Vec<Instant>>()
+        });
+        thread::sleep(LOST);
+        is_over.store(true, Ordering::Relaxed);
+        (sent, listener.join().unwrap())
+    });
+    let mut seen = HashMap::new();
+    for (when, datagram) in &heard {
+        for source in sources(datagram) {
+            seen.entry(source).or_insert(*when);
+        }
+    }
+    let taken = (0..count).zip(&sent).filter_map(|(number, start)| Some(seen.get(&source(number))?.duration_since(*start)));
+    let mut sorted: Vec<Duration> = taken.collect();
+    sorted.sort_unstable();
+    Latencies { lost: sent.len() - sorted.len(), sorted }
+}
+
+/// The address that a knock comes from.
+pub fn source(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x0a4e_0000 + number)
+}
+
+/// What the kernel tells of its tables, and when it was heard: reading it comes later.
+fn listen(server: &Host, is_over: &AtomicBool) -> Vec<(Instant, Vec<u8>)> {
+    server.enter(|| {
+        let mut socket = Socket::new(NETLINK_NETFILTER).unwrap();
+        socket.bind_auto().unwrap();
+        socket.add_membership(GROUP).unwrap();
+        set_socket_recv_buffer_size_force(&socket, 8 << 20).unwrap();
+        set_socket_timeout(&socket, Timeout::Recv, Some(Duration::from_millis(50))).unwrap();
+        let mut heard = Vec::new();
+        while !is_over.load(Ordering::Relaxed) {
+            let mut datagram = Vec::with_capacity(32 << 10);
+            match socket.recv(&mut datagram, 0) {
+                Ok(_) => heard.push((Instant::now(), datagram)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => panic!("netlink: {error}"),
+            }
+        }
+        heard
+    })
+}
+
+/// The IPv4 sources of the elements that a datagram tells of.
+fn sources(datagram: &[u8]) -> Vec<Ipv4Addr> {
+    let mut sources = Vec::new();
+    let mut rest = datagram;
+    while let Some(length) = rest.first_chunk().map(|length| usize::try_from(u32::from_ne_bytes(*length)).unwrap()) {
+        let message = NetlinkMessage::<NetfilterMessage>::deserialize(&rest[..length]);
+        if let Ok(NetlinkMessage { payload: NetlinkPayload::InnerMessage(message), .. }) = message
+            && let NetfilterMessageInner::NfTables(NfTablesMessage::NewSetElement(message)) = message.inner
+        {
+            let elements = message.attributes.iter().filter_map(|attribute| match attribute {
+                SetElementList::Elements(elements) => Some(elements),
+                _ => None,
+            });
+            let parts = elements.flatten().filter_map(|element| match element {
+                ListAttribute::Element(parts) => Some(parts),
+                _ => None,
+            });
+            sources.extend(parts.flatten().filter_map(|part| match part {
+                SetElementAttribute::Key(DataAttribute::Value(key)) => Some(Ipv4Addr::from(*key.first_chunk::<4>()?)),
+                _ => None,
+            }));
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    sources
+}
+
+/// Sends packets to the server as they are.
+pub struct RawSocket(OwnedFd);
+
+impl RawSocket {
+    /// In the namespace of this thread.
+    pub fn new() -> Self {
+        Self(socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap())
+    }
+
+    pub fn send(&self, packet: &[u8]) {
+        let server: IpAddr = Family::V4.server();
+        sendto(&self.0, packet, SendFlags::empty(), &SocketAddr::new(server, 0)).unwrap();
+    }
+}

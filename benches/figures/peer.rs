@@ -1,0 +1,3 @@
+//! Peers.
+use crate::{Row, Scale};
+pub fn rows(_: &Scale) -> Vec<Row> { Vec::new() }
