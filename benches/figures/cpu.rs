@@ -33,6 +33,6 @@ pub fn rows(scale: &Scale) -> Vec<Row> {
         rows.push(Row(format!("CPU of the {name}"), "", format!("{user:.2} user, {system:.2} system")));
     }
     rows.push(Row("software interrupts, whole machine".to_owned(), "", format!("{:.2} cores", share(interrupts))));
-    rows.push(Row("the flood while it was measured".to_owned(), "", flooded.show()));
+    rows.push(Row("the flood meanwhile".to_owned(), "", flooded.show()));
     rows
 }

@@ -45,8 +45,7 @@ pub struct Flooded {
 
 /// Does something while so many SYNs a second come to the server's knock ports.
 pub fn during<T: Send>(lab: &Lab, rate: u32, work: impl FnOnce() -> T + Send) -> (T, Flooded) {
-    let packets = if rate == 0 { Vec::new() } else { packets() };
-    let before = queue(&lab.server);
+    let (packets, before) = (packets(), queue(&lab.server));
     let is_over = AtomicBool::new(false);
     let (result, (sent, elapsed, cpu)) = thread::scope(|scope| {
         let flood = scope.spawn(|| lab.mallory.enter(|| send(rate, &packets, &is_over)));
