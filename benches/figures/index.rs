@@ -47,12 +47,8 @@ fn miss(verifier: &mut Verifier, family: Family) -> u128 {
 }
 
 fn stranger(family: Family) -> Vec<u8> {
-    let flow = Flow {
-        source: family.mallory(),
-        source_port: 40_000,
-        destination: family.server(),
-        destination_port: 20_000,
-    };
+    let flow =
+        Flow { source: family.mallory(), source_port: 40_000, destination: family.server(), destination_port: 20_000 };
     let random = || getrandom::u32().unwrap();
     Persona::new(&KERNEL, &flow.destination).unwrap().syn(&flow, random(), random(), random()).unwrap()
 }
@@ -96,7 +92,13 @@ fn verifier(users: usize, window: u64) -> Verifier {
     let registry = Registry {
         window,
         knock_ports: KnockPorts::new([20_000..=21_023]).unwrap(),
-        services: vec![Service { name: "ssh".parse().unwrap(), selector: 22, ports: vec![ssh], open_for: 30, once: false }],
+        services: vec![Service {
+            name: "ssh".parse().unwrap(),
+            selector: 22,
+            ports: vec![ssh],
+            open_for: 30,
+            once: false,
+        }],
         users: (0..users).map(user).collect(),
     };
     Verifier::new(registry, HashMap::new(), NOW)

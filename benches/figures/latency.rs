@@ -34,7 +34,7 @@ const PACE: Duration = Duration::from_millis(10);
 const LOST: Duration = Duration::from_secs(2);
 
 /// Users who knock in turn, since counters rise by one a second and must lie within the window.
-const USERS: usize = 10;
+pub const USERS: usize = 10;
 
 /// How long each knock took that opened something, sorted; and how many did not.
 pub struct Latencies {
@@ -43,6 +43,10 @@ pub struct Latencies {
 }
 
 impl Latencies {
+    pub fn median(&self) -> Option<Duration> {
+        (!self.sorted.is_empty()).then(|| percentile(&self.sorted, 50))
+    }
+
     pub fn show(&self) -> String {
         if self.sorted.is_empty() {
             return format!("{} of {} lost", self.lost, self.lost);
@@ -63,7 +67,7 @@ fn under(scale: &Scale, rate: u32) -> Vec<Row> {
     let daemon = lab.start();
     let rows = match rate {
         0 => {
-            let latencies = of_knocks(&lab, &users, scale.knocks);
+            let latencies = of_knocks(&lab, &users, scale.knocks, PACE);
             let state = lab.directory.path.join("state");
             let sync = format!("{} ({})", millis(machine::sync(&state)), machine::filesystem(&state));
             vec![
@@ -72,7 +76,7 @@ fn under(scale: &Scale, rate: u32) -> Vec<Row> {
             ]
         }
         _ => {
-            let (latencies, flooded) = flood::during(&lab, rate, || of_knocks(&lab, &users, scale.knocks));
+            let (latencies, flooded) = flood::during(&lab, rate, || of_knocks(&lab, &users, scale.knocks, PACE));
             let figure = format!("knock to element, under {rate} SYN/s: p50, p99; lost");
             vec![
                 Row(figure, "p50 < 1 ms, none lost", latencies.show()),
@@ -91,42 +95,46 @@ impl Flooded {
     }
 }
 
-fn of_knocks(lab: &Lab, users: &[User], count: u32) -> Latencies {
+/// Latencies of real knocks, of users in turn.
+pub fn of_knocks(lab: &Lab, users: &[User], count: u32, pace: Duration) -> Latencies {
     let ports = KnockPorts::new([20_000..=21_023]).unwrap();
     let persona = Persona::new(&KERNEL, &Family::V4.server()).unwrap();
-    let first = machine::unix_now() - u64::from(count) / 20;
-    let packet = |number: u32, source: Ipv4Addr| {
-        let key = &users[usize::try_from(number).unwrap() % users.len()].key;
-        let n = first + u64::from(number) / 10;
-        let token = key.seal(n, 22, Binding::Bound(source.into()));
+    let each = count / u32::try_from(users.len()).unwrap();
+    let first = machine::unix_now() - u64::from(each) / 2;
+    let packet = |number: u32| {
+        let user = &users[usize::try_from(number).unwrap() % users.len()];
+        let n = first + u64::from(number) / u64::try_from(users.len()).unwrap();
+        let token = user.key.seal(n, 22, Binding::Bound(source(number).into()));
         let flow = Flow {
-            source: source.into(),
+            source: source(number).into(),
             source_port: 40_000,
             destination: Family::V4.server(),
-            destination_port: key.pad(n).knock_port(&ports),
+            destination_port: user.key.pad(n).knock_port(&ports),
         };
         persona.syn(&flow, token.sequence, token.tsval, number).unwrap()
     };
-    let packets: Vec<Vec<u8>> = (0..count).map(|number| packet(number, source(number))).collect();
-    let sending = |socket: &RawSocket, number: u32| socket.send(&packets[usize::try_from(number).unwrap()]);
-    measure(lab, count, PACE, sending)
+    let packets: Vec<Vec<u8>> = (0..count).map(packet).collect();
+    measure(lab, count, pace, || {
+        let socket = RawSocket::new();
+        move |number| socket.send(&packets[number])
+    })
 }
 
-/// Knocks of one source each, one after the other; `send` sends the knock of a number.
-pub fn measure(lab: &Lab, count: u32, pace: Duration, send: impl Fn(&RawSocket, u32) + Sync) -> Latencies {
+/// Knocks of one source each, one after the other. What `ready` makes, on the client, sends the knock of a number.
+pub fn measure<S: FnMut(usize)>(lab: &Lab, count: u32, pace: Duration, ready: impl FnOnce() -> S + Send) -> Latencies {
     let is_over = AtomicBool::new(false);
     let (sent, heard) = thread::scope(|scope| {
         let listener = scope.spawn(|| listen(&lab.server, &is_over));
         thread::sleep(Duration::from_millis(100));
         let sent = lab.alice.enter(|| {
-            let socket = RawSocket::new();
+            let mut send = ready();
             let knock = |number| {
                 thread::sleep(pace);
                 let start = Instant::now();
-                send(&socket, number);
+                send(number);
                 start
             };
-            (0..count).map(knock).collect::<Vec<Instant>>()
+            (0..usize::try_from(count).unwrap()).map(knock).collect::<Vec<Instant>>()
         });
         thread::sleep(LOST);
         is_over.store(true, Ordering::Relaxed);
@@ -138,8 +146,8 @@ pub fn measure(lab: &Lab, count: u32, pace: Duration, send: impl Fn(&RawSocket, 
             seen.entry(source).or_insert(*when);
         }
     }
-    let taken = (0..count).zip(&sent).filter_map(|(number, start)| Some(seen.get(&source(number))?.duration_since(*start)));
-    let mut sorted: Vec<Duration> = taken.collect();
+    let taken = |(number, start): (u32, &Instant)| Some(seen.get(&source(number))?.duration_since(*start));
+    let mut sorted: Vec<Duration> = (0..).zip(&sent).filter_map(taken).collect();
     sorted.sort_unstable();
     Latencies { lost: sent.len() - sorted.len(), sorted }
 }

@@ -1,4 +1,4 @@
-//! The figures of docs/performance.md, as a table: `make bench`, or `make bench QUICK=1` to see that it works.
+//! The figures of docs/performance.md, as its table: `make bench`, or `make bench QUICK=1` to see that it works.
 //!
 //! Real daemons on this kernel, in network namespaces joined by veth; nothing is left behind.
 
@@ -60,8 +60,10 @@ const FLOODS: [u32; 3] = [0, 50_000, 100_000];
 /// A line of the table: figure, aim, measured.
 pub struct Row(pub String, pub &'static str, pub String);
 
+type Measure = fn(&Scale) -> Vec<Row>;
+
 /// What is measured, by name, in the order of the table.
-const FIGURES: [(&str, fn(&Scale) -> Vec<Row>); 7] = [
+const FIGURES: [(&str, Measure); 7] = [
     ("latency", latency::rows),
     ("cpu", cpu::rows),
     ("connect", connect::rows),
@@ -82,13 +84,13 @@ fn main() {
     for (name, measure) in FIGURES {
         if names.is_empty() || names.iter().any(|chosen| chosen == name) {
             eprintln!("measuring: {name}");
-            rows.extend(measure(&scale));
+            rows.extend(measure(&scale).into_iter().map(|row| (name, row)));
         }
     }
     println!("{}\n", machine::description());
-    println!("| figure | aim | measured |\n|---|---|---|");
-    for Row(figure, aim, measured) in rows {
-        println!("| {figure} | {aim} | {measured} |");
+    println!("| figure | aim | measured | `make bench ONLY=` |\n|---|---|---|---|");
+    for (name, Row(figure, aim, measured)) in rows {
+        println!("| {figure} | {aim} | {measured} | `{name}` |");
     }
 }
 

@@ -91,19 +91,17 @@ impl Index {
 
     /// The knocks that could bear this sequence number.
     pub fn candidates(&self, sequence: u32) -> impl Iterator<Item = Candidate> {
-        let first = self.live.first.get(&sequence);
-        let more = first.and_then(|_| self.live.more.get(&sequence));
-        first.into_iter().chain(more.into_iter().flatten()).copied()
+        self.live.candidates(sequence)
     }
 
     /// How many knocks are live.
     pub fn len(&self) -> usize {
-        self.live.first.len() + self.live.more.values().map(Vec::len).sum::<usize>()
+        self.live.shards.iter().map(Shard::len).sum()
     }
 
     /// Whether no knock is live.
     pub fn is_empty(&self) -> bool {
-        self.live.first.is_empty()
+        self.len() == 0
     }
 
     /// Adds up to `most` keys to the newest row; returns how many.
@@ -142,15 +140,63 @@ impl Index {
     }
 }
 
-/// The knock behind each sequence number. With a million of them about a hundred share theirs with another: those that
-/// came later are in `more`.
-#[derive(Default)]
+/// Parts of [`Live`]. A hash map that items come into and go from is at times put in order as a whole, which takes 60 ms
+/// for a million of them, and 0.3 ms for a part.
+const SHARDS: usize = 256;
+
+/// The knock behind each sequence number, by its lowest byte: all are equally likely.
 struct Live {
+    shards: Vec<Shard>,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self { shards: std::iter::repeat_with(Shard::default).take(SHARDS).collect() }
+    }
+}
+
+impl Live {
+    fn insert(&mut self, sequence: u32, candidate: Candidate) {
+        if let Some(shard) = self.shards.get_mut(place(sequence)) {
+            shard.insert(sequence, candidate);
+        }
+    }
+
+    fn remove(&mut self, sequence: u32, candidate: Candidate) {
+        if let Some(shard) = self.shards.get_mut(place(sequence)) {
+            shard.remove(sequence, candidate);
+        }
+    }
+
+    fn candidates(&self, sequence: u32) -> impl Iterator<Item = Candidate> {
+        let shard = self.shards.get(place(sequence));
+        shard.into_iter().flat_map(move |shard| shard.candidates(sequence))
+    }
+}
+
+fn place(sequence: u32) -> usize {
+    let [lowest, ..] = sequence.to_le_bytes();
+    usize::from(lowest)
+}
+
+/// With a million knocks about a hundred share their sequence number with another: those that came later are in `more`.
+#[derive(Default)]
+struct Shard {
     first: HashMap<u32, Candidate>,
     more: HashMap<u32, Vec<Candidate>>,
 }
 
-impl Live {
+impl Shard {
+    fn len(&self) -> usize {
+        self.first.len() + self.more.values().map(Vec::len).sum::<usize>()
+    }
+
+    fn candidates(&self, sequence: u32) -> impl Iterator<Item = Candidate> {
+        let first = self.first.get(&sequence);
+        let more = first.and_then(|_| self.more.get(&sequence));
+        first.into_iter().chain(more.into_iter().flatten()).copied()
+    }
+
     fn insert(&mut self, sequence: u32, candidate: Candidate) {
         match self.first.entry(sequence) {
             Entry::Vacant(vacant) => {
@@ -183,28 +229,28 @@ impl Live {
 
 #[cfg(test)]
 mod tests {
-    use super::{Candidate, Live};
+    use super::{Candidate, Shard};
 
     #[test]
     fn knocks_that_share_a_sequence_number_come_and_go_one_by_one() {
         let knock = |n| Candidate { user: 0, n, port: 22 };
-        let mut live = Live::default();
+        let mut shard = Shard::default();
         for n in 1..=3 {
-            live.insert(7, knock(n));
+            shard.insert(7, knock(n));
         }
-        let all = |live: &Live| {
-            let mut all: Vec<u64> = live.first.get(&7).into_iter().map(|c| c.n).collect();
-            all.extend(live.more.get(&7).into_iter().flatten().map(|c| c.n));
+        let all = |shard: &Shard| {
+            let mut all: Vec<u64> = shard.first.get(&7).into_iter().map(|c| c.n).collect();
+            all.extend(shard.more.get(&7).into_iter().flatten().map(|c| c.n));
             all.sort_unstable();
             all
         };
-        live.remove(7, knock(1));
-        assert_eq!(all(&live), [2, 3]);
-        live.remove(7, knock(1));
-        assert_eq!(all(&live), [2, 3], "what is gone is not removed twice");
-        live.remove(7, knock(2));
-        assert_eq!(all(&live), [3]);
-        live.remove(7, knock(3));
-        assert!(live.first.is_empty() && live.more.is_empty());
+        shard.remove(7, knock(1));
+        assert_eq!(all(&shard), [2, 3]);
+        shard.remove(7, knock(1));
+        assert_eq!(all(&shard), [2, 3], "what is gone is not removed twice");
+        shard.remove(7, knock(2));
+        assert_eq!(all(&shard), [3]);
+        shard.remove(7, knock(3));
+        assert!(shard.first.is_empty() && shard.more.is_empty());
     }
 }
