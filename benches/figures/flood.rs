@@ -6,9 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use knockq::packet::{Flow, KernelSettings, Persona};
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::lab::{Family, Host, Lab};
+use crate::latency::RawSocket;
+use crate::machine;
 
 /// The system that all packets here claim to be of.
 pub const KERNEL: KernelSettings = KernelSettings {
@@ -28,6 +29,9 @@ const PACKETS: u32 = 1 << 16;
 /// Time between two handfuls: at 100,000 a second, one of them is of 20 SYNs.
 const PAUSE: Duration = Duration::from_micros(200);
 
+/// When the sender did not run for longer than this, it does not make up for it: a burst would be another flood.
+const BEHIND: Duration = Duration::from_millis(5);
+
 /// No flood lasts longer, whatever happens to those who measure.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -37,7 +41,7 @@ pub struct Flooded {
     pub rate: f64,
     /// SYNs that reached the queue, the knocks among them.
     pub queued: u64,
-    /// SYNs that were sent and did not reach the queue, or that the queue dropped unread.
+    /// SYNs that the queue dropped unread.
     pub dropped: u64,
     /// Share of a core that sending took, with the kernel's work up to the queue.
     pub generator: f64,
@@ -66,18 +70,19 @@ pub fn during<T: Send>(lab: &Lab, rate: u32, work: impl FnOnce() -> T + Send) ->
 }
 
 fn send(rate: u32, packets: &[Vec<u8>], is_over: &AtomicBool) -> (u32, Duration, Duration) {
-    let (socket, start) = (crate::latency::RawSocket::new(), Instant::now());
-    let mut sent = 0;
+    let (socket, start) = (RawSocket::new(), Instant::now());
+    let (mut sent, mut next) = (0, start);
     while !is_over.load(Ordering::Relaxed) && start.elapsed() < LIMIT {
-        let due = start.elapsed().as_secs_f64() * f64::from(rate);
-        while f64::from(sent) < due {
+        let now = Instant::now();
+        next = next.max(now - BEHIND);
+        while next <= now {
             socket.send(&packets[usize::try_from(sent % PACKETS).unwrap()]);
             sent += 1;
+            next += Duration::from_secs(1) / rate;
         }
         thread::sleep(PAUSE);
     }
-    let cpu = clock_gettime(ClockId::ThreadCPUTime);
-    (sent, start.elapsed(), Duration::try_from(cpu).unwrap())
+    (sent, start.elapsed(), machine::cpu_of_thread())
 }
 
 /// Random where a genuine SYN is; from 65,536 addresses.

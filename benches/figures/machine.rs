@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::unistd::Pid;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::percentile;
 
@@ -78,6 +79,10 @@ pub fn times(pid: Pid) -> Times {
 pub fn software_interrupts() -> Duration {
     let text = fs::read_to_string("/proc/stat").unwrap();
     ticks(text.split_whitespace().nth(7).unwrap())
+}
+
+pub fn cpu_of_thread() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap()
 }
 
 /// A hundred a second, on every architecture that this runs on (`USER_HZ`).

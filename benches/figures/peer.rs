@@ -114,9 +114,8 @@ fn fwknop(count: u32, mode: &[&str]) -> Latencies {
     let _daemon = Peer::start(&lab, command.arg("-p").arg(pid).arg("-d").arg(digests));
     measure(&lab, count, PACE, || {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.connect((Family::V4.server(), 62201)).unwrap();
         move |number| {
-            let _ = socket.send(&datagrams[number]); // refused where libpcap reads it: nobody is bound to the port
+            socket.send_to(&datagrams[number], (Family::V4.server(), 62201)).unwrap();
         }
     })
 }

@@ -36,15 +36,13 @@ done
 
 /// Makes `knockq serve` work on this kernel, for this process and those that it starts. Call it before any thread.
 pub fn provide() {
+    install("nft", "nftables");
+    install("ip", "iproute2");
     let nft = format!("{NFT} -c -f - <<'END'\n{PROBE}\nEND");
     if succeeds(Command::new("unshare").args(["-n", "sh", "-c", &nft])) {
         return;
     }
-    if !succeeds(Command::new("iptables-nft").arg("--version")) {
-        eprintln!("installing iptables, for this kernel lacks nft's queue statement");
-        let install = "apt-get -qq -y --no-install-recommends install iptables >/dev/null";
-        assert!(succeeds(Command::new("sh").args(["-c", install])), "{install}");
-    }
+    install("iptables-nft", "iptables");
     // Found by this descriptor once something else is mounted over it; it is left open for as long as this process lives.
     let real = File::open(NFT).unwrap().into_raw_fd();
     let real = format!("/proc/{}/fd/{real}", std::process::id());
@@ -55,6 +53,16 @@ pub fn provide() {
     fs::set_permissions(&stand_in, Permissions::from_mode(0o755)).unwrap();
     mount(Some(&stand_in), NFT, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
     fs::remove_file(&stand_in).unwrap(); // the mount keeps it
+}
+
+fn install(program: &str, package: &str) {
+    if succeeds(Command::new("sh").args(["-c", &format!("command -v {program}")])) {
+        return;
+    }
+    eprintln!("installing {package}");
+    let install = format!("apt-get -qq -y --no-install-recommends install {package}");
+    let script = format!("{install} || {{ apt-get -qq update && {install}; }}");
+    assert!(succeeds(Command::new("sh").args(["-c", &script])), "{package} cannot be installed: are you root?");
 }
 
 fn succeeds(command: &mut Command) -> bool {
