@@ -17,7 +17,7 @@ UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 BINARY      ?= target/release/knockq
 
-.PHONY: all install uninstall demo test test-newer-kernel check clean
+.PHONY: all install uninstall demo test test-newer-kernel bench check clean
 all:
 	$(CARGO) build --release
 
@@ -38,6 +38,13 @@ test:
 # End to end once more on the next Debian's kernel, which has tables that nobody else can flush (Linux 6.9).
 test-newer-kernel:
 	KERNEL_SUITE=trixie RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end
+
+# The table of docs/performance.md, from the binary that `cargo build --release` makes; needs root and a quiet machine.
+# QUICK=1 does a little of each; ONLY=cpu does one, or several in quotes. The files lie under target/, on a real disk.
+bench:
+	@mkdir -p target/tmp
+	@env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER \
+		TMPDIR=$(CURDIR)/target/tmp $(if $(QUICK),QUICK=1) $(CARGO) bench --quiet --bench figures -- $(ONLY)
 
 # What a reviewer's machine checks before it runs the tests.
 check:

@@ -3,6 +3,8 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
@@ -24,6 +26,10 @@ use crate::service::{HostAddress, Name};
 
 /// Seconds that a counter may lie ahead of the clock before the client waits: few servers' clocks are further behind.
 const AHEAD: u64 = 30;
+
+/// Time that the server has to open the door before anything connects: half a millisecond and a write to its disk. A SYN
+/// that comes too early is dropped, and the kernel sends it again only after a second.
+const OPENING: Duration = Duration::from_millis(10);
 
 /// Ports that are asked for until one was not used before in this boot.
 const PORT_TRIES: usize = 16;
@@ -217,7 +223,7 @@ impl RawSockets {
         Ok(sockets)
     }
 
-    /// Sends the packet of a knock, as it is.
+    /// Sends the packet of a knock, as it is, and gives the server a moment to open the door.
     ///
     /// # Errors
     /// The kernel's.
@@ -232,6 +238,7 @@ impl RawSockets {
         bind(socket, &source).map_err(|errno| SendError::RawSocket(errno.into()))?;
         sendto(socket, &knock.packet, SendFlags::empty(), &destination)
             .map_err(|errno| SendError::Send { server: destination.ip(), cause: errno.into() })?;
+        thread::sleep(OPENING);
         Ok(())
     }
 }

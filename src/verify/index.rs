@@ -91,19 +91,17 @@ impl Index {
 
     /// The knocks that could bear this sequence number.
     pub fn candidates(&self, sequence: u32) -> impl Iterator<Item = Candidate> {
-        let first = self.live.first.get(&sequence);
-        let more = first.and_then(|_| self.live.more.get(&sequence));
-        first.into_iter().chain(more.into_iter().flatten()).copied()
+        self.live.candidates(sequence)
     }
 
     /// How many knocks are live.
     pub fn len(&self) -> usize {
-        self.live.first.len() + self.live.more.values().map(Vec::len).sum::<usize>()
+        self.live.len()
     }
 
     /// Whether no knock is live.
     pub fn is_empty(&self) -> bool {
-        self.live.first.is_empty()
+        self.len() == 0
     }
 
     /// Adds up to `most` keys to the newest row; returns how many.
@@ -142,17 +140,37 @@ impl Index {
     }
 }
 
-/// The knock behind each sequence number. With a million of them about a hundred share theirs with another: those that
-/// came later are in `more`.
-#[derive(Default)]
+/// Parts of [`Live`]. A hash map that entries come into and go from is at times put in order as a whole: 65 ms for a
+/// million entries. Parts are so one by one.
+const PARTS: u16 = 1024;
+
+/// The knock behind each sequence number, in parts by the number's low bits. With a million knocks about a hundred share
+/// theirs with another: those that came later are in `more`.
 struct Live {
-    first: HashMap<u32, Candidate>,
+    first: Vec<HashMap<u32, Candidate>>,
     more: HashMap<u32, Vec<Candidate>>,
 }
 
+impl Default for Live {
+    fn default() -> Self {
+        Self { first: (0..PARTS).map(|_| HashMap::new()).collect(), more: HashMap::new() }
+    }
+}
+
 impl Live {
+    fn candidates(&self, sequence: u32) -> impl Iterator<Item = Candidate> {
+        let first = self.first.get(part(sequence)).and_then(|part| part.get(&sequence));
+        let more = first.and_then(|_| self.more.get(&sequence));
+        first.into_iter().chain(more.into_iter().flatten()).copied()
+    }
+
+    fn len(&self) -> usize {
+        self.first.iter().map(HashMap::len).sum::<usize>() + self.more.values().map(Vec::len).sum::<usize>()
+    }
+
     fn insert(&mut self, sequence: u32, candidate: Candidate) {
-        match self.first.entry(sequence) {
+        let Some(first) = self.first.get_mut(part(sequence)) else { return };
+        match first.entry(sequence) {
             Entry::Vacant(vacant) => {
                 vacant.insert(candidate);
             }
@@ -161,16 +179,17 @@ impl Live {
     }
 
     fn remove(&mut self, sequence: u32, candidate: Candidate) {
-        let is_first = self.first.get(&sequence) == Some(&candidate);
+        let Some(first) = self.first.get_mut(part(sequence)) else { return };
+        let is_first = first.get(&sequence) == Some(&candidate);
         let Some(others) = self.more.get_mut(&sequence) else {
             if is_first {
-                self.first.remove(&sequence);
+                first.remove(&sequence);
             }
             return;
         };
         if is_first {
             if let Some(next) = others.pop() {
-                self.first.insert(sequence, next);
+                first.insert(sequence, next);
             }
         } else {
             others.retain(|other| *other != candidate);
@@ -179,6 +198,12 @@ impl Live {
             self.more.remove(&sequence);
         }
     }
+}
+
+/// Which part a sequence number is in.
+fn part(sequence: u32) -> usize {
+    let [low, high, ..] = sequence.to_le_bytes();
+    usize::from(u16::from_le_bytes([low, high]) % PARTS)
 }
 
 #[cfg(test)]
@@ -193,8 +218,7 @@ mod tests {
             live.insert(7, knock(n));
         }
         let all = |live: &Live| {
-            let mut all: Vec<u64> = live.first.get(&7).into_iter().map(|c| c.n).collect();
-            all.extend(live.more.get(&7).into_iter().flatten().map(|c| c.n));
+            let mut all: Vec<u64> = live.candidates(7).map(|knock| knock.n).collect();
             all.sort_unstable();
             all
         };
@@ -205,6 +229,6 @@ mod tests {
         live.remove(7, knock(2));
         assert_eq!(all(&live), [3]);
         live.remove(7, knock(3));
-        assert!(live.first.is_empty() && live.more.is_empty());
+        assert_eq!((live.len(), live.more.len()), (0, 0));
     }
 }
