@@ -35,7 +35,11 @@ pub enum Loss {
 }
 
 /// A socket on which the kernel tells of changes to any table.
-pub struct Watch(Socket);
+pub struct Watch {
+    socket: Socket,
+    /// What was deleted since a rule was added last.
+    unmended: Loss,
+}
 
 impl Watch {
     /// Starts listening. It needs CAP_NET_ADMIN, for the size of its buffer.
@@ -48,11 +52,11 @@ impl Watch {
         socket.add_membership(GROUP)?;
         socket.set_non_blocking(true)?;
         set_socket_recv_buffer_size_force(&socket, BUFFER)?;
-        Ok(Self(socket))
+        Ok(Self { socket, unmended: Loss::Nothing })
     }
 
-    /// Reads what has been told; the worst that was deleted. Loading the table again deletes rules too: read that away
-    /// before going on.
+    /// Reads what has been told; the worst that was deleted. Loading the table again deletes rules too: then
+    /// [`Watch::unmended`] tells what it has not made good.
     ///
     /// # Errors
     /// The kernel's.
@@ -60,20 +64,34 @@ impl Watch {
         let mut loss = Loss::Nothing;
         loop {
             let mut datagram = Vec::with_capacity(DATAGRAM);
-            match self.0.recv(&mut datagram, 0) {
-                Ok(_) => loss = messages(&datagram).map(|message| loss_by(&message)).fold(loss, Loss::max),
+            match self.socket.recv(&mut datagram, 0) {
+                Ok(_) => {
+                    for message in messages(&datagram) {
+                        let deleted = loss_by(&message);
+                        self.unmended = if adds_rule(&message) { Loss::Nothing } else { self.unmended.max(deleted) };
+                        loss = loss.max(deleted);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => loss = Loss::Doors,
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
+                    (loss, self.unmended) = (Loss::Doors, Loss::Doors);
+                }
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// What was deleted after the last rule was added. A load ends with adding rules, so whatever this is, somebody else
+    /// has deleted it since.
+    pub const fn unmended(&self) -> Loss {
+        self.unmended
     }
 }
 
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
@@ -87,6 +105,13 @@ fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<NetfilterMes
         Some(NetlinkMessage::deserialize(message).ok())
     })
     .flatten()
+}
+
+/// Whether this adds a rule to our table.
+fn adds_rule(message: &NetlinkMessage<NetfilterMessage>) -> bool {
+    let NetlinkPayload::InnerMessage(message) = &message.payload else { return false };
+    let NetfilterMessageInner::NfTables(NfTablesMessage::NewRule(rule)) = &message.inner else { return false };
+    rule.attributes.iter().any(|a| matches!(a, RuleAttribute::Table(name) if name == TABLE))
 }
 
 fn loss_by(message: &NetlinkMessage<NetfilterMessage>) -> Loss {
