@@ -14,7 +14,7 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::channel::{Message, message_pair};
-use super::children::{Children, Event};
+use super::children::{CONFIGURATION, Children, Event};
 use super::configuration::{Fixed, Plan};
 use super::control::{self, Control, ControlError, Reply, Request};
 use super::gate::{Gate, GateError};
@@ -152,10 +152,10 @@ fn bring_up(
     trial: Option<Duration>,
 ) -> Result<(Fixed, Control, Gate), Ended> {
     let ignore = |_: &mut Children, _| Ok(());
-    children.start("configuration", &["--config".as_ref(), config_path.as_os_str()])?;
-    let (_, read) = children.wait_for("configuration", &[Message::Ready], ignore)?;
+    children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
+    let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], ignore)?;
     let [plan, settings, policy] = three(read)?;
-    children.dismiss("configuration");
+    children.dismiss(CONFIGURATION);
     let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
     for account in missing_accounts {
         let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
@@ -228,8 +228,8 @@ impl Keeper {
                 Some(Event::Signal(SIGHUP)) => self.reload(None)?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Request) => self.answer(control.accept())?,
-                Some(Event::Message("configuration", Message::Ready, read)) => self.take_configuration(read)?,
-                Some(Event::Gone("configuration")) => self.keep_configuration()?,
+                Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
+                Some(Event::Gone(CONFIGURATION)) => self.keep_configuration()?,
                 Some(Event::Gone(_)) => return Err(Ended::Failed(self.children.bury())),
                 Some(Event::Message("monitor", Message::Lost, _)) => self.restore()?,
                 Some(Event::Message(..)) => {}
@@ -280,18 +280,18 @@ impl Keeper {
 
     /// Has the configuration read by a child, while everything goes on; once more if that is being done already.
     fn reload(&mut self, asker: Option<UnixStream>) -> io::Result<()> {
-        if self.children.has("configuration") {
+        if self.children.has(CONFIGURATION) {
             self.late.get_or_insert_default().extend(asker);
             return Ok(());
         }
         self.askers.extend(asker);
         sd_notify::notify(&[sd_notify::NotifyState::Reloading, sd_notify::NotifyState::monotonic_usec_now()?])?;
-        self.children.start("configuration", &["--config".as_ref(), self.config_path.as_os_str()])
+        self.children.start(CONFIGURATION, &["--config".as_ref(), self.config_path.as_os_str()])
     }
 
     /// The configuration could not be read; the child has said why.
     fn keep_configuration(&mut self) -> Result<(), Ended> {
-        self.children.dismiss("configuration");
+        self.children.dismiss(CONFIGURATION);
         self.refuse("the configuration is refused", "knockq check")
     }
 
@@ -314,7 +314,7 @@ impl Keeper {
     /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the verifier
     /// prepares beside its work, and the table changes in one transaction.
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
-        self.children.dismiss("configuration");
+        self.children.dismiss(CONFIGURATION);
         let [plan, settings, policy] = three(read)?;
         let Plan { fixed, ruleset, users, services, knock_ports, .. } = handover::unseal(plan)?;
         if let Some(setting) = self.fixed.difference(&fixed) {
