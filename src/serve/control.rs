@@ -9,7 +9,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rustix::fs::Mode;
@@ -23,7 +23,7 @@ use crate::nft::Door;
 use crate::service::Name;
 
 /// Bytes of the longest request or reply.
-const MAX_LEN: u64 = 4096;
+const MAX_LEN: usize = 4096;
 
 /// Time that a client has to say what it wants, and to take the reply: the keeper waits for nobody.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -135,9 +135,8 @@ impl Control {
     pub fn accept(&self) -> Option<(Request, UnixStream)> {
         let (mut stream, _) = self.listener.accept().ok()?;
         stream.set_nonblocking(false).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).ok()?;
         stream.set_write_timeout(Some(PATIENCE)).ok()?;
-        Some((receive(&mut stream).ok()?, stream))
+        Some((receive(&mut stream, PATIENCE).ok()?, stream))
     }
 }
 
@@ -169,9 +168,8 @@ pub fn ask(directory: &Path, request: &Request) -> Result<Reply, ControlError> {
         _ => ControlError::Io { path: path.clone(), cause },
     })?;
     let mut talk = || {
-        stream.set_read_timeout(Some(WORK))?;
         send(&mut stream, request)?;
-        receive(&mut stream)
+        receive(&mut stream, WORK)
     };
     talk().map_err(|cause| ControlError::Io { path, cause })
 }
@@ -186,8 +184,19 @@ fn send<T: Serialize>(stream: &mut UnixStream, value: &T) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)
 }
 
-fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
-    let mut bytes = Vec::new();
-    stream.take(MAX_LEN).read_to_end(&mut bytes)?;
-    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+/// Takes all of it within this time, however slowly it drips.
+fn receive<T: DeserializeOwned>(stream: &mut UnixStream, patience: Duration) -> io::Result<T> {
+    let deadline = Instant::now() + patience;
+    let (mut bytes, mut piece) = (Vec::new(), [0; 512]);
+    while bytes.len() <= MAX_LEN {
+        let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+        stream.set_read_timeout(Some(left.ok_or(io::ErrorKind::TimedOut)?))?;
+        match stream.read(&mut piece) {
+            Ok(0) => return postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into()),
+            Ok(length) => bytes.extend(piece.iter().take(length)),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // a signal: SIGHUP, say
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
 }
