@@ -114,7 +114,8 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
     let mut children = Children::new(style)?;
     let config_path = path::absolute(config_path)?;
-    let ended = match bring_up(&mut children, &config_path, trial) {
+    let mut is_raised = false;
+    let ended = match bring_up(&mut children, &config_path, trial, &mut is_raised) {
         Ok((fixed, control, gate)) => {
             let mut keeper = Keeper::new(children, config_path, fixed, gate, trial);
             let Err(ended) = keeper.watch(&control);
@@ -122,7 +123,7 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
         }
         Err(ended) => {
             children.end();
-            ended
+            if trial.is_some() && is_raised { take_gate_away(ended) } else { ended }
         }
     };
     match ended {
@@ -150,12 +151,13 @@ impl<E: Into<ServeError>> From<E> for Ended {
     }
 }
 
-/// Starts everything. The order matters: the verifier understands knocks, then the queue is bound, then the table sends it
-/// packets.
+/// Starts everything, and notes when the gate is up. The order matters: the verifier understands knocks, then the queue is
+/// bound, then the table sends it packets.
 fn bring_up(
     children: &mut Children,
     config_path: &Path,
     trial: Option<Duration>,
+    is_raised: &mut bool,
 ) -> Result<(Fixed, Control, Gate), Ended> {
     let ignore = |_: &mut Children, _| Ok(());
     children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
@@ -187,6 +189,7 @@ fn bring_up(
     let include_file = config_path.with_file_name("knockq.nft");
     let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
     gate.raise()?;
+    *is_raised = true;
     gate.say_who_can_flush_it();
     let doors: Vec<OpenDoor> = nft::open_doors()?;
     children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
@@ -410,14 +413,16 @@ impl Keeper {
             self.gate.leave_shut();
         }
         self.children.end();
-        if self.trial.is_none() {
-            return ended;
-        }
-        match (nft::remove(), ended) {
-            (Err(error), _) => Ended::Failed(GateError::from(error).into()),
-            (Ok(()), Ended::Asked) => Ended::Unconfirmed,
-            (Ok(()), ended) => ended,
-        }
+        if self.trial.is_none() { ended } else { take_gate_away(ended) }
+    }
+}
+
+/// Nobody has confirmed it.
+fn take_gate_away(ended: Ended) -> Ended {
+    match (nft::remove(), ended) {
+        (Err(error), _) => Ended::Failed(GateError::from(error).into()),
+        (Ok(()), Ended::Asked) => Ended::Unconfirmed,
+        (Ok(()), ended) => ended,
     }
 }
 
