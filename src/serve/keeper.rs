@@ -360,7 +360,7 @@ impl Keeper {
         if let Some(setting) = self.fixed.difference(&fixed) {
             return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
         }
-        if self.gate.differs_from(&ruleset)
+        if (self.gate.is_for_others() || self.gate.differs_from(&ruleset))
             && let Err(error) = self.gate.could_become(&ruleset)
         {
             return self.refuse(&error.to_string(), "knockq ruleset --check");
