@@ -227,7 +227,17 @@ impl Keeper {
             );
             Instant::now() + time
         });
-        Self { children, config_path, fixed, gate, is_lost: false, trial, reading: None, askers: Vec::new(), late: None }
+        Self {
+            children,
+            config_path,
+            fixed,
+            gate,
+            is_lost: false,
+            trial,
+            reading: None,
+            askers: Vec::new(),
+            late: None,
+        }
     }
 
     /// Does what comes, until it is told to stop or a child dies.
@@ -317,7 +327,9 @@ impl Keeper {
                 self.reading = Some(Instant::now() + READING);
                 Ok(())
             }
-            Err(error) => self.refuse(&format!("nobody can be started to read the configuration: {error}"), "free resources"),
+            Err(error) => {
+                self.refuse(&format!("nobody can be started to read the configuration: {error}"), "free resources")
+            }
         }
     }
 
