@@ -92,7 +92,7 @@ pub fn run() -> Result<(), MonitorError> {
         info!("the table is owned: nobody else can change or flush it");
     }
     monitor.watch.loss()?; // the loading has deleted the rules of before
-    monitor.loss = monitor.watch.unmended();
+    monitor.loss = monitor.watch.take_unmended();
     monitor.take_over(handover::unseal(open_doors)?);
     monitor.keeper.send(Message::Ready, &[])?;
     monitor.watch_table()?;
@@ -195,7 +195,7 @@ impl Monitor {
         let loss = self.loss.max(self.watch.loss()?);
         self.is_loading = false;
         // The loading itself has deleted rules, and added them. What was deleted after that is another loss.
-        let unmended = if is_there { self.watch.unmended() } else { Loss::Doors };
+        let unmended = if is_there { self.watch.take_unmended() } else { Loss::Doors };
         if unmended != Loss::Nothing {
             self.loss = loss.max(unmended);
             self.let_go_of_table()?;
