@@ -9,10 +9,11 @@ use serde::Serialize;
 use super::columns::columns;
 use super::failure::Failure;
 use super::{ConfigArg, note, print};
-use crate::config::server::RUNTIME_DIRECTORY;
+use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{Network, ServerConfig};
 use crate::nft::{self, Doors, OpenDoor};
 use crate::serve::control::{self, ControlError, Reply, Request, Selection};
+use crate::serve::keeper;
 use crate::service::{Name, Port};
 
 #[derive(Args)]
@@ -118,9 +119,11 @@ impl Revoke {
             SelectionArgs { .. } => Selection::All,
         };
         let meant: Vec<OpenDoor> = nft::open_doors()?.into_iter().filter(|open| covers(&selection, open)).collect();
-        match ask(&runtime(&self.config.config), &Request::Revoke(selection)) {
+        let (runtime, queue) = runtime(&self.config.config);
+        match ask(&runtime, &Request::Revoke(selection)) {
             // A daemon that is not there holds no book, and no table.
             Err(Refusal::Control(ControlError::NotRunning { .. })) => {
+                must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
                 meant.iter().try_for_each(|open| doors.close(&open.door))?;
             }
@@ -163,7 +166,7 @@ pub(super) struct Confirm {
 
 impl Confirm {
     pub(super) fn run(self) -> Result<(), Failure> {
-        ask(&runtime(&self.config.config), &Request::Confirm)?;
+        ask(&runtime(&self.config.config).0, &Request::Confirm)?;
         print("Confirmed: the gate stays.\n")
     }
 }
@@ -190,9 +193,19 @@ pub(super) fn ask(runtime: &Path, request: &Request) -> Result<(), Refusal> {
     }
 }
 
-/// Where the daemon listens. A configuration that is broken now does not keep anybody from shutting doors.
-fn runtime(config: &Path) -> PathBuf {
-    ServerConfig::load(config).map_or_else(|_| RUNTIME_DIRECTORY.into(), |config| config.runtime)
+/// Where the daemon listens, and its queue. A configuration that is broken now does not keep anybody from shutting doors.
+fn runtime(config: &Path) -> (PathBuf, u16) {
+    ServerConfig::load(config)
+        .map_or_else(|_| (RUNTIME_DIRECTORY.into(), QUEUE), |config| (config.runtime, config.queue))
+}
+
+/// Fails if a daemon runs although nobody listens for commands: it would know nothing of what is done without it.
+pub(super) fn must_not_run(runtime: &Path, queue: u16) -> Result<(), Failure> {
+    keeper::refuse_taken_queue(queue).map_err(|error| {
+        let runtime = runtime.display();
+        Failure::new(format!("the daemon runs, but does not listen in {runtime}: {error}"))
+            .hint("name its configuration with --config; if its socket was deleted: systemctl restart knockq")
+    })
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::failure::Failure;
+use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
@@ -30,6 +30,10 @@ impl PrintRuleset {
             let include_file = self.config.config.with_file_name("knockq.nft");
             let ruleset = secure_file::read(&include_file, Privacy::Public)
                 .map_err(|error| Failure::from(error).or_hint("`knockq serve` makes it; `knockq ruleset` prints it"))?;
+            if !nft::is_whole(&ruleset) {
+                let message = format!("{}: is not whole, so it would let all in", include_file.display());
+                return Err(Failure::new(message).hint("`knockq serve` makes it anew").code(CONFIGURATION));
+            }
             nft::install(&ruleset)?;
             return Ok(());
         }

@@ -22,6 +22,9 @@ pub const STATE_DIRECTORY: &str = "/var/lib/knockq";
 /// Where the daemon's socket is, unless `runtime` names another directory.
 pub const RUNTIME_DIRECTORY: &str = "/run/knockq";
 
+/// The queue, unless `queue` names another one.
+pub const QUEUE: u16 = 4097;
+
 /// Seconds that a window may have: below, knocks fail on the slightest skew; above, the index grows past its use.
 const WINDOWS: Range<u32> = 5..601;
 
@@ -138,7 +141,7 @@ impl ServerConfig {
             window,
             answer: server.answer,
             ruleset_mode: server.ruleset,
-            queue: server.queue.unwrap_or(4097),
+            queue: server.queue.unwrap_or(QUEUE),
             account: server.user.map_or_else(|| "knockq".to_owned(), String::from),
             trusted: server.trusted.into_iter().map(|network| network.0).collect(),
             addresses: server.address,

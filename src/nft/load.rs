@@ -65,6 +65,12 @@ pub(super) fn list_table(table: &str) -> Result<String, NftError> {
     run(&["-j", "list", "table", "inet", table], "").map_err(missing)
 }
 
+/// Whether a table is there but looks at no packet, which nft's JSON does not tell.
+pub(super) fn is_dormant(table: &str) -> Result<bool, NftError> {
+    let listing = run(&["-t", "list", "table", "inet", table], "").map_err(missing)?;
+    Ok(listing.lines().any(|line| line.starts_with("\tflags ") && line.contains("dormant")))
+}
+
 /// One of our sets, as JSON.
 pub(super) fn list_set(set: &str) -> Result<String, NftError> {
     run(&["-j", "list", "set", "inet", TABLE, set], "").map_err(missing)

@@ -10,7 +10,7 @@ pub mod watch;
 pub use elements::{Door, Doors, ElementError, Ownership};
 pub use list::{OpenDoor, open_doors};
 pub use load::{NftError, check};
-pub use ruleset::Ruleset;
+pub use ruleset::{Ruleset, is_whole};
 pub use table::{TableError, install, is_live, remove};
 pub use watch::{Loss, Watch};
 

@@ -98,6 +98,12 @@ add rule inet TABLE door meta l4proto tcp reject with tcp reset
 add rule inet TABLE door reject with icmpx type port-unreachable
 ";
 
+/// Whether an include file goes to its end. A part of it, or an empty file, would load too, and let all in.
+pub fn is_whole(include_file: &str) -> bool {
+    let refuses = |refusal: &str| include_file.contains(&refusal.replace("TABLE", super::TABLE));
+    [DROP, RESET].into_iter().any(refuses)
+}
+
 impl Ruleset {
     /// The include file under another table's name, for a check that the live table has no say in.
     pub fn for_check(&self) -> String {

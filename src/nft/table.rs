@@ -3,7 +3,7 @@
 use serde_json::Value;
 use thiserror::Error;
 
-use super::load::{NftError, list_table, load};
+use super::load::{NftError, is_dormant, list_table, load};
 use super::{Doors, ElementError, Ownership, Ruleset, TABLE};
 
 /// Name of the table that is made for comparison only: dormant, so that it touches no packet.
@@ -53,6 +53,9 @@ pub fn remove() -> Result<(), TableError> {
 /// When nft cannot make the ruleset, or list it. That there is no table is no error.
 pub fn is_live(ruleset: &Ruleset) -> Result<bool, NftError> {
     let Ok(live) = list_table(TABLE) else { return Ok(false) };
+    if is_dormant(TABLE)? {
+        return Ok(false);
+    }
     let fresh = format!("add table inet {SHADOW}\ndelete table inet {SHADOW}\n");
     let dormant = ruleset
         .render(SHADOW)

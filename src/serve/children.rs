@@ -22,6 +22,9 @@ use super::process::Process;
 /// Time that a child has to do what it was asked: ten thousand users take two seconds.
 const WORK: Duration = Duration::from_secs(60);
 
+/// The role of the child that reads the configuration. It alone comes and goes.
+pub(super) const CONFIGURATION: &str = "configuration";
+
 /// Child processes by their roles, and the signals that reach the keeper.
 pub(super) struct Children {
     processes: Vec<Process>,
@@ -69,7 +72,8 @@ impl Children {
             .try_for_each(|process| process.send(message, descriptors))
     }
 
-    /// Waits for a child to say one of these; hands all else that happens meanwhile to `otherwise`.
+    /// Waits for a child to say one of these; hands all else that happens meanwhile to `otherwise`. What the child
+    /// `configuration` says or does waits, unless it is the one: its end is nobody else's.
     pub(super) fn wait_for(
         &mut self,
         name: &'static str,
@@ -78,7 +82,7 @@ impl Children {
     ) -> Result<(Message, Vec<OwnedFd>), Ended> {
         let deadline = Instant::now() + WORK;
         loop {
-            match self.next(None, Some(deadline))? {
+            match self.next_of(|other| other == name || other != CONFIGURATION, None, Some(deadline))? {
                 Some(Event::Message(from, said, descriptors)) if from == name && messages.contains(&said) => {
                     return Ok((said, descriptors));
                 }
@@ -92,8 +96,19 @@ impl Children {
 
     /// Waits for the next event; `None` when the deadline has passed.
     pub(super) fn next(&mut self, control: Option<&Control>, deadline: Option<Instant>) -> io::Result<Option<Event>> {
+        self.next_of(|_| true, control, deadline)
+    }
+
+    /// The same, but of the children only those in these roles are heard.
+    fn next_of(
+        &mut self,
+        is_heard: impl Fn(&str) -> bool,
+        control: Option<&Control>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Option<Event>> {
         let signals = self.signals.iter().map(|(_, stream)| stream.as_fd());
-        let channels = self.processes.iter().filter_map(|child| child.channel.as_ref()).map(AsFd::as_fd);
+        let heard: Vec<&Process> = self.processes.iter().filter(|child| is_heard(child.name)).collect();
+        let channels = heard.iter().filter_map(|child| child.channel.as_ref()).map(AsFd::as_fd);
         let sources = signals.chain(channels).chain(control.map(AsFd::as_fd));
         let mut sources: Vec<PollFd<'_>> =
             sources.map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN)).collect();
@@ -108,16 +123,16 @@ impl Children {
         }
         let first = sources.iter().position(|source| !source.revents().is_empty()).unwrap_or_default();
         drop(sources);
-        self.event_at(first).map(Some)
+        self.event_at(first, &heard).map(Some)
     }
 
-    /// The event at a place in the order of [`Children::next`].
-    fn event_at(&mut self, place: usize) -> io::Result<Event> {
+    /// The event at a place in the order of [`Children::next_of`].
+    fn event_at(&self, place: usize, heard: &[&Process]) -> io::Result<Event> {
         if let Some((signal, stream)) = self.signals.get(place) {
             (&mut &*stream).read_exact(&mut [0])?;
             return Ok(Event::Signal(*signal));
         }
-        let Some(child) = self.processes.get(place - self.signals.len()) else { return Ok(Event::Request) };
+        let Some(child) = heard.get(place - self.signals.len()) else { return Ok(Event::Request) };
         Ok(match child.channel.as_ref().map(Channel::receive) {
             Some(Ok(Some((message, descriptors)))) => Event::Message(child.name, message, descriptors),
             _ => Event::Gone(child.name),

@@ -139,6 +139,7 @@ fn policy(config: &ServerConfig, identity: Identity) -> Policy {
     Policy {
         identity,
         queue: config.queue,
+        owns_table: config.ruleset_mode == RulesetMode::Managed,
         answer: config.answer,
         services: services.collect(),
         users: users.collect(),

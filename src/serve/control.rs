@@ -184,10 +184,15 @@ fn send<T: Serialize>(stream: &mut UnixStream, value: &T) -> io::Result<()> {
 
 fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
     let mut bytes = [0; MAX_LEN];
-    match stream.read(&mut bytes)? {
-        0 => Err(io::ErrorKind::UnexpectedEof.into()),
-        length => {
-            postcard::from_bytes(bytes.get(..length).unwrap_or_default()).map_err(|_| io::ErrorKind::InvalidData.into())
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(length) => {
+                let value = postcard::from_bytes(bytes.get(..length).unwrap_or_default());
+                return value.map_err(|_| io::ErrorKind::InvalidData.into());
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // by a signal: SIGHUP, say
+            Err(error) => return Err(error),
         }
     }
 }

@@ -42,6 +42,11 @@ impl Gate {
         Self { ruleset, mode, include_file, is_ours_alone: false }
     }
 
+    /// Others load the table.
+    pub(super) fn is_for_others(&self) -> bool {
+        self.mode == RulesetMode::External
+    }
+
     /// Whether this ruleset would make another table.
     pub(super) fn differs_from(&self, ruleset: &Ruleset) -> bool {
         self.ruleset != *ruleset
@@ -52,7 +57,7 @@ impl Gate {
         match self.mode {
             RulesetMode::External => self.expect_live(&self.ruleset),
             RulesetMode::Managed => {
-                self.is_ours_alone = nft::install(&self.ruleset.to_string())?;
+                self.is_ours_alone = self.install()?;
                 self.keep();
                 Ok(())
             }
@@ -81,7 +86,13 @@ impl Gate {
     /// Replaces the table by that of another ruleset, or leaves it as it is.
     pub(super) fn replace(&mut self, ruleset: Ruleset) -> Result<(), GateError> {
         let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
-        next.raise()?;
+        match self.mode {
+            RulesetMode::External => next.raise()?,
+            RulesetMode::Managed => {
+                next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
+                next.keep();
+            }
+        }
         *self = next;
         Ok(())
     }
@@ -93,14 +104,7 @@ impl Gate {
         if self.mode == RulesetMode::External {
             return Ok(self.is_live());
         }
-        let mut tries = 0;
-        while let Err(error) = nft::install(&self.ruleset.to_string()) {
-            tries += 1;
-            if tries == RESTORE_TRIES {
-                return Err(error.into());
-            }
-            std::thread::sleep(RESTORE_PAUSE);
-        }
+        self.install_in_spite_of_others()?;
         warn!("somebody else changed or deleted table inet knockq: it is loaded again, and open doors are open again");
         Ok(true)
     }
@@ -117,8 +121,23 @@ impl Gate {
     /// Whatever happened: if the table is gone, the gate must not stay open. If we own it, it cannot be.
     pub(super) fn leave_shut(&self) {
         if self.mode == RulesetMode::Managed {
-            let _ = nft::install(&self.ruleset.to_string());
+            let _ = self.install();
         }
+    }
+
+    fn install(&self) -> Result<bool, TableError> {
+        nft::install(&self.ruleset.to_string())
+    }
+
+    /// Whoever flushes all tables may be at it still.
+    fn install_in_spite_of_others(&self) -> Result<bool, TableError> {
+        for _ in 1..RESTORE_TRIES {
+            if let Ok(installed) = self.install() {
+                return Ok(installed);
+            }
+            std::thread::sleep(RESTORE_PAUSE);
+        }
+        self.install()
     }
 
     fn is_live(&self) -> bool {

@@ -13,7 +13,7 @@ use signal_hook::consts::SIGHUP;
 use tracing::{error, info, warn};
 
 use super::channel::{Message, message_pair};
-use super::children::{Children, Event};
+use super::children::{CONFIGURATION, Children, Event};
 use super::configuration::{Fixed, Plan};
 use super::control::{self, Control, Reply, Request};
 use super::ending::{Ended, ServeError};
@@ -27,6 +27,12 @@ use crate::queue::relay;
 
 /// Time between two looks at a table that others have to load.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// Time that reading the configuration may take: ten thousand users take two seconds.
+const READING: Duration = Duration::from_secs(60);
+
+/// Who may wait for a reload at most: each holds a descriptor.
+const MAX_ASKERS: usize = 64;
 
 /// Where the kernel lists who has which queue.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
@@ -72,10 +78,10 @@ fn bring_up(
     config_path: &Path,
     trial: Option<Duration>,
 ) -> Result<(Fixed, Control, Gate), Ended> {
-    children.start("configuration", &["--config".as_ref(), config_path.as_os_str()])?;
-    let (_, read) = children.wait_for("configuration", &[Message::Ready], |_, _| Ok(()))?;
+    children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
+    let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
     let [plan, settings, policy] = three(read)?;
-    children.dismiss("configuration");
+    children.dismiss(CONFIGURATION);
     let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
     for account in missing_accounts {
         let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
@@ -93,15 +99,12 @@ fn bring_up(
     let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
     gate.raise()?;
     if let Err(ended) = show_doors(children) {
-        if trial.is_some() {
-            children.end();
-            let _ = nft::remove(); // nobody will be there to undo it
-        }
-        return Err(ended);
+        children.end();
+        return Err(if trial.is_some() { take_gate_away(ended) } else { ended });
     }
     gate.say_who_can_flush_it();
     info!(users, services, knock_ports, queue = fixed.queue, "ready");
-    sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
+    notify(&[sd_notify::NotifyState::Ready]);
     Ok((fixed, control, gate))
 }
 
@@ -136,6 +139,8 @@ struct Keeper {
     is_lost: bool,
     /// When the gate is undone unless somebody confirms it.
     trial: Option<Instant>,
+    /// When the child that reads the configuration has taken too long.
+    reading: Option<Instant>,
     /// Who waits for the reload that goes on.
     askers: Vec<UnixStream>,
     /// Who came too late for it: the files may have changed since it read them.
@@ -152,24 +157,37 @@ impl Keeper {
             );
             Instant::now() + time
         });
-        Self { children, config_path, fixed, gate, is_lost: false, trial, askers: Vec::new(), late: None }
+        Self {
+            children,
+            config_path,
+            fixed,
+            gate,
+            is_lost: false,
+            trial,
+            reading: None,
+            askers: Vec::new(),
+            late: None,
+        }
     }
 
     /// Does what comes, until it is told to stop or a child dies.
     fn watch(&mut self, control: &Control) -> Result<std::convert::Infallible, Ended> {
         loop {
             let look = self.is_lost.then(|| Instant::now() + LOOK);
-            let deadline = self.trial.into_iter().chain(look).min();
+            let deadline = self.trial.into_iter().chain(self.reading).chain(look).min();
             match self.children.next(Some(control), deadline)? {
                 Some(Event::Signal(SIGHUP)) => self.reload(None)?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Request) => self.answer(control.accept())?,
-                Some(Event::Message("configuration", Message::Ready, read)) => self.take_configuration(read)?,
-                Some(Event::Gone("configuration")) => self.keep_configuration()?,
+                Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
+                Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
                 Some(Event::Gone(_)) => return Err(Ended::Failed(self.children.bury())),
                 Some(Event::Message("monitor", Message::Lost, _)) => self.restore()?,
                 Some(Event::Message(..)) => {}
                 None if self.trial.is_some_and(|end| end <= Instant::now()) => return Err(Ended::Unconfirmed),
+                None if self.reading.is_some_and(|end| end <= Instant::now()) => {
+                    self.keep_configuration("reading the configuration takes too long")?;
+                }
                 None => self.restore()?,
             }
         }
@@ -191,11 +209,17 @@ impl Keeper {
 
     fn answer(&mut self, request: Option<(Request, UnixStream)>) -> Result<(), Ended> {
         match request {
-            Some((Request::Reload, stream)) => Ok(self.reload(Some(stream))?),
+            Some((Request::Reload, stream)) => self.reload(Some(stream)),
             Some((Request::Revoke(selection), stream)) => {
-                self.ask("monitor", Message::Revoke, &[&handover::seal(&selection)?])?;
-                control::reply(stream, &Reply::Done);
-                Ok(())
+                match handover::seal(&selection) {
+                    Ok(selection) => {
+                        self.ask("monitor", Message::Revoke, &[&selection])?;
+                        control::reply(stream, &Reply::Done);
+                    }
+                    Err(error) => control::reply(stream, &busy(&error.to_string())),
+                }
+                // A SIGHUP that came meanwhile.
+                if self.children.has(CONFIGURATION) { Ok(()) } else { self.reload_once_more() }
             }
             Some((Request::Confirm, stream)) => {
                 control::reply(stream, &self.confirm());
@@ -215,20 +239,39 @@ impl Keeper {
     }
 
     /// Has the configuration read by a child, while everything goes on; once more if that is being done already.
-    fn reload(&mut self, asker: Option<UnixStream>) -> io::Result<()> {
-        if self.children.has("configuration") {
-            self.late.get_or_insert_default().extend(asker);
+    fn reload(&mut self, asker: Option<UnixStream>) -> Result<(), Ended> {
+        if self.children.has(CONFIGURATION) {
+            let late = self.late.get_or_insert_default();
+            match asker {
+                Some(stream) if late.len() >= MAX_ASKERS => control::reply(stream, &busy("too many wait for a reload")),
+                asker => late.extend(asker),
+            }
             return Ok(());
         }
         self.askers.extend(asker);
-        sd_notify::notify(&[sd_notify::NotifyState::Reloading, sd_notify::NotifyState::monotonic_usec_now()?])?;
-        self.children.start("configuration", &["--config".as_ref(), self.config_path.as_os_str()])
+        if let Ok(now) = sd_notify::NotifyState::monotonic_usec_now() {
+            notify(&[sd_notify::NotifyState::Reloading, now]);
+        }
+        match self.children.start(CONFIGURATION, &["--config".as_ref(), self.config_path.as_os_str()]) {
+            Ok(()) => {
+                self.reading = Some(Instant::now() + READING);
+                Ok(())
+            }
+            Err(error) => {
+                self.refuse(&format!("nobody can be started to read the configuration: {error}"), "free resources")
+            }
+        }
     }
 
-    /// The configuration could not be read; the child has said why.
-    fn keep_configuration(&mut self) -> Result<(), Ended> {
-        self.children.dismiss("configuration");
-        self.refuse("the configuration is refused", "knockq check")
+    /// The configuration could not be read; if it was refused, the child has said why.
+    fn keep_configuration(&mut self, why: &str) -> Result<(), Ended> {
+        self.dismiss_reader();
+        self.refuse(why, "knockq check")
+    }
+
+    fn dismiss_reader(&mut self) {
+        self.reading = None;
+        self.children.dismiss(CONFIGURATION);
     }
 
     fn refuse(&mut self, why: &str, hint: &str) -> Result<(), Ended> {
@@ -239,24 +282,27 @@ impl Keeper {
 
     fn end_reload(&mut self, reply: impl Fn() -> Reply) -> Result<(), Ended> {
         self.askers.drain(..).for_each(|stream| control::reply(stream, &reply()));
-        sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
-        if let Some(late) = self.late.take() {
-            self.askers = late;
-            self.reload(None)?;
-        }
-        Ok(())
+        notify(&[sd_notify::NotifyState::Ready]);
+        self.reload_once_more()
+    }
+
+    /// For those who came too late for the last one, if there are any.
+    fn reload_once_more(&mut self) -> Result<(), Ended> {
+        let Some(late) = self.late.take() else { return Ok(()) };
+        self.askers = late;
+        self.reload(None)
     }
 
     /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the verifier
     /// prepares beside its work, and the table changes in one transaction.
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
-        self.children.dismiss("configuration");
+        self.dismiss_reader();
         let [plan, settings, policy] = three(read)?;
         let Plan { fixed, ruleset, users, services, knock_ports, .. } = handover::unseal(plan)?;
         if let Some(setting) = self.fixed.difference(&fixed) {
             return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
         }
-        if self.gate.differs_from(&ruleset)
+        if (self.gate.is_for_others() || self.gate.differs_from(&ruleset))
             && let Err(error) = self.gate.could_become(&ruleset)
         {
             return self.refuse(&error.to_string(), "knockq ruleset --check");
@@ -304,20 +350,33 @@ impl Keeper {
 
     /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
     fn stop(mut self, ended: Ended) -> Ended {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        notify(&[sd_notify::NotifyState::Stopping]);
         if self.trial.is_none() && matches!(ended, Ended::Failed(_)) {
             self.gate.leave_shut();
         }
         self.children.end();
-        if self.trial.is_none() {
-            return ended;
-        }
-        match (nft::remove(), ended) {
-            (Err(error), _) => Ended::Failed(GateError::from(error).into()),
-            (Ok(()), Ended::Asked) => Ended::Unconfirmed,
-            (Ok(()), ended) => ended,
-        }
+        if self.trial.is_none() { ended } else { take_gate_away(ended) }
     }
+}
+
+/// Nobody has confirmed it.
+fn take_gate_away(ended: Ended) -> Ended {
+    match (nft::remove(), ended) {
+        (Err(error), _) => Ended::Failed(GateError::from(error).into()),
+        (Ok(()), Ended::Asked) => Ended::Unconfirmed,
+        (Ok(()), ended) => ended,
+    }
+}
+
+/// The service manager may have gone, or never have been there: that is no reason to stop.
+fn notify(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!("the service manager does not listen: {error}");
+    }
+}
+
+fn busy(why: &str) -> Reply {
+    Reply::Refused { message: format!("the daemon cannot do this now: {why}"), hint: "try again".to_owned() }
 }
 
 fn three(descriptors: Vec<OwnedFd>) -> io::Result<[OwnedFd; 3]> {

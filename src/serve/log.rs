@@ -57,6 +57,7 @@ pub fn start(process: &'static str, style: Style) {
         .with_max_level(level)
         .with_ansi(false)
         .with_writer(io::stderr)
+        .log_internal_errors(false) // it would panic where standard error is a terminal that has gone
         .event_format(Lines { process, priorities: style.priorities })
         .finish();
     // A second call in one process leaves the first in charge.

@@ -94,9 +94,8 @@ pub fn run() -> Result<(), MonitorError> {
     if monitor.is_owner {
         info!("the table is owned: nobody else can change or flush it");
     }
-    if monitor.watch.loss()? == Loss::Doors {
-        monitor.loss = Loss::Doors; // rules, the loading itself has deleted
-    }
+    monitor.watch.loss()?; // the loading has deleted the rules of before
+    monitor.loss = monitor.watch.take_unmended();
     monitor.take_over(handover::unseal(open_doors)?);
     monitor.keeper.send(Message::Ready, &[])?;
     monitor.watch_table()?;
@@ -181,7 +180,7 @@ impl Monitor {
             }
             (Message::Release, _) => {
                 self.is_loading = true;
-                self.doors = Doors::new()?; // the socket was the owner
+                self.let_go_of_table()?;
             }
             (Message::Revoke, Some(selection)) => {
                 let selection: Selection = handover::unseal(selection)?;
@@ -196,10 +195,16 @@ impl Monitor {
     /// The table is loaded again: owns it where that is possible, and opens the doors that went with the old one.
     fn take_table_back(&mut self) -> Result<(), MonitorError> {
         let is_there = self.own_table()?;
-        // What the kernel has told until now, the loading itself has done; from here on it is another loss.
         let loss = self.loss.max(self.watch.loss()?);
         self.is_loading = false;
-        self.loss = if is_there { Loss::Nothing } else { Loss::Doors };
+        // The loading itself has deleted rules, and added them. What was deleted after that is another loss.
+        let unmended = if is_there { self.watch.take_unmended() } else { Loss::Doors };
+        if unmended != Loss::Nothing {
+            self.loss = loss.max(unmended);
+            self.let_go_of_table()?;
+            return self.watch_table();
+        }
+        self.loss = Loss::Nothing;
         let now = Instant::now();
         let doors = if loss == Loss::Doors { self.book.standing(now) } else { Vec::new() };
         for doors in doors.chunks(BURST) {
@@ -218,12 +223,22 @@ impl Monitor {
 
     /// Owns the table, where the kernel allows it; `false` if it is not there.
     fn own_table(&mut self) -> Result<bool, MonitorError> {
+        if !self.policy.owns_table {
+            return Ok(true); // whoever loads it must be able to load it again
+        }
         let ownership = self.doors.own_table()?;
         self.is_owner = ownership == Ownership::Adopted;
         if ownership == Ownership::Made {
-            self.doors = Doors::new()?; // what was made is empty, a gate that lets all in: let go of it
+            self.let_go_of_table()?; // what was made is empty, a gate that lets all in
         }
         Ok(ownership != Ownership::Made)
+    }
+
+    /// From here on others may change the table, the keeper among them.
+    fn let_go_of_table(&mut self) -> Result<(), MonitorError> {
+        self.doors = Doors::new()?; // the socket is the owner
+        self.is_owner = false;
+        Ok(())
     }
 
     /// Notes the doors that were open before this process began, and shuts those that nobody may open any more.

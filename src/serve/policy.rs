@@ -17,6 +17,8 @@ pub struct Policy {
     pub identity: Identity,
     /// Number of the queue.
     pub queue: u16,
+    /// The table is the daemon's, not one that others load.
+    pub owns_table: bool,
     /// The verdict on every packet.
     pub answer: Answer,
     /// What can be opened, by name.
@@ -70,6 +72,7 @@ mod tests {
         Policy {
             identity: Identity { uid: 1, gid: 1 },
             queue: 1,
+            owns_table: true,
             answer: Answer::Drop,
             services: HashMap::from([
                 (name("ssh"), opening("tcp/22", false, 30)),

@@ -394,6 +394,10 @@ impl Daemon {
         [("keeper", Pid::from_raw(keeper.cast_signed())), ("monitor", of("monitor")), ("verifier", of("verifier"))]
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 
 use super::failure::{CONFIGURATION, Failure};
-use super::grants::{Refusal, ask};
+use super::grants::{Refusal, ask, must_not_run};
 use super::note;
 use crate::config::ServerConfig;
 use crate::serve::control::{ControlError, Request};
@@ -70,6 +70,7 @@ fn apply(config: &Path) -> Result<(), Failure> {
         .inspect_err(|_| note("The daemon cannot take this over: the configuration is wrong."))?;
     match ask(&config.runtime, &Request::Reload) {
         Err(Refusal::Control(ControlError::NotRunning { .. })) => {
+            must_not_run(&config.runtime, config.queue)?;
             note("It applies when the daemon starts: none runs now.");
         }
         asked => {
