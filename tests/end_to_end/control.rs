@@ -1,16 +1,27 @@
 //! What root asks of the running daemon: which doors are open, shutting them, a gate on trial.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::lab::{self, Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 
 impl Lab {
     /// A server command of knockq; what it printed.
     #[track_caller]
     pub(crate) fn control(&self, arguments: &[&str]) -> String {
         succeeds(&self.knockq(&self.server, arguments))
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.directory.path.join("run/control.sock")
     }
 
     #[track_caller]
@@ -92,11 +103,11 @@ fn revoking_shuts_what_is_meant_and_leaves_what_others_hold() {
         assert!(said.contains(&format!("{} tcp/25: shut", family.alice())), "{said}");
         assert!(said.contains(&format!("{} tcp/22: still open for alice", family.alice())), "{said}");
         assert_eq!(ports(family), [true, false], "alice's is left");
-        assert!(crate::lab::echoes(&mut connection));
+        assert!(lab::echoes(&mut connection));
         lab.revoke(&["--user", "alice"]);
         assert_eq!(ports(family), [false, false]);
         assert!(!lab.alice.reaches(family.server(), 22));
-        assert!(crate::lab::echoes(&mut connection), "established connections live on");
+        assert!(lab::echoes(&mut connection), "established connections live on");
     }
 
     FAMILIES.into_iter().for_each(|family| knock("bob", "ssh", family));
@@ -123,15 +134,28 @@ fn revoking_shuts_what_is_meant_and_leaves_what_others_hold() {
 fn only_root_can_ask_the_daemon() {
     let lab = Lab::new();
     let _daemon = lab.start();
-    let socket = lab.directory.path.join("run/control.sock");
+    let socket = lab.control_socket();
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     // Whoever connects and says nothing, or nonsense, holds nothing up for long.
-    let silent = std::os::unix::net::UnixStream::connect(&socket).unwrap();
-    let mut babbling = std::os::unix::net::UnixStream::connect(&socket).unwrap();
-    std::io::Write::write_all(&mut babbling, &[0xff; 64]).unwrap();
+    let silent = UnixStream::connect(&socket).unwrap();
+    let mut babbling = UnixStream::connect(&socket).unwrap();
+    babbling.write_all(&[0xff; 64]).unwrap();
     drop(babbling);
     lab.revoke(&["--all"]);
     drop(silent);
+}
+
+#[test]
+fn a_gate_on_trial_goes_also_if_the_daemon_ends_while_it_starts() {
+    for pause in [0, 50] {
+        let lab = Lab::new();
+        let mut daemon = Daemon::spawn_with(&lab, &["--try", "1h"], &[]);
+        eventually("the gate", || lab.server.sh("nft list tables").contains("inet knockq"));
+        thread::sleep(Duration::from_millis(pause));
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.end(), Some(1), "{}", daemon.log());
+        assert_eq!(lab.server.nft(&["list", "tables"]), "", "{}", daemon.log());
+    }
 }
 
 #[test]
@@ -152,7 +176,7 @@ fn a_gate_on_trial_goes_unless_it_is_confirmed() {
         }
         let start = Instant::now();
         if ends == "early" {
-            daemon.signal(nix::sys::signal::Signal::SIGTERM);
+            daemon.signal(Signal::SIGTERM);
         }
         assert_eq!(daemon.end(), Some(i32::from(!confirms)), "{}", daemon.log());
         assert!(start.elapsed() < Duration::from_secs(40));
@@ -160,5 +184,108 @@ fn a_gate_on_trial_goes_unless_it_is_confirmed() {
         for family in FAMILIES {
             assert_eq!(lab.alice.reaches(family.server(), 22), !confirms);
         }
+    }
+}
+
+#[test]
+fn a_revocation_while_the_configuration_is_read_ends_nothing() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    for _ in 0..20 {
+        daemon.signal(Signal::SIGHUP);
+        lab.revoke(&["--all"]);
+    }
+    eventually("a reload", || daemon.log().contains("knockq: reloaded"));
+    lab.knock(Family::V6, &[]);
+    lab.wait_for_door(Family::V6.alice(), 22);
+    daemon.stop();
+}
+
+#[test]
+fn whoever_waits_for_a_reload_that_hangs_holds_nothing_up() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    let reader = stop_the_reader(&daemon);
+    let reloads = || daemon.log().matches("knockq: reloaded").count();
+    let before = reloads();
+    // A request to reload is one byte (postcard, of src/serve/control.rs).
+    let mut waiting: Vec<UnixStream> = (0..100).map(|_| UnixStream::connect(lab.control_socket()).unwrap()).collect();
+    for stream in &mut waiting {
+        stream.write_all(&[0]).unwrap();
+    }
+    let turned_away = |stream: &mut UnixStream| {
+        stream.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+        stream.read(&mut [0; 256]).is_ok_and(|length| length > 1)
+    };
+    eventually("turning many away", || waiting.iter_mut().any(turned_away));
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    lab.revoke(&["--all"]);
+    kill(reader, Signal::SIGCONT).unwrap();
+    eventually("this reload, and one for those who waited", || reloads() == before + 2);
+    daemon.stop();
+}
+
+/// Has a reload begin, and stops the child that reads the configuration.
+fn stop_the_reader(daemon: &Daemon) -> Pid {
+    let keeper = daemon.pid();
+    daemon.signal(Signal::SIGHUP);
+    let mut reader = None;
+    eventually("the reader", || {
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+        reader = children.split_whitespace().map(str::to_owned).find(|pid| {
+            let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+            command.is_ok_and(|command| command.starts_with("knockq: configuration"))
+        });
+        if reader.is_none() {
+            daemon.signal(Signal::SIGHUP); // it was too quick
+        }
+        reader.is_some()
+    });
+    let reader = Pid::from_raw(reader.unwrap().parse().unwrap());
+    kill(reader, Signal::SIGSTOP).unwrap();
+    reader
+}
+
+#[test]
+fn no_command_goes_past_a_daemon_that_does_not_hear_it() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let _daemon = lab.start();
+    let config = lab.config().display().to_string();
+    lab.knock(Family::V4, &[]);
+    lab.wait_for_door(Family::V4.alice(), 22);
+    let elsewhere = lab.directory.path.join("elsewhere.toml").display().to_string();
+    // The socket is gone; or the configuration was forgotten, and another place looked at.
+    fs::remove_file(lab.control_socket()).unwrap();
+    for arguments in [["revoke", "--all", "--config", &config], ["revoke", "--all", "--config", &elsewhere]] {
+        let ran = lab.knockq(&lab.server, &arguments);
+        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert_eq!(ran.status.code(), Some(1), "{said}");
+        assert!(said.contains("the daemon runs, but does not listen in ") && said.contains("Hint: "), "{said}");
+    }
+    assert!(lab.door(Family::V4.alice(), 22).is_some());
+}
+
+/// Whatever stands in a set that somebody has filled by hand, the daemon starts, and leaves alone what is not its own.
+#[test]
+fn doors_that_were_opened_by_hand_are_listed_and_left_alone() {
+    let lab = Lab::new();
+    lab.start().stop();
+    for (element, line) in [
+        ("{ 1.2.3.4 . tcp . 22 }", "1.2.3.4  tcp/22  -     -        for ever"),
+        ("{ 1.2.3.4 . tcp . 22 comment \"alice ssh\" }", "1.2.3.4  tcp/22  alice  ssh      for ever"),
+        ("{ 1.2.3.4 . tcp . 22 timeout 2h comment \"word\" }", "1.2.3.4  tcp/22  -     -        1h 59m"),
+        ("{ 1.2.3.4 . tcp . 22 timeout 2h comment \"a  b c -/\" }", "1.2.3.4  tcp/22  a     "),
+        ("{ 1.2.3.4 . sctp . 22 timeout 2h }", ""),
+    ] {
+        lab.server.sh(&format!("echo 'add element inet knockq open4 {element}' | nft -f -"));
+        let listed = lab.control(&["grants"]);
+        assert!(line.is_empty() || listed.lines().any(|shown| shown.starts_with(line)), "{element}: {listed}");
+        lab.start().stop();
+        let left = lab.server.nft(&["list", "set", "inet", "knockq", "open4"]);
+        assert!(left.contains("1.2.3.4"), "{element}: {left}");
+        lab.server.nft(&["flush", "set", "inet", "knockq", "open4"]);
     }
 }

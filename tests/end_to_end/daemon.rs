@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixDatagram;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq};
 
 #[test]
 fn stopping_leaves_open_doors_to_their_timeouts_and_the_gate_shut() {
@@ -26,6 +29,8 @@ fn stopping_leaves_open_doors_to_their_timeouts_and_the_gate_shut() {
     eventually("closing", || FAMILIES.iter().all(|family| !lab.alice.reaches(family.server(), 22)));
     lab.knock(Family::V4, &[]);
     lab.stays_shut(Family::V4);
+    let log = lab.start().stop();
+    assert!(!log.contains("somebody else"), "its own loading is no change by others: {log}");
 }
 
 #[test]
@@ -185,4 +190,36 @@ fn a_store_of_another_server_is_refused() {
     assert_eq!(daemon.end(), Some(78));
     assert!(daemon.log().contains("counters.redb: is not a counter store"), "{}", daemon.log());
     assert_eq!(lab.server.nft(&["list", "ruleset"]), "", "no table without a verifier");
+}
+
+#[test]
+fn a_log_and_a_service_manager_that_have_gone_end_nothing() {
+    for (arguments, stays) in [(&[][..], true), (&["--try", "8s"], false)] {
+        let lab = Lab::new();
+        let notify = lab.directory.path.join("notify");
+        let manager = UnixDatagram::bind(&notify).unwrap();
+        let mut child = lab.server.enter(|| {
+            let mut command = Command::new(knockq());
+            command.args(["serve", "--config"]).arg(lab.config()).args(arguments).env("NOTIFY_SOCKET", &notify);
+            command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        });
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("knockq: ready") {
+            line.clear();
+            log.read_line(&mut line).unwrap();
+        }
+        drop((log, manager));
+        fs::remove_file(&notify).unwrap();
+        let keeper = Pid::from_raw(child.id().cast_signed());
+        kill(keeper, Signal::SIGHUP).unwrap();
+        lab.knock(Family::V4, &[]);
+        if stays {
+            lab.wait_for_door(Family::V4.alice(), 22);
+            assert!(child.try_wait().unwrap().is_none());
+            kill(keeper, Signal::SIGTERM).unwrap();
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(i32::from(!stays)));
+        assert_eq!(lab.alice.reaches(Family::V6.server(), 22), !stays, "a trial ends all the same");
+    }
 }

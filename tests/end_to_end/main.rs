@@ -1,7 +1,6 @@
 //! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
 
 mod answer;
-mod attack;
 mod control;
 mod daemon;
 mod doors;

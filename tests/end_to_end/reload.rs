@@ -6,7 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::{Binding, KnockPorts};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, refused, succeeds};
 use crate::recorded::persona;
@@ -18,6 +19,16 @@ impl Lab {
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains(from), "{file} has no {from}");
         fs::write(path, text.replace(from, to)).unwrap();
+    }
+}
+
+impl Lab {
+    /// Replaces the trusted networks by one, which changes the table.
+    fn trust(&self, network: &str) {
+        let text = fs::read_to_string(self.config()).unwrap();
+        let rest: Vec<&str> = text.lines().filter(|line| !line.starts_with("trusted")).collect();
+        let trusted = format!("[server]\ntrusted = [\"{network}\"]");
+        fs::write(self.config(), rest.join("\n").replace("[server]", &trusted)).unwrap();
     }
 }
 
@@ -162,10 +173,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
                 })
             });
             for network in 0..RELOADS {
-                let text = fs::read_to_string(lab.config()).unwrap();
-                let rest: Vec<&str> = text.lines().filter(|line| !line.starts_with("trusted")).collect();
-                let trusted = format!("[server]\ntrusted = [\"192.0.2.{network}\"]");
-                fs::write(lab.config(), rest.join("\n").replace("[server]", &trusted)).unwrap();
+                lab.trust(&format!("192.0.2.{network}"));
                 reload(&mut daemon);
             }
             is_over.store(true, Ordering::Relaxed);
@@ -209,4 +217,68 @@ fn doors_that_outlived_the_daemon_are_known_to_the_next_one() {
     for family in FAMILIES {
         assert_eq!(lab.door(family.alice(), 25), None);
     }
+}
+
+#[test]
+fn no_end_of_the_child_that_reads_and_no_number_of_hangups_ends_the_daemon() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    let keeper = daemon.pid();
+    for _ in 0..10 {
+        daemon.signal(Signal::SIGHUP);
+        eventually("the end of a reader", || {
+            let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+            let is_reader = |pid: &&str| {
+                let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                command.is_ok_and(|command| command.starts_with("knockq: configuration"))
+            };
+            let reader = children.split_whitespace().find(is_reader).map(|pid| Pid::from_raw(pid.parse().unwrap()));
+            if reader.is_none() {
+                daemon.signal(Signal::SIGHUP);
+            }
+            reader.is_some_and(|reader| kill(reader, Signal::SIGKILL).is_ok())
+        });
+    }
+    eventually("a refusal", || daemon.log().contains("not reloaded: the configuration is refused"));
+    for _ in 0..500 {
+        daemon.signal(Signal::SIGHUP);
+    }
+    let pipe = lab.config().with_file_name("users.d/pipe.toml");
+    lab.server.sh(&format!("mkfifo {}", pipe.display()));
+    daemon.signal(Signal::SIGHUP);
+    eventually("its name", || daemon.log().contains("users.d/pipe.toml: is not a regular file"));
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    daemon.stop();
+}
+
+#[test]
+fn the_gate_stands_after_reloads_during_which_others_flush_it() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                lab.server.sh("nft flush ruleset 2>/dev/null || true");
+                thread::sleep(Duration::from_millis(3));
+            }
+        });
+        for network in 0..5 {
+            lab.trust(&format!("192.0.2.{network}"));
+            let before = daemon.log().matches("knockq: reloaded").count();
+            daemon.signal(Signal::SIGHUP);
+            eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    eventually("the gate", || lab.server.sh("nft list tables").contains("inet knockq"));
+    for family in FAMILIES {
+        eventually("the gate", || !lab.mallory.reaches(family.server(), 22));
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    daemon.stop();
 }

@@ -235,3 +235,111 @@ fn the_boot_loads_the_last_gate_whatever_the_configuration_is_like() {
     let said = String::from_utf8_lossy(&missing.stderr).into_owned();
     assert!(!missing.status.success() && said.contains("knockq.nft: ") && said.contains("Hint: "), "{said}");
 }
+
+#[test]
+fn a_table_that_was_edited_is_not_taken_for_that_of_the_configuration() {
+    let lab = Lab::new();
+    lab.set("ruleset = \"external\"");
+    lab.set("trusted = [\"192.0.2.0/24\"]");
+    let config = lab.config().display().to_string();
+    let text = lab.control(&["ruleset", "--config", &config]);
+    let edited = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from}");
+        text.replace(from, to)
+    };
+    for edit in [
+        edited("queue num 4097", "queue num 4097 bypass"),
+        edited("1/week burst 1 packets", "1/second burst 100 packets"),
+        edited("priority dstnat - 10", "priority dstnat + 10"),
+        edited("add rule inet knockq door drop\n", ""),
+        edited("gate iif lo accept", "gate iif != lo accept"),
+        edited("ct status confirmed accept", "accept"),
+        format!("{text}insert rule inet knockq gate accept\n"),
+        format!("{text}add element inet knockq trusted6 {{ ::/0 }}\n"),
+        format!("{text}delete element inet knockq guarded {{ tcp . 25 }}\n"),
+        format!("{text}add table inet knockq {{ flags dormant; }}\n"),
+    ] {
+        lab.server.sh("nft delete table inet knockq 2>/dev/null || true");
+        let path = lab.directory.path.join("edited.nft");
+        fs::write(&path, &edit).unwrap();
+        lab.server.nft(&["-f", path.to_str().unwrap()]);
+        let mut daemon = Daemon::spawn(&lab, &[]);
+        assert_eq!(daemon.end(), Some(1), "{edit}");
+        assert!(daemon.log().contains("not that of this configuration"), "{}", daemon.log());
+    }
+}
+
+#[test]
+fn each_edit_of_a_table_that_nobody_owns_is_undone_once() {
+    let lab = Lab::new();
+    lab.set("trusted = [\"192.0.2.0/24\"]");
+    let daemon = lab.start();
+    let listing = || lab.server.nft(&["list", "table", "inet", "knockq"]);
+    let right = listing();
+    for edit in [
+        "insert rule inet knockq gate accept",
+        "add element inet knockq trusted4 { 203.0.113.0/24 }",
+        "delete element inet knockq guarded { tcp . 22 }",
+        "add table inet knockq { flags dormant; }",
+        "flush chain inet knockq door",
+    ] {
+        let told = || daemon.log().matches("it is loaded again").count();
+        let before = told();
+        lab.server.sh(&format!("nft '{edit}' 2>/dev/null || true"));
+        eventually(edit, || listing() == right);
+        thread::sleep(Duration::from_millis(500));
+        let times = if daemon_owned_the_table(&lab) { 0 } else { 1 }; // an owned one cannot be edited
+        assert_eq!(told() - before, times, "{edit}");
+        assert!(!lab.mallory.reaches(Family::V4.server(), 22));
+    }
+}
+
+#[test]
+fn a_table_that_is_deleted_again_while_it_is_loaded_comes_back() {
+    let lab = Lab::new();
+    let _daemon = lab.start();
+    for round in 0..30 {
+        let pause = f64::from(round) * 0.002;
+        let delete = "nft delete table inet knockq 2>/dev/null || true";
+        lab.server.sh(&format!("{delete}; sleep {pause}; {delete}"));
+        eventually("the table", || lab.server.sh("nft list tables").contains("inet knockq"));
+    }
+    eventually("the gate", || FAMILIES.iter().all(|family| !lab.mallory.reaches(family.server(), 22)));
+}
+
+/// The boot has loaded it as a table that a daemon may own. But then nftables.conf could not load it again.
+#[test]
+fn an_external_table_is_never_owned() {
+    let lab = Lab::with("open_for = \"1h\"");
+    lab.set("ruleset = \"external\"");
+    let config = lab.config().display().to_string();
+    let file = lab.config().with_file_name("knockq.nft");
+    fs::write(&file, lab.control(&["ruleset", "--config", &config])).unwrap();
+    lab.control(&["ruleset", "--load", "--config", &config]);
+    let daemon = lab.start();
+    assert!(!daemon.log().contains("table is owned"), "{}", daemon.log());
+    lab.knock(Family::V4, &[]);
+    lab.wait_for_door(Family::V4.alice(), 22);
+    let nftables_conf = lab.directory.path.join("nftables.conf");
+    fs::write(&nftables_conf, format!("flush ruleset\ninclude \"{}\"\n", file.display())).unwrap();
+    lab.server.nft(&["-f", nftables_conf.to_str().unwrap()]);
+    lab.wait_for_door(Family::V4.alice(), 22);
+}
+
+#[test]
+fn a_part_of_an_include_file_is_not_loaded_at_the_boot() {
+    let lab = Lab::new();
+    let config = lab.config().display().to_string();
+    lab.start().stop();
+    lab.server.sh("nft delete table inet knockq");
+    let file = lab.config().with_file_name("knockq.nft");
+    let whole = fs::read_to_string(&file).unwrap();
+    let (half, _) = whole.split_once("add rule inet knockq door").unwrap();
+    for part in ["", "# nothing\n", half, &whole.replace("add rule inet knockq door drop\n", "")] {
+        fs::write(&file, part).unwrap();
+        let ran = lab.knockq(&lab.server, &["ruleset", "--load", "--config", &config]);
+        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert!(ran.status.code() == Some(78) && said.contains("knockq.nft: is not whole"), "{said}");
+        assert_eq!(lab.server.nft(&["list", "tables"]), "");
+    }
+}
