@@ -413,7 +413,11 @@ fn h_external_subtle() {
     thread::sleep(Duration::from_secs(2));
     daemon.signal(Signal::SIGHUP);
     thread::sleep(Duration::from_secs(4));
-    assert!(daemon.log().contains("guarded ports may be open") && daemon.log().contains("not reloaded: table"), "{}", daemon.log());
+    assert!(
+        daemon.log().contains("guarded ports may be open") && daemon.log().contains("not reloaded: table"),
+        "{}",
+        daemon.log()
+    );
     eprintln!("H live edit: mallory gets in {}\n{}", lab.mallory.reaches(Family::V4.server(), 22), daemon.log());
 }
 
@@ -692,7 +696,9 @@ fn r_managed_edits() {
     let lab = Lab::new();
     lab.set("trusted = [\"192.0.2.0/24\"]");
     let daemon = lab.start();
-    if daemon.log().contains("table is owned") { return; }
+    if daemon.log().contains("table is owned") {
+        return;
+    }
     let t = "inet knockq";
     for edit in [
         format!("insert rule {t} gate accept"),
