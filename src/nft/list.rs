@@ -58,7 +58,8 @@ fn open_door(element: &Expression<'_>, once: bool) -> Option<OpenDoor> {
     };
     let source: IpAddr = source.parse().ok()?;
     let transport = [Transport::Tcp, Transport::Udp].into_iter().find(|known| known.to_string() == *transport)?;
-    let port = Port { transport, number: u16::try_from(*number).ok()? };
+    let number = u16::try_from(*number).ok().filter(|number| *number != 0)?; // 0 is no port, and none of ours
+    let port = Port { transport, number };
     let left = expires.map(|seconds| Duration::from_secs(seconds.into()));
     Some(OpenDoor { door: Door { source, port, once }, comment: comment.unwrap_or_default().to_owned(), left })
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, NfTablesMessage, RuleAttribute, SetAttribute, SetElementList, TableAttribute,
+    ChainAttribute, NfTablesMessage, RuleAttribute, SetAttribute, SetElementList, TableAttribute, TableFlags,
 };
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
@@ -126,8 +126,15 @@ fn loss_by(message: &NetlinkMessage<NetfilterMessage>) -> Loss {
     let is_ours = |name: &String| name == TABLE;
     let Some(message) = of_nf_tables(message) else { return Loss::Nothing };
     let is_of_ours = match message {
-        M::NewTable(table) | M::DeleteTable(table) => {
+        M::DeleteTable(table) => {
             table.attributes.iter().any(|a| matches!(a, TableAttribute::Name(name) if is_ours(name)))
+        }
+        // Else it was only made, or has another owner.
+        M::NewTable(table) => {
+            let attributes = &table.attributes;
+            let sleeps = |flags: &TableFlags| flags.contains(TableFlags::Dormant);
+            attributes.iter().any(|a| matches!(a, TableAttribute::Name(name) if is_ours(name)))
+                && attributes.iter().any(|a| matches!(a, TableAttribute::Flags(flags) if sleeps(flags)))
         }
         M::NewSet(set) | M::DeleteSet(set) => {
             set.attributes.iter().any(|a| matches!(a, SetAttribute::Table(name) if is_ours(name)))

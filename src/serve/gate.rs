@@ -83,15 +83,12 @@ impl Gate {
         }
     }
 
-    /// Replaces the table by that of another ruleset, or leaves it as it is.
+    /// Replaces the table by that of another ruleset, or leaves it as it is. What others load is only expected from now on.
     pub(super) fn replace(&mut self, ruleset: Ruleset) -> Result<(), GateError> {
         let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
-        match self.mode {
-            RulesetMode::External => next.raise()?,
-            RulesetMode::Managed => {
-                next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
-                next.keep();
-            }
+        if self.mode == RulesetMode::Managed {
+            next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
+            next.keep();
         }
         *self = next;
         Ok(())

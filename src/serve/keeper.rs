@@ -316,10 +316,12 @@ impl Keeper {
         self.ask("monitor", Message::Enforce, &[])?;
         if self.gate.differs_from(&ruleset) {
             self.ask("monitor", Message::Release, &[])?;
-            let replaced = self.gate.replace(ruleset);
-            self.children.tell("monitor", Message::Loaded, &[])?;
-            self.is_lost = false;
-            replaced?;
+            self.gate.replace(ruleset)?;
+            if self.gate.is_for_others() {
+                self.restore()?;
+            } else {
+                self.children.tell("monitor", Message::Loaded, &[])?;
+            }
         }
         info!(users, services, knock_ports, "reloaded");
         self.end_reload(|| Reply::Done)
@@ -331,6 +333,8 @@ impl Keeper {
         let Self { children, gate, is_lost, late, .. } = self;
         children.tell(name, message, descriptors)?;
         let answer = children.wait_for(name, &[Message::Ready, Message::Unable], |children, event| match event {
+            // It is about to be loaded anyway, and until then it must have no owner.
+            Event::Message("monitor", Message::Lost, _) if message == Message::Release => Ok(()),
             Event::Message("monitor", Message::Lost, _) if gate.restore()? => {
                 Ok(children.tell("monitor", Message::Loaded, &[])?)
             }
