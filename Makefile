@@ -10,6 +10,9 @@ OUT    := target/$(TARGET)/debug
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS := -C target-feature=+crt-static
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := $(CURDIR)/tests/vm/runner
 
+# Without both, for what is only to run here.
+FOR_HERE := env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
+
 # Where `make install` puts things. DESTDIR stages them elsewhere, and then nothing of this machine is touched.
 PREFIX      ?= /usr/local
 BINDIR      ?= $(PREFIX)/bin
@@ -19,7 +22,7 @@ BINARY      ?= target/release/knockq
 
 .PHONY: all install uninstall demo test test-newer-kernel bench check clean
 all:
-	$(CARGO) build --release
+	$(FOR_HERE) $(CARGO) build --release
 
 # The binary with the one capability that clients need, the daemon's two accounts, and the units, which it does not enable.
 install uninstall:
@@ -43,8 +46,7 @@ test-newer-kernel:
 # QUICK=1 does a little of each; ONLY=cpu does one, or several in quotes. The files lie under target/, on a real disk.
 bench:
 	@mkdir -p target/tmp
-	@env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER \
-		TMPDIR=$(CURDIR)/target/tmp $(if $(QUICK),QUICK=1) $(CARGO) bench --quiet --bench figures -- $(ONLY)
+	@$(FOR_HERE) TMPDIR=$(CURDIR)/target/tmp $(if $(QUICK),QUICK=1) $(CARGO) bench --quiet --bench figures -- $(ONLY)
 
 # What a reviewer's machine checks before it runs the tests.
 check:

@@ -638,12 +638,12 @@ fn a_user_is_renamed_in_one_step_and_never_onto_another() {
     let entry = fs::read(world.path("etc/users.d/alice.toml")).unwrap();
     for (old, new, said) in [
         ("alice", "bob", "user bob: exists already"),
-        ("alice", "alice", "user alice: exists already"),
         ("carol", "dave", "user carol: there is no "),
         ("carol", "bob", "user carol: there is no "),
     ] {
         world.user(&["rename", old, new]).fails(78, &[said, "Hint: "]);
     }
+    world.user(&["rename", "alice", "alice"]).fails(64, &["user alice: has this name already"]);
     assert_eq!(fs::read(world.path("etc/users.d/alice.toml")).unwrap(), entry);
     world.user(&["rename", "alice", "alice-laptop"]).succeeds();
     assert_eq!(fs::read(world.path("etc/users.d/alice-laptop.toml")).unwrap(), entry);
@@ -956,4 +956,34 @@ fn the_blocks_of_the_configuration_reference_pass_the_check() {
     let users = [("alice.toml".to_owned(), block("# users.d/alice.toml"))];
     let said = check_example(&block("[server]"), &users).succeeds();
     assert!(said.contains("services 3, users 1"), "{said}");
+}
+
+#[test]
+fn a_private_key_is_shown_to_nobody_even_where_another_file_was_meant() {
+    let world = World::new();
+    for (arguments, file) in [
+        (vec!["host", "add", "other"], "etc/server.key"),
+        (vec!["host", "add", "other"], ".config/knockq/key"),
+        (vec!["check", "--config"], "etc/server.key"),
+    ] {
+        let path = world.text(file);
+        let secret = fs::read_to_string(&path).unwrap();
+        let ran = world.run(&[arguments.as_slice(), &[&path]].concat());
+        assert!(!ran.errors().contains(secret.trim()), "{}", ran.errors());
+        ran.fails(78, &["is a key file"]);
+    }
+}
+
+#[test]
+fn a_ruleset_that_cannot_be_made_leaves_the_file_of_before() {
+    let world = World::new();
+    let config = world.config().display().to_string();
+    let file = world.text("out.nft");
+    let output = ["ruleset", "--config", &config, "--output", &file];
+    assert_eq!(world.run(&output).succeeds(), "");
+    let before = fs::read_to_string(&file).unwrap();
+    assert_eq!(before, fs::read_to_string(world.path("etc/knockq.nft")).unwrap());
+    world.edit("etc/knockq.toml", "private_key", "private_kee");
+    world.run(&output).fails(78, &["unknown field"]);
+    assert_eq!(fs::read_to_string(&file).unwrap(), before);
 }

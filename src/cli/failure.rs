@@ -128,7 +128,7 @@ impl From<ServeError> for Failure {
                 Self::new(message).hint("run `knockq confirm` within the time once a knock has opened the port")
             }
             ServeError::Gate(GateError::NotLoaded { include_file }) => Self::new(message).hint(format!(
-                "make it anew with `knockq ruleset > {0}`, include it in /etc/nftables.conf, and load it: nft -f {0}",
+                "make it anew with `knockq ruleset --output {0}`, include it in /etc/nftables.conf, and load it: nft -f {0}",
                 include_file.display()
             )),
             ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
@@ -289,7 +289,10 @@ impl From<SendError> for Failure {
             SendError::Send { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 failure.hint("this host's own firewall forbids it: allow output to the knock ports")
             }
-            SendError::NothingListens { .. } => failure.hint("start the service on the server"),
+            SendError::Refused { .. } => failure.hint(
+                "start the service on the server, if it does not run; else the server answers with resets where it has \
+                 taken no knock, and its log says why",
+            ),
             SendError::StillShut { checks, .. } => {
                 failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
             }

@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::columns::columns;
-use super::failure::Failure;
+use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{Network, ServerConfig};
@@ -119,6 +119,15 @@ impl Revoke {
             SelectionArgs { .. } => Selection::All,
         };
         let meant: Vec<OpenDoor> = nft::open_doors()?.into_iter().filter(|open| covers(&selection, open)).collect();
+        if let Selection::User(user) = &selection
+            && meant.is_empty()
+            && ServerConfig::load(&self.config.config)
+                .is_ok_and(|config| config.users.iter().all(|one| one.name != *user))
+        {
+            return Err(Failure::new(format!("user {user}: is not configured, and no door is open for that name"))
+                .hint("see who there is with `knockq user list`")
+                .code(CONFIGURATION));
+        }
         let (runtime, queue) = runtime(&self.config.config);
         match ask(&runtime, &Request::Revoke(selection)) {
             // A daemon that is not there holds no book, and no table.
@@ -166,8 +175,14 @@ pub(super) struct Confirm {
 
 impl Confirm {
     pub(super) fn run(self) -> Result<(), Failure> {
-        ask(&runtime(&self.config.config).0, &Request::Confirm)?;
-        print("Confirmed: the gate stays.\n")
+        match ask(&runtime(&self.config.config).0, &Request::Confirm) {
+            Err(Refusal::Control(error @ ControlError::NotRunning { .. })) => Err(Failure::new(error.to_string())
+                .hint("a trial that was not confirmed in time has taken the gate away: begin another, knockq serve --try 10m")),
+            asked => {
+                asked?;
+                print("Confirmed: the gate stays.\n")
+            }
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! `knockq ruleset`
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::failure::{CONFIGURATION, Failure};
@@ -10,7 +12,7 @@ use crate::nft;
 
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  knockq ruleset > /etc/knockq/knockq.nft\n  knockq ruleset --load   # what the boot does\n\n\
+    after_help = "Examples:\n  knockq ruleset --output /etc/knockq/knockq.nft\n  knockq ruleset --load   # what the boot does\n\n\
                         `serve` keeps knockq.nft, beside the configuration, what it loaded last."
 )]
 pub(super) struct PrintRuleset {
@@ -19,6 +21,9 @@ pub(super) struct PrintRuleset {
     /// Let nft and the kernel check it too, without applying it
     #[arg(long)]
     check: bool,
+    /// Put it into this file, at once and whole, instead of printing it
+    #[arg(long, value_name = "FILE", conflicts_with = "load")]
+    output: Option<PathBuf>,
     /// Load knockq.nft, the ruleset that `serve` loaded last: the gate then stands, whatever the configuration is like now
     #[arg(long, conflicts_with = "check")]
     load: bool,
@@ -41,6 +46,9 @@ impl PrintRuleset {
         if self.check {
             nft::check(&ruleset.for_check())?;
         }
-        print(&ruleset.to_string())
+        match self.output {
+            Some(path) => Ok(secure_file::replace(&path, &ruleset.to_string(), Privacy::Public)?),
+            None => print(&ruleset.to_string()),
+        }
     }
 }

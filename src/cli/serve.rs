@@ -14,7 +14,7 @@ use crate::serve::{configuration, keeper, monitor, verifier};
 #[command(after_help = "Examples:\n  knockq serve --config /etc/knockq/knockq.toml\n  \
                         knockq serve --try 10m      # and `knockq confirm` once a knock has worked\n\n\
                         SIGHUP reads the configuration again. SIGTERM stops the daemon; doors that are open keep the time \
-                        that they have left, and the gate stays shut.")]
+                        that they have left, and the gate stays shut, unless it is on trial.")]
 pub(super) struct Serve {
     #[command(flatten)]
     config: ConfigArg,

@@ -14,6 +14,9 @@ use crate::service::Transport;
 /// Time after which `--wait` gives up.
 const WAIT: Duration = Duration::from_secs(10);
 
+/// Time after which a port that answers with resets will not open any more.
+const REFUSED: Duration = Duration::from_secs(2);
+
 /// Time that `--wait` gives its first attempt; each fresh one has twice that of the one before.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(400);
 
@@ -32,8 +35,10 @@ impl Sent {
             let begun = Instant::now();
             match self.try_connect(port, attempt)? {
                 Ok(()) => return Ok(true),
-                // A shut door is silent: this answer comes from behind it.
-                Err(Errno::CONNREFUSED) => return Err(SendError::NothingListens { server: self.server, port }),
+                // A shut door may answer so too, until the knock has opened it.
+                Err(Errno::CONNREFUSED) if start.elapsed() > REFUSED => {
+                    return Err(SendError::Refused { server: self.server, port });
+                }
                 Err(_) => {}
             }
             thread::sleep(FIRST_ATTEMPT.saturating_sub(begun.elapsed())); // it was refused at once
@@ -64,7 +69,7 @@ impl Sent {
         } else {
             clock
         }];
-        checks.push("the daemon must run, and have been started again since your key was added".to_owned());
+        checks.push("the daemon must run, and your key must be among its users, with this service".to_owned());
         checks.push(match self.bound_to {
             Some(address) => format!(
                 "the token holds for {address} alone: does the server see you there, or a NAT? Then use --source"

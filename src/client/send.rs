@@ -169,9 +169,9 @@ pub enum SendError {
         /// What the kernel said.
         cause: io::Error,
     },
-    /// It opened the door, behind which nobody is.
-    #[error("{server} port {port}: the door is open, but nothing listens there")]
-    NothingListens {
+    /// It was sent, but the port answers with resets.
+    #[error("{server} port {port}: refuses connections")]
+    Refused {
         /// Where to.
         server: IpAddr,
         /// The service's port.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::FileError;
-use crate::crypto::KeyError;
+use crate::crypto::{KeyError, PrivateKey};
 
 /// Why a configuration is refused.
 #[derive(Debug, Error)]
@@ -70,8 +70,11 @@ impl Diagnostic {
         }
     }
 
-    /// What TOML or a type of ours did not take.
+    /// What TOML or a type of ours did not take. Of a file that holds a key, nothing is shown: it may be a private one.
     pub fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> Self {
+        if text.parse::<PrivateKey>().is_ok() {
+            return Self::new(path, "", 0..0, "is a key file, which is shown to nobody");
+        }
         let message = error.message().replace('\n', ", ");
         Self::new(path, text, error.span().unwrap_or(0..0), message)
     }

@@ -113,7 +113,9 @@ impl Reason {
             }
             Self::OutsideWindow => "the clocks of client and server are too far apart",
             Self::Replayed => "this knock was spent before",
-            Self::Superseded => "a later knock of this key was accepted before",
+            Self::Superseded => {
+                "a later knock of this key was accepted before, or the counter store was made anew since"
+            }
             Self::SpentTwice => "an unbound token came from two addresses, so somebody copied it: knock again, bound",
             Self::NotDurable => "its counter could not be written: see what this log says of the store",
             Self::NotPermitted => "the user's entry does not list this service",

@@ -84,8 +84,15 @@ fn every_syn_is_answered_like_one_to_a_closed_port_knock_or_not() {
 
         assert!(lab.alice.reaches(family.server(), 22), "the door is open");
         eventually("closing", || refused(&lab.alice, family.server(), 22));
+        let waited = lab.knockq(&lab.alice, &["send", "server", family.flag(), "--wait"]);
+        let said = String::from_utf8_lossy(&waited.stderr).into_owned();
+        assert!(waited.status.success(), "a reset before the door opens is not the end: {said}");
+        eventually("closing", || refused(&lab.alice, family.server(), 22));
         assert!(refused(&lab.mallory, family.server(), 20_000) && refused(&lab.mallory, family.server(), 22));
     }
+    let waited = lab.knockq(&lab.alice, &["send", "server", "-4", "--source", "192.0.2.1", "--wait"]);
+    let said = String::from_utf8_lossy(&waited.stderr).into_owned();
+    assert!(waited.status.code() == Some(1) && said.contains("refuses connections"), "a knock that is refused: {said}");
     daemon.stop();
     for family in FAMILIES {
         assert!(

@@ -119,6 +119,10 @@ fn revoking_shuts_what_is_meant_and_leaves_what_others_hold() {
     FAMILIES.into_iter().for_each(|family| knock("bob", "ssh", family));
     lab.revoke(&["--all"]);
     assert_eq!(all(), [[false, false]; 2]);
+    let config = lab.config().display().to_string();
+    let unknown = lab.knockq(&lab.server, &["revoke", "--user", "bbo", "--config", &config]);
+    let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    assert!(unknown.status.code() == Some(78) && said.contains("user bbo: is not configured"), "{said}");
     assert!(daemon.log().contains("revoked user=bob service=ssh"), "{}", daemon.log());
 
     // At 3 a.m., with the daemon dead and a broken configuration.

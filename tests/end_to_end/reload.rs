@@ -135,6 +135,8 @@ fn the_knock_ports_may_change_and_the_include_file_follows() {
         });
         assert_eq!(lab.door(family.alice(), 22), None, "her profile has the old ones");
     }
+    thread::sleep(Duration::from_secs(1));
+    assert!(!daemon.log().contains("somebody else"), "its own change is none by others: {}", daemon.log());
     if daemon_owned_the_table(&lab) {
         let flushed = lab.server.sh("nft flush ruleset 2>&1 || true; nft list tables");
         assert!(flushed.contains("table inet knockq"), "owned again after the reload: {flushed}");

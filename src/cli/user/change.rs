@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use clap::Args;
 
 use super::{apply, entry_path, exists, missing};
-use crate::cli::failure::Failure;
+use crate::cli::failure::{Failure, USAGE};
 use crate::cli::{ConfigArg, print};
 use crate::config::secure_file;
 use crate::service::Name;
@@ -51,6 +51,9 @@ pub(super) struct Rename {
 impl Rename {
     pub(super) fn run(self) -> Result<(), Failure> {
         let (old, new, config) = (self.old, self.new, self.config.config);
+        if old == new {
+            return Err(Failure::new(format!("user {old}: has this name already")).code(USAGE));
+        }
         // In one step: a daemon that reloads meanwhile sees the key in one file, neither in two nor in none.
         secure_file::rename(&entry_path(&config, &old), &entry_path(&config, &new)).map_err(|error| {
             match error.kind() {
