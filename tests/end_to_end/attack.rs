@@ -745,3 +745,58 @@ fn s_external_is_never_owned() {
     assert_eq!(daemon.log().matches("as it should be again").count(), 1, "{}", daemon.log());
     assert_eq!(daemon.log().matches("guarded ports may be open").count(), 1, "{}", daemon.log());
 }
+
+fn knocks_during_reloads(name: &str) {
+    use crate::recorded::persona;
+    use crate::{flow, raw_socket, send_raw, unix_now};
+    use knockq::crypto::{Binding, KnockPorts};
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = Daemon::spawn_with(&lab, &["--debug"], &[]);
+    eventually("ready", || daemon.log().contains("knockq: ready"));
+    let ports = KnockPorts::new([20_000..=21_023]).unwrap();
+    let key = lab.alice_key();
+    let family = Family::V4;
+    let over = AtomicBool::new(false);
+    let sent = thread::scope(|scope| {
+        let (lab, key, ports, over) = (&lab, &key, &ports, &over);
+        let knocking = scope.spawn(move || {
+            lab.alice.enter(|| {
+                let persona = persona(true);
+                let socket = raw_socket(family);
+                let mut next = unix_now() - 55;
+                let mut sent = 0;
+                while !over.load(Ordering::Relaxed) && next < unix_now() + 50 {
+                    next = (next + 1).max(unix_now() - 40);
+                    let token = key.seal(next, 22, Binding::Unbound);
+                    let flow = flow(family.alice(), family.server(), key.pad(next).knock_port(ports));
+                    send_raw(&socket, family, &persona.syn(&flow, token.sequence, token.tsval).unwrap());
+                    sent += 1;
+                    thread::sleep(Duration::from_millis(100));
+                }
+                sent
+            })
+        });
+        for network in 0..8 {
+            let text = fs::read_to_string(lab.config()).unwrap();
+            let rest: Vec<&str> = text.lines().filter(|line| !line.starts_with("trusted")).collect();
+            fs::write(lab.config(), rest.join("\n").replace("[server]", &format!("[server]\ntrusted = [\"192.0.2.{network}\"]"))).unwrap();
+            let before = daemon.log().matches("knockq: reloaded").count();
+            daemon.signal(Signal::SIGHUP);
+            eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+        }
+        over.store(true, Ordering::Relaxed);
+        knocking.join().unwrap()
+    });
+    thread::sleep(Duration::from_secs(5));
+    let log = daemon.log();
+    let queue = fs::read_to_string("/proc/net/netfilter/nfnetlink_queue").unwrap_or_default();
+    eprintln!("T {name}: sent {sent}, granted {}, packets {} queue {queue}", log.matches("monitor: granted").count(), log.matches("packet reason").count());
+    for line in log.lines().filter(|l| l.contains("reason") || l.contains("lost") || l.contains("loaded again")) { eprintln!("T {name}: {line}"); }
+}
+
+#[test]
+fn t_knocks_1() { knocks_during_reloads("1"); }
+#[test]
+fn t_knocks_2() { knocks_during_reloads("2"); }
+#[test]
+fn t_knocks_3() { knocks_during_reloads("3"); }
