@@ -800,3 +800,53 @@ fn t_knocks_1() { knocks_during_reloads("1"); }
 fn t_knocks_2() { knocks_during_reloads("2"); }
 #[test]
 fn t_knocks_3() { knocks_during_reloads("3"); }
+
+/// SYNs to a guarded port and to a knock port, while the table is loaded again and again: nothing may answer.
+#[test]
+fn u_no_hole_while_loading() {
+    use crate::lab::Capture;
+    use crate::recorded::persona;
+    use crate::{raw_socket, send_raw};
+    use knockq::packet::Flow;
+    let lab = Lab::new();
+    lab.start().stop();
+    let config = lab.config().display().to_string();
+    for family in FAMILIES {
+        let filter = "tcp and (src host 10.77.2.1 or src host fd77:2::1 or src host 10.77.1.1 or src host fd77:1::1)";
+        let capture = Capture::start(&lab, &lab.mallory, "eth0", filter);
+        let over = AtomicBool::new(false);
+        let (sent, loads) = thread::scope(|scope| {
+            let sending = scope.spawn(|| {
+                lab.mallory.enter(|| {
+                    let (persona, socket) = (persona(family == Family::V4), raw_socket(family));
+                    let mut sent = 0_u32;
+                    while !over.load(Ordering::Relaxed) {
+                        for port in [22, 20_000, 20_500, 25] {
+                            let source_port = 1024 + (sent % 60_000) as u16;
+                            let flow = Flow { source: family.mallory(), source_port, destination: family.server(), destination_port: port };
+                            send_raw(&socket, family, &persona.syn(&flow, sent, sent).unwrap());
+                            sent += 1;
+                        }
+                    }
+                    sent
+                })
+            });
+            let start = Instant::now();
+            let mut loads = 0;
+            while start.elapsed() < Duration::from_secs(40) {
+                lab.control(&["ruleset", "--load", "--config", &config]);
+                loads += 1;
+            }
+            over.store(true, Ordering::Relaxed);
+            (sending.join().unwrap(), loads)
+        });
+        let packets = capture.packets();
+        let offset = if family == Family::V4 { 20 } else { 40 };
+        let mut counts = std::collections::BTreeMap::new();
+        for packet in &packets {
+            let port = u16::from_be_bytes([packet[offset], packet[offset + 1]]);
+            *counts.entry((port, packet[offset + 13])).or_insert(0) += 1;
+        }
+        eprintln!("U {family:?}: sent {sent} SYNs during {loads} loads; answers by (port, flags): {counts:?}");
+    }
+}
