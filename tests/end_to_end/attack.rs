@@ -451,10 +451,7 @@ fn i_odd_doors() {
         ("removed user", "open4", "{ 1.2.3.4 . tcp . 22 timeout 1h comment \"zoe ssh\" }"),
     ];
     for (what, set, element) in cases {
-        let script = format!(
-            "printf 'add element inet knockq {set} {}\\n' | nft -f - 2>&1",
-            element
-        );
+        let script = format!("printf 'add element inet knockq {set} {}\\n' | nft -f - 2>&1", element);
         let added = lab.server.enter(|| Command::new("sh").args(["-c", &script]).output().unwrap());
         if !added.status.success() {
             eprintln!("I {what}: cannot add: {}", String::from_utf8_lossy(&added.stdout).lines().next().unwrap_or(""));
@@ -779,7 +776,11 @@ fn knocks_during_reloads(name: &str) {
         for network in 0..8 {
             let text = fs::read_to_string(lab.config()).unwrap();
             let rest: Vec<&str> = text.lines().filter(|line| !line.starts_with("trusted")).collect();
-            fs::write(lab.config(), rest.join("\n").replace("[server]", &format!("[server]\ntrusted = [\"192.0.2.{network}\"]"))).unwrap();
+            fs::write(
+                lab.config(),
+                rest.join("\n").replace("[server]", &format!("[server]\ntrusted = [\"192.0.2.{network}\"]")),
+            )
+            .unwrap();
             let before = daemon.log().matches("knockq: reloaded").count();
             daemon.signal(Signal::SIGHUP);
             eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
@@ -790,16 +791,28 @@ fn knocks_during_reloads(name: &str) {
     thread::sleep(Duration::from_secs(5));
     let log = daemon.log();
     let queue = fs::read_to_string("/proc/net/netfilter/nfnetlink_queue").unwrap_or_default();
-    eprintln!("T {name}: sent {sent}, granted {}, packets {} queue {queue}", log.matches("monitor: granted").count(), log.matches("packet reason").count());
-    for line in log.lines().filter(|l| l.contains("reason") || l.contains("lost") || l.contains("loaded again")) { eprintln!("T {name}: {line}"); }
+    eprintln!(
+        "T {name}: sent {sent}, granted {}, packets {} queue {queue}",
+        log.matches("monitor: granted").count(),
+        log.matches("packet reason").count()
+    );
+    for line in log.lines().filter(|l| l.contains("reason") || l.contains("lost") || l.contains("loaded again")) {
+        eprintln!("T {name}: {line}");
+    }
 }
 
 #[test]
-fn t_knocks_1() { knocks_during_reloads("1"); }
+fn t_knocks_1() {
+    knocks_during_reloads("1");
+}
 #[test]
-fn t_knocks_2() { knocks_during_reloads("2"); }
+fn t_knocks_2() {
+    knocks_during_reloads("2");
+}
 #[test]
-fn t_knocks_3() { knocks_during_reloads("3"); }
+fn t_knocks_3() {
+    knocks_during_reloads("3");
+}
 
 /// SYNs to a guarded port and to a knock port, while the table is loaded again and again: nothing may answer.
 #[test]
@@ -823,7 +836,12 @@ fn u_no_hole_while_loading() {
                     while !over.load(Ordering::Relaxed) {
                         for port in [22, 20_000, 20_500, 25] {
                             let source_port = 1024 + (sent % 60_000) as u16;
-                            let flow = Flow { source: family.mallory(), source_port, destination: family.server(), destination_port: port };
+                            let flow = Flow {
+                                source: family.mallory(),
+                                source_port,
+                                destination: family.server(),
+                                destination_port: port,
+                            };
                             send_raw(&socket, family, &persona.syn(&flow, sent, sent).unwrap());
                             sent += 1;
                         }
@@ -847,6 +865,7 @@ fn u_no_hole_while_loading() {
             let port = u16::from_be_bytes([packet[offset], packet[offset + 1]]);
             *counts.entry((port, packet[offset + 13])).or_insert(0) += 1;
         }
+        assert!(counts.is_empty(), "{family:?}: {counts:?}");
         eprintln!("U {family:?}: sent {sent} SYNs during {loads} loads; answers by (port, flags): {counts:?}");
     }
 }
