@@ -37,9 +37,8 @@ const FRAME: &str = "\
 # Made by `knockq ruleset`; applying it again changes nothing and keeps open doors.
 add table inet TABLE
 
-# What is shut, and where one knocks.
+# What is shut, and who may come in all the same.
 add set inet TABLE guarded { type inet_proto . inet_service; }
-add set inet TABLE knock_ports { type inet_service; flags interval; }
 add set inet TABLE trusted4 { type ipv4_addr; flags interval; }
 add set inet TABLE trusted6 { type ipv6_addr; flags interval; }
 
@@ -59,7 +58,6 @@ flush chain inet TABLE knock
 flush chain inet TABLE gate
 flush chain inet TABLE door
 flush set inet TABLE guarded
-flush set inet TABLE knock_ports
 flush set inet TABLE trusted4
 flush set inet TABLE trusted6
 
@@ -68,7 +66,7 @@ flush set inet TABLE trusted6
 const RULES: &str = "
 # Before conntrack. Nothing but SYNs: a reply to this host's own connection may carry a knock port. No `bypass`: without
 # the daemon the kernel drops them.
-add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport @knock_ports \
+add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport KNOCK_PORTS \
 iif != lo fib daddr type local queue num QUEUE
 
 # After conntrack, before DNAT, so that ports published by containers are guarded too.
@@ -76,7 +74,7 @@ add rule inet TABLE gate iif lo accept
 # What is forwarded passes; broadcasts, multicasts and anycasts reach this host's sockets and do not.
 add rule inet TABLE gate fib daddr type unicast accept
 add rule inet TABLE gate ct state established accept
-add rule inet TABLE gate tcp dport @knock_ports KNOCK_PORTS
+add rule inet TABLE gate tcp dport KNOCK_PORTS KNOCK_VERDICT
 add rule inet TABLE gate meta l4proto . th dport @guarded goto door
 
 add rule inet TABLE door ip saddr @trusted4 accept
@@ -112,15 +110,19 @@ impl Ruleset {
 
     pub(super) fn render(&self, table: &str) -> String {
         // Nobody listens at a knock port, so what passes there meets the kernel's own reset.
-        let (knock_ports, refusal) = match self.answer {
+        let (knock_verdict, refusal) = match self.answer {
             Answer::Drop => ("drop", DROP),
             Answer::Reset => ("accept", RESET),
         };
+        // Each rule has its own set: packets miss elements of a set of intervals that is filled anew at that moment.
+        let ranges: Vec<String> = self.knock_ports.iter().map(show_range).collect();
+        let knock_ports = format!("{{ {} }}", ranges.join(", "));
         let fill = |text: &str| {
             text.replace("TABLE", table)
                 .replace("SIZE", &SET_SIZE.to_string())
                 .replace("QUEUE", &self.queue.to_string())
-                .replace("KNOCK_PORTS", knock_ports)
+                .replace("KNOCK_VERDICT", knock_verdict)
+                .replace("KNOCK_PORTS", &knock_ports)
         };
         let elements = self.elements().into_iter().filter(|(_, elements)| !elements.is_empty());
         let elements: String = elements
@@ -129,12 +131,11 @@ impl Ruleset {
         format!("#!/usr/sbin/nft -f\n{}{elements}{}{}", fill(FRAME), fill(RULES), fill(refusal))
     }
 
-    fn elements(&self) -> [(&'static str, Vec<String>); 4] {
+    fn elements(&self) -> [(&'static str, Vec<String>); 3] {
         let trusted = IpNet::aggregate(&self.trusted);
         let (v4, v6): (Vec<&IpNet>, Vec<&IpNet>) = trusted.iter().partition(|net| matches!(net.addr(), IpAddr::V4(_)));
         [
             ("guarded", self.guarded.iter().map(|port| format!("{} . {}", port.transport, port.number)).collect()),
-            ("knock_ports", self.knock_ports.iter().map(show_range).collect()),
             ("trusted4", v4.iter().map(ToString::to_string).collect()),
             ("trusted6", v6.iter().map(ToString::to_string).collect()),
         ]
