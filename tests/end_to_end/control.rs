@@ -82,7 +82,7 @@ fn grants_are_listed_as_the_kernel_has_them() {
 fn revoking_shuts_what_is_meant_and_leaves_what_others_hold() {
     let lab = Lab::with("open_for = \"1h\"");
     let text = fs::read_to_string(lab.config()).unwrap();
-    fs::write(lab.config(), text.replace("open_for = \"3s\"", "open_for = \"1h\"")).unwrap();
+    fs::write(lab.config(), text.replace("open_for = \"6s\"", "open_for = \"1h\"")).unwrap();
     lab.add_user("bob", &["ssh", "mail"]);
     let daemon = lab.start();
     let knock = |user, service, family: Family| {

@@ -219,16 +219,16 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A server that guards ssh (22) for 3 s and mail (25); alice may open ssh alone. Web (80) is not guarded.
+    /// A server that guards ssh (22) for 6 s and mail (25); alice may open ssh alone. Web (80) is not guarded.
     pub fn new() -> Self {
-        Self::with("open_for = \"3s\"")
+        Self::with("open_for = \"6s\"")
     }
 
     /// The same, with other settings for ssh.
     pub fn with(ssh: &str) -> Self {
         let lab = Self::network();
         lab.configure(&format!(
-            "[services.ssh]\nports = [\"tcp/22\"]\n{ssh}\n[services.mail]\nports = [\"tcp/25\"]\nopen_for = \"3s\"\n"
+            "[services.ssh]\nports = [\"tcp/22\"]\n{ssh}\n[services.mail]\nports = [\"tcp/25\"]\nopen_for = \"6s\"\n"
         ));
         lab.add_user("alice", &["ssh"]);
         for port in [22, 25, 80] {
