@@ -1,14 +1,15 @@
 //! SYNs of strangers, at a rate.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use knockq::packet::Flow;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
 use crate::lab::{Family, Host, Lab};
-use crate::latency::RawSocket;
 use crate::machine;
 use crate::recorded::persona;
 
@@ -100,4 +101,19 @@ fn queue(server: &Host) -> Counts {
     let text = server.enter(|| std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue")).unwrap();
     let fields: Vec<u64> = text.split_whitespace().map(|field| field.parse().unwrap()).collect();
     Counts { queued: fields[7], dropped: fields[5] + fields[6] }
+}
+
+/// Sends packets to the server as they are.
+pub struct RawSocket(OwnedFd);
+
+impl RawSocket {
+    /// In the namespace of this thread.
+    pub fn new() -> Self {
+        Self(socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap())
+    }
+
+    pub fn send(&self, packet: &[u8]) {
+        let server: IpAddr = Family::V4.server();
+        sendto(&self.0, packet, SendFlags::empty(), &SocketAddr::new(server, 0)).unwrap();
+    }
 }

@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,9 +16,8 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size_force, set_socket_timeout};
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
-use crate::flood::{self, Flooded};
+use crate::flood::{self, Flooded, RawSocket};
 use crate::lab::{Family, Host, Lab};
 use crate::recorded::persona;
 use crate::users::{self, User};
@@ -204,19 +202,4 @@ fn sources(datagram: &[u8]) -> Vec<Ipv4Addr> {
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     sources
-}
-
-/// Sends packets to the server as they are.
-pub struct RawSocket(OwnedFd);
-
-impl RawSocket {
-    /// In the namespace of this thread.
-    pub fn new() -> Self {
-        Self(socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap())
-    }
-
-    pub fn send(&self, packet: &[u8]) {
-        let server: IpAddr = Family::V4.server();
-        sendto(&self.0, packet, SendFlags::empty(), &SocketAddr::new(server, 0)).unwrap();
-    }
 }

@@ -12,8 +12,9 @@ use knockq::packet::Flow;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::flood::RawSocket;
 use crate::lab::{Family, Lab};
-use crate::latency::{self, Latencies, RawSocket, measure, source};
+use crate::latency::{self, Latencies, measure, source};
 use crate::recorded::persona;
 use crate::{Row, Scale, users};
 
