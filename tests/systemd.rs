@@ -16,6 +16,9 @@ const BOOT: &str = r#"
 mkdir "$1/upper" "$1/work" "$1/root"
 mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" overlay "$1/root"
 cd "$1/root"
+# It may lie on a file system of its own, /tmp say, which the overlay does not show.
+mkdir -p ".$PROJECT"
+mount --rbind "$PROJECT" ".$PROJECT"
 mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
