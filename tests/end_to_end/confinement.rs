@@ -186,7 +186,7 @@ fn a_privilege_that_cannot_be_given_up_starts_nothing() {
     const LIES: u32 = 0;
     let lab = Lab::new();
     for (number, errno, line) in [
-        (126, REFUSES, "cannot clear the inheritable set: "), // capset
+        (126, REFUSES, "cannot give up CAP_NET_RAW: "), // capset
         (126, LIES, "a capability can be taken back, after it was given up"),
         (317, REFUSES, "cannot forbid system calls: "), // seccomp
         (317, LIES, "every system call can be made, after it was given up"),
@@ -200,7 +200,7 @@ fn a_privilege_that_cannot_be_given_up_starts_nothing() {
         (117, LIES, "verifier: the user is root, after it was given up"),
     ] {
         let mut daemon = start_where(&lab, number, errno);
-        assert_eq!(daemon.end(), Some(1), "{line}: {}", daemon.log());
+        assert!(daemon.end().is_some_and(|code| code != 0), "{line}: {}", daemon.log());
         assert!(daemon.log().contains(line), "{line}: {}", daemon.log());
     }
     assert_eq!(lab.server.nft(&["list", "ruleset"]), "", "no table");
