@@ -598,6 +598,29 @@ fn no_counter_is_used_twice_even_by_many_processes_at_once() {
 }
 
 #[test]
+fn no_counter_is_used_twice_by_processes_that_are_killed() {
+    let world = World::new();
+    world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "127.0.0.1");
+    let send = ["send", "home", "--print", "hex"];
+    let start = std::time::Instant::now();
+    let mut printed = vec![world.run(&send).succeeds().into_bytes()];
+    let time = start.elapsed();
+    for round in 0..60 {
+        let mut child = world.command(&send).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(time * round / 20);
+        child.kill().unwrap();
+        printed.push(child.wait_with_output().unwrap().stdout);
+    }
+    printed.retain(|packet| packet.len() > 56);
+    printed.push(world.run(&send).succeeds().into_bytes());
+    let count = printed.len();
+    let mut sequences: Vec<&[u8]> = printed.iter().map(|packet| &packet[48..56]).collect();
+    sequences.sort_unstable();
+    sequences.dedup();
+    assert_eq!(sequences.len(), count);
+}
+
+#[test]
 fn without_its_capability_send_names_the_remedy() {
     let world = World::new();
     let binary = world.path("knockq");

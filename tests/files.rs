@@ -464,3 +464,17 @@ fn line_ends_and_a_byte_order_mark_of_other_systems_change_no_meaning() {
         refused(&world, issued, fault, &path, &["is damaged", "make a new key"]);
     }
 }
+
+#[test]
+fn the_root_directory_is_one_of_those_above() {
+    let world = World::new();
+    fs::copy(KNOCKQ, world.path("knockq")).unwrap();
+    let show = || {
+        let mut command = Command::new("chroot");
+        command.arg(&world.path).args(["/knockq", "keygen", "--show"]).env_clear().env("HOME", "/");
+        Ran(command.env("PATH", std::env::var_os("PATH").unwrap()).output().unwrap())
+    };
+    show().succeeds();
+    mode(&world.path, 0o777);
+    show().fails(78, &["/: must not be writable by others (mode 0777)", "Hint: chmod go-w /"]);
+}
