@@ -74,6 +74,7 @@ fn the_numbers_of_the_security_page_are_those_of_its_formula() {
     ] {
         assert_eq!(rows.get(what), Some(&vec![what, &format!("{:.1e}", setup.year())]));
     }
+    let page = page.split_whitespace().collect::<Vec<_>>().join(" ");
     let tries = 3.0 * 2.0 / TOKEN_HALF;
     assert!(page.contains(&format!("{tries:.1e} for each knock that is held back")), "{tries:.1e}");
     let switching = YEAR * YEAR / 2.0_f64.powi(129);
@@ -205,7 +206,7 @@ fn the_bound_holds_and_is_nearly_reached_in_a_small_world() {
         false
     });
     println!("stranger {silent:.4} of {stranger:.4}, told {told:.4}");
-    assert!((stranger * 1.5..m * stranger).contains(&told), "{told} of {stranger}");
+    assert!((2.0 * silent..m * stranger).contains(&told), "{told} of {stranger}");
 
     // A knock that is held back: its sequence number and port are known, and more SYNs than the tries gain nothing.
     let held_back = a * m / tags;
