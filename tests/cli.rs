@@ -598,6 +598,20 @@ fn no_counter_is_used_twice_even_by_many_processes_at_once() {
 }
 
 #[test]
+fn a_key_whose_counters_are_used_up_is_told_so() {
+    let world = World::new();
+    world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "127.0.0.1");
+    let send = ["send", "home", "--print", "hex"];
+    world.run(&send).succeeds();
+    let counters = tree::files(&world.path(".local/state/knockq/counters"));
+    let issued = counters.iter().find(|path| path.file_name().unwrap().len() == 32).unwrap();
+    fs::write(issued, "floor 99999999999\n").unwrap();
+    let said = "every counter up to 99999999999 is used up, and that is in the future";
+    world.run(&send).fails(78, &[&format!("{}: {said}", issued.display()), "Hint: make a new key"]);
+    assert_eq!(fs::read_to_string(issued).unwrap(), "floor 99999999999\n");
+}
+
+#[test]
 fn no_counter_is_used_twice_by_processes_that_are_killed() {
     let world = World::new();
     world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "127.0.0.1");

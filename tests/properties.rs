@@ -10,7 +10,7 @@ mod recorded;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use knockq::client::counter::Issued;
+use knockq::client::counter::{CounterFile, Issued};
 use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, Side};
 use knockq::verify::{Candidate, Index, Reason, Registry, SourcePolicy, User};
 use numbers::Numbers;
@@ -598,4 +598,44 @@ fn no_hostile_clock_makes_a_client_use_a_counter_twice_or_locks_it_out_once_it_i
         }));
         assert!(survived.is_ok(), "with seed {seed}");
     }
+}
+
+#[test]
+fn counters_that_were_folded_into_the_floor_are_never_issued_again() {
+    for seed in 0..4 {
+        let mut ordeal = Ordeal::new(seed);
+        for _ in 0..9000 {
+            ordeal.now += ordeal.numbers.below(2);
+            let clock = ordeal.hostile_clock();
+            ordeal.issue(clock);
+        }
+        assert!(ordeal.used.len() > 6000, "{} counters, of which 4096 are kept one by one", ordeal.used.len());
+    }
+}
+
+#[test]
+fn processes_with_clocks_of_their_own_never_issue_one_counter() {
+    let directory = std::env::temp_dir().join(format!("knockq-counters-{}", std::process::id()));
+    let (client, server) = (*private_key(1).public(), *private_key(0).public());
+    let process = |seed| {
+        let mut ordeal = Ordeal::new(seed);
+        let mut issued = Vec::new();
+        for _ in 0..100 {
+            ordeal.now += ordeal.numbers.below(3);
+            let clock = ordeal.hostile_clock();
+            // Each knock locks and reads anew, as `knockq send` does.
+            let mut counters = CounterFile::open(&directory, &client, &server).unwrap();
+            issued.extend(counters.issue(clock, 60).ok());
+        }
+        issued
+    };
+    let mut issued = std::thread::scope(|scope| {
+        let processes: Vec<_> = (0..4).map(|seed| scope.spawn(move || process(seed))).collect();
+        processes.into_iter().flat_map(|process| process.join().unwrap()).collect::<Vec<u64>>()
+    });
+    std::fs::remove_dir_all(&directory).unwrap();
+    let count = issued.len();
+    issued.sort_unstable();
+    issued.dedup();
+    assert!(issued.len() == count && count > 300, "{} of {count} are different", issued.len());
 }
