@@ -1,164 +1,17 @@
 //! The commands as people type them: what they print, how they end, and what they leave behind.
 
+#[path = "support/tree.rs"]
+mod tree;
+#[path = "support/world.rs"]
+mod world;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{Command, Stdio};
 
-const KNOCKQ: &str = env!("CARGO_BIN_EXE_knockq");
-
-/// A directory with a server's and a client's files.
-struct World {
-    path: PathBuf,
-}
-
-impl World {
-    fn empty() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("knockq-cli-{}-{number}", std::process::id()));
-        fs::create_dir(&path).unwrap();
-        Self { path }
-    }
-
-    /// After `init`, `keygen`, `user add alice` and `host add home`.
-    fn new() -> Self {
-        let world = Self::empty();
-        world.init(&["--protect", "tcp/22", "--knock-ports", "20000-21023", "--address", "192.0.2.1"]).succeeds();
-        let key = world.run(&["keygen"]).succeeds();
-        let profile = world.user_add("alice", key.trim_end(), &[]).succeeds();
-        fs::write(world.path("alice.profile"), profile).unwrap();
-        world.run(&["host", "add", "home", &world.text("alice.profile")]).succeeds();
-        world
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.path.join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.path(name).display().to_string()
-    }
-
-    fn config(&self) -> PathBuf {
-        self.path("etc/knockq.toml")
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(KNOCKQ);
-        command.env_clear().env("HOME", &self.path).args(arguments).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Ran {
-        Ran(self.command(arguments).output().unwrap())
-    }
-
-    fn init(&self, arguments: &[&str]) -> Ran {
-        self.run(
-            &[
-                &["init", "--dir", &self.text("etc"), "--state", &self.text("state"), "--runtime", &self.text("run")],
-                arguments,
-            ]
-            .concat(),
-        )
-    }
-
-    fn user_add(&self, name: &str, key: &str, more: &[&str]) -> Ran {
-        let config = self.config().display().to_string();
-        self.run(&[&["user", "add", name, "--key", key, "--config", &config], more].concat())
-    }
-
-    /// A subcommand of `user` on this server.
-    fn user(&self, arguments: &[&str]) -> Ran {
-        let config = self.config().display().to_string();
-        self.run(&[&["user"], arguments, &["--config", &config]].concat())
-    }
-
-    fn recover(&self, more: &[&str]) -> Ran {
-        self.run(&[&["recover", "--config", &self.config().display().to_string()], more].concat())
-    }
-
-    /// The store, and those that `recover` has kept beside it.
-    fn stores(&self) -> Vec<PathBuf> {
-        self.files().into_iter().filter(|file| file.starts_with(self.path("state"))).collect()
-    }
-
-    fn check(&self) -> Ran {
-        self.run(&["check", "--config", &self.config().display().to_string()])
-    }
-
-    fn serve(&self) -> Ran {
-        self.run(&["serve", "--config", &self.config().display().to_string()])
-    }
-
-    fn edit(&self, file: &str, from: &str, to: &str) {
-        let path = self.path(file);
-        let text = fs::read_to_string(&path).unwrap();
-        assert!(text.contains(from), "{text}");
-        fs::write(path, text.replace(from, to)).unwrap();
-    }
-
-    fn mode(&self, file: &str, mode: u32) {
-        fs::set_permissions(self.path(file), fs::Permissions::from_mode(mode)).unwrap();
-    }
-
-    fn files(&self) -> Vec<PathBuf> {
-        fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
-            for entry in fs::read_dir(directory).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    walk(&path, found);
-                } else {
-                    found.push(path);
-                }
-            }
-        }
-        let mut found = Vec::new();
-        walk(&self.path, &mut found);
-        found.sort();
-        found
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
-    }
-}
-
-struct Ran(Output);
-
-impl Ran {
-    #[track_caller]
-    fn succeeds(&self) -> String {
-        assert!(self.0.status.success(), "{}", self.errors());
-        String::from_utf8(self.0.stdout.clone()).unwrap()
-    }
-
-    fn errors(&self) -> String {
-        String::from_utf8_lossy(&self.0.stderr).into_owned()
-    }
-
-    /// Ends with this code, says all of this, and panics nowhere.
-    #[track_caller]
-    fn fails(&self, code: i32, said: &[&str]) {
-        let errors = self.errors();
-        assert_eq!(self.0.status.code(), Some(code), "{errors}");
-        for text in said {
-            assert!(errors.contains(text), "`{text}` is not in:\n{errors}");
-        }
-        assert!(!errors.contains("panicked"), "{errors}");
-    }
-}
-
-#[track_caller]
-fn json(ran: &Ran) -> serde_json::Value {
-    assert!(ran.0.status.success(), "{}", ran.errors());
-    serde_json::from_slice(&ran.0.stdout).unwrap()
-}
+use world::{KNOCKQ, Ran, World, json};
 
 #[test]
 fn init_makes_all_files_with_safe_modes_and_says_what_comes_next() {
@@ -300,57 +153,6 @@ fn a_user_that_is_wrong_is_shown_with_its_place() {
     world.check().fails(78, &["bob.toml:1:14: user alice has this public key already", "Hint: "]);
     fs::rename(world.path("etc/users.d/bob.toml"), world.path("etc/users.d/-rf.toml")).unwrap();
     world.check().fails(78, &["-rf.toml:1:1: `-rf` is not a name", "Hint: rename the file"]);
-}
-
-#[test]
-fn files_that_others_could_read_or_change_are_refused_by_name() {
-    let cases: &[(&str, u32, &[&str])] = &[
-        ("etc/server.key", 0o644, &["server.key: must not be readable by others (mode 0644)", "Hint: chmod 600 "]),
-        ("etc/server.key", 0o640, &["must not be readable by others (mode 0640)"]),
-        ("etc/knockq.toml", 0o666, &["knockq.toml: must not be writable by others (mode 0666)", "Hint: chmod go-w "]),
-        ("etc/users.d/alice.toml", 0o664, &["alice.toml: must not be writable by others (mode 0664)"]),
-        ("etc", 0o777, &["etc: must not be writable by others (mode 0777)"]),
-        ("etc/users.d", 0o777, &["users.d: must not be writable by others (mode 0777)"]),
-        ("state/counters.redb", 0o644, &["counters.redb: must not be readable by others (mode 0644)"]),
-        ("state", 0o777, &["state: must not be writable by others (mode 0777)"]),
-    ];
-    for (file, mode, said) in cases {
-        let world = World::new();
-        world.mode(file, *mode);
-        world.check().fails(78, said);
-        world.serve().fails(78, said);
-    }
-    let world = World::new();
-    world.mode(".config/knockq/key", 0o644);
-    world.run(&["send", "home", "--print", "hex"]).fails(78, &["key: must not be readable by others (mode 0644)"]);
-}
-
-#[test]
-fn files_that_are_no_plain_files_are_refused_by_name() {
-    type Make = fn(&Path);
-    let kinds: &[(Make, &str)] = &[
-        (|path| symlink("/dev/null", path).unwrap(), "is not a regular file"),
-        (|path| fs::create_dir(path).unwrap(), "is not a regular file"),
-        (
-            |path| assert!(Command::new("mkfifo").args(["-m", "600"]).arg(path).status().unwrap().success()),
-            "is not a regular file",
-        ),
-        (|path| fs::write(path, [0xff; 9]).unwrap(), "is not UTF-8 text"),
-        (|path| fs::write(path, vec![b'A'; (1 << 20) + 1]).unwrap(), "is larger than 1 MiB"),
-        (|_| {}, "No such file or directory"),
-    ];
-    for (make, said) in kinds {
-        let world = World::new();
-        fs::remove_file(world.path("etc/server.key")).unwrap();
-        make(&world.path("etc/server.key"));
-        if world.path("etc/server.key").is_file() && !world.path("etc/server.key").is_symlink() {
-            world.mode("etc/server.key", 0o600);
-        }
-        world.check().fails(78, &["server.key: ", said]);
-    }
-    let world = World::new();
-    fs::write(world.path("etc/server.key"), "").unwrap();
-    world.check().fails(78, &["server.key: not a key: 0 bytes instead of 32", "Hint: "]);
 }
 
 #[test]
@@ -793,6 +595,43 @@ fn no_counter_is_used_twice_even_by_many_processes_at_once() {
     sequences.sort_unstable();
     sequences.dedup();
     assert_eq!(sequences.len(), 20);
+}
+
+#[test]
+fn a_key_whose_counters_are_used_up_is_told_so() {
+    let world = World::new();
+    world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "127.0.0.1");
+    let send = ["send", "home", "--print", "hex"];
+    world.run(&send).succeeds();
+    let counters = tree::files(&world.path(".local/state/knockq/counters"));
+    let issued = counters.iter().find(|path| path.file_name().unwrap().len() == 32).unwrap();
+    fs::write(issued, "floor 99999999999\n").unwrap();
+    let said = "every counter up to 99999999999 is used up, and that is in the future";
+    world.run(&send).fails(78, &[&format!("{}: {said}", issued.display()), "Hint: make a new key"]);
+    assert_eq!(fs::read_to_string(issued).unwrap(), "floor 99999999999\n");
+}
+
+#[test]
+fn no_counter_is_used_twice_by_processes_that_are_killed() {
+    let world = World::new();
+    world.edit(".config/knockq/hosts/home.toml", "192.0.2.1", "127.0.0.1");
+    let send = ["send", "home", "--print", "hex"];
+    let start = std::time::Instant::now();
+    let mut printed = vec![world.run(&send).succeeds().into_bytes()];
+    let time = start.elapsed();
+    for round in 0..60 {
+        let mut child = world.command(&send).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(time * round / 20);
+        child.kill().unwrap();
+        printed.push(child.wait_with_output().unwrap().stdout);
+    }
+    printed.retain(|packet| packet.len() > 56);
+    printed.push(world.run(&send).succeeds().into_bytes());
+    let count = printed.len();
+    let mut sequences: Vec<&[u8]> = printed.iter().map(|packet| &packet[48..56]).collect();
+    sequences.sort_unstable();
+    sequences.dedup();
+    assert_eq!(sequences.len(), count);
 }
 
 #[test]

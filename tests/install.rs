@@ -1,8 +1,11 @@
 //! `make install` and `make uninstall`, into a directory of their own.
 
+#[path = "support/tree.rs"]
+mod tree;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -39,22 +42,8 @@ impl Stage {
     }
 
     fn files(&self) -> Vec<String> {
-        fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
-            for entry in fs::read_dir(directory).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    walk(&path, found);
-                } else {
-                    found.push(path);
-                }
-            }
-        }
-        let mut found = Vec::new();
-        walk(&self.0, &mut found);
         let relative = |path: &PathBuf| path.strip_prefix(&self.0).unwrap().display().to_string();
-        let mut files: Vec<String> = found.iter().map(relative).collect();
-        files.sort();
-        files
+        tree::files(&self.0).iter().map(relative).collect()
     }
 }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -61,17 +60,12 @@ impl Issued {
         self.issued.last().is_some_and(|&last| last > end)
     }
 
+    /// A text that was cut, be it before its floor or within a number, holds fewer counters than were issued: it is none.
     fn parse(text: &str) -> Option<Self> {
-        let mut issued = Self::default();
-        for line in text.lines().filter(|line| !line.starts_with('#')) {
-            match line.strip_prefix("floor ") {
-                Some(floor) => issued.floor = floor.parse().ok()?,
-                None => {
-                    issued.issued.insert(line.parse().ok()?);
-                }
-            }
-        }
-        Some(issued)
+        let mut lines = text.strip_suffix('\n')?.split('\n').filter(|line| !line.starts_with('#'));
+        let floor = lines.next()?.strip_prefix("floor ")?.parse().ok()?;
+        let issued = lines.map(|line| line.parse().ok()).collect::<Option<_>>()?;
+        Some(Self { floor, issued })
     }
 
     fn to_text(&self) -> String {
@@ -126,11 +120,15 @@ impl CounterFile {
         let name: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         let path = directory.join(&name);
         let lock = lock(&directory.join(format!("{name}.lock")))?;
-        let issued = if path.exists() {
-            let text = secure_file::read(&path, Privacy::Secret)?;
-            Issued::parse(&text).ok_or_else(|| CounterError::Damaged { path: path.clone() })?
-        } else {
-            Issued::default()
+        let damaged = || CounterError::Damaged { path: path.clone() };
+        let issued = match secure_file::read_if_there(&path, Privacy::Secret) {
+            Ok(Some(text)) => Issued::parse(&text).ok_or_else(damaged)?,
+            Ok(None) => Issued::default(),
+            // The remedies for other files, a backup or a new one, would repeat counters.
+            Err(FileError::Empty { .. } | FileError::NotText { .. } | FileError::TooLarge { .. }) => {
+                return Err(damaged());
+            }
+            Err(error) => return Err(error.into()),
         };
         Ok(Self { path, issued, _lock: lock })
     }
@@ -174,8 +172,9 @@ impl FlowFile {
         let lock = lock(&directory.join("flows.lock"))?;
         let boot = std::fs::read_to_string(BOOT_ID).map_err(|cause| FileError::io(Path::new(BOOT_ID), cause))?;
         let boot = boot.trim().to_owned();
-        let text = if path.exists() { secure_file::read(&path, Privacy::Secret)?.to_string() } else { String::new() };
-        let flows = text.strip_prefix(&boot).map(|rest| rest.lines().filter(|line| !line.is_empty()));
+        let text = secure_file::read_if_there(&path, Privacy::Secret)?;
+        let flows = text.as_ref().and_then(|text| text.strip_prefix(&boot));
+        let flows = flows.map(|rest| rest.lines().filter(|line| !line.is_empty()));
         let flows = flows.map(|lines| lines.map(str::to_owned).collect()).unwrap_or_default();
         Ok(Self { path, boot, flows, _lock: lock })
     }
@@ -198,9 +197,8 @@ impl FlowFile {
 }
 
 fn lock(path: &Path) -> Result<File, FileError> {
-    let fail = |cause: io::Error| FileError::io(path, cause);
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path).map_err(fail)?;
-    flock(&file, FlockOperation::LockExclusive).map_err(|errno| fail(errno.into()))?;
+    let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().create(true).append(true).mode(0o600))?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|errno| FileError::io(path, errno))?;
     Ok(file)
 }
 
@@ -240,7 +238,8 @@ mod tests {
             issued.record(n);
         }
         assert_eq!(Issued::parse(&issued.to_text()), Some(issued));
-        for damaged in ["floor x\n", "12\n1x\n", "-1\n", "\n"] {
+        for damaged in ["", "\n", "floor x\n", "12\n", "floor 1\n1x\n", "floor 1\n-1\n", "floor 1\n12", "12\nfloor 1\n"]
+        {
             assert_eq!(Issued::parse(damaged), None, "{damaged:?}");
         }
     }

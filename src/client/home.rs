@@ -96,10 +96,9 @@ impl Home {
     /// When there is none, or its file is not safe.
     pub fn key(&self) -> Result<PrivateKey, HomeError> {
         let path = self.key_path();
-        if !path.exists() {
+        let Some(text) = secure_file::read_if_there(&path, Privacy::Secret)? else {
             return Err(HomeError::NoKey { path });
-        }
-        let text = secure_file::read(&path, Privacy::Secret)?;
+        };
         text.parse().map_err(|cause| HomeError::Key { path, cause })
     }
 }

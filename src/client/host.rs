@@ -1,10 +1,9 @@
 //! Profiles: what a client knows of a host that it knocks at.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -155,10 +154,7 @@ impl Profile {
         let missing = || ProfileError::Missing(name.escape_default().to_string());
         let name: Name = name.parse().map_err(|_| missing())?;
         let path = home.host_path(&name);
-        if !path.exists() {
-            return Err(missing());
-        }
-        let text = secure_file::read(&path, Privacy::Secret)?;
+        let text = secure_file::read_if_there(&path, Privacy::Secret)?.ok_or_else(missing)?;
         let profile = Self::parse(&path, &text)?;
         Ok((name, profile))
     }
@@ -242,13 +238,7 @@ impl Profile {
     /// # Errors
     /// When their directory cannot be read.
     pub fn names(home: &Home) -> Result<Vec<Name>, ProfileError> {
-        let directory = home.hosts();
-        let fail = |cause| FileError::Io { path: directory.clone(), cause };
-        let entries = match fs::read_dir(&directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(fail)?,
-        };
-        let paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<PathBuf>>>().map_err(fail)?;
+        let paths = secure_file::entries(&home.hosts())?;
         let stems = paths.iter().filter_map(|path| path.file_name()?.to_str()?.strip_suffix(".toml"));
         let mut names: Vec<Name> = stems.filter_map(|stem| stem.parse().ok()).collect();
         names.sort_unstable();

@@ -1,9 +1,10 @@
 //! Reading files that decide over access: only regular ones, of the right owner, that nobody else can change.
 
+use std::ffi::OsString;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{self, Component, Path, PathBuf};
 
 use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
@@ -76,6 +77,18 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
     },
+    /// As a crash of the machine or a full disk leaves it behind.
+    #[error("{}: is empty", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// What stands where a directory should, or a link that leads to none.
+    #[error("{}: is not a directory", path.display())]
+    NotDirectory {
+        /// It, on the way to the file.
+        path: PathBuf,
+    },
 }
 
 impl FileError {
@@ -88,7 +101,14 @@ impl FileError {
             Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 Some("check its owner and those of the directories above, or run this as root".to_owned())
             }
-            _ => None,
+            Self::Io { .. } => None,
+            Self::NotRegular { .. } => {
+                Some("put a file in its place: links, devices, pipes and sockets are not read".to_owned())
+            }
+            Self::NotDirectory { .. } => Some("put a directory in its place".to_owned()),
+            Self::TooLarge { .. } | Self::NotText { .. } | Self::Empty { .. } => {
+                Some("restore it from a backup, or move it away and make it anew".to_owned())
+            }
         }
     }
 
@@ -124,30 +144,59 @@ pub enum Privacy {
 /// # Errors
 /// [`FileError`].
 pub fn read(path: &Path, privacy: Privacy) -> Result<Zeroizing<String>, FileError> {
-    let mut file = open(path, privacy, OpenOptions::new().read(true))?;
-    let mut text = Zeroizing::new(String::new());
-    let taken = Read::by_ref(&mut file).take(MAX_LEN + 1).read_to_string(&mut text).map_err(|cause| {
-        if cause.kind() == io::ErrorKind::InvalidData {
-            FileError::NotText { path: path.to_owned() }
-        } else {
-            FileError::io(path, cause)
-        }
-    })?;
-    if u64::try_from(taken).unwrap_or(u64::MAX) > MAX_LEN {
-        return Err(FileError::TooLarge { path: path.to_owned() });
+    let file = open(path, privacy, OpenOptions::new().read(true))?;
+    let path = || path.to_owned();
+    // Its length may change until it is read, so reading has a limit of its own.
+    if file.metadata().is_ok_and(|metadata| metadata.len() > MAX_LEN) {
+        return Err(FileError::TooLarge { path: path() });
     }
-    Ok(text)
+    let mut text = Zeroizing::new(String::new());
+    match file.take(MAX_LEN + 1).read_to_string(&mut text) {
+        Ok(0) => Err(FileError::Empty { path: path() }),
+        Ok(length) if u64::try_from(length).is_ok_and(|length| length > MAX_LEN) => {
+            Err(FileError::TooLarge { path: path() })
+        }
+        Ok(_) => Ok(text),
+        Err(cause) if cause.kind() == io::ErrorKind::InvalidData => Err(FileError::NotText { path: path() }),
+        Err(cause) => Err(FileError::Io { path: path(), cause }),
+    }
 }
 
-/// Opens a file that is there, after all checks on it and on every directory above it.
+/// As [`read`]; nothing if there is no such file. A link that leads nowhere is not "no file".
+///
+/// # Errors
+/// [`FileError`].
+pub fn read_if_there(path: &Path, privacy: Privacy) -> Result<Option<Zeroizing<String>>, FileError> {
+    match read(path, privacy) {
+        Err(error) if error.kind() == Some(io::ErrorKind::NotFound) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// What is in a directory, after all checks on it and on every directory above it; nothing if there is no such directory.
+///
+/// # Errors
+/// [`FileError`].
+pub fn entries(directory: &Path) -> Result<Vec<PathBuf>, FileError> {
+    let fail = |cause| FileError::io(directory, cause);
+    match fs::symlink_metadata(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(fail)?,
+    };
+    checked(directory, directory)?;
+    let entries = fs::read_dir(directory).map_err(fail)?;
+    entries.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>().map_err(fail)
+}
+
+/// Opens a file, after all checks on it and on every directory above it.
 ///
 /// # Errors
 /// [`FileError`].
 pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<File, FileError> {
     let directory = check_directories(path)?;
     let resolved = directory.join(path.file_name().unwrap_or_default());
-    // O_NONBLOCK: opening a pipe must not wait for its other end.
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    // O_NONBLOCK: opening a pipe must not wait for its other end. O_NOCTTY: a terminal must not become this process's.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = options.custom_flags(flags).open(resolved).map_err(|cause| match Errno::from_io_error(&cause) {
         Some(Errno::LOOP | Errno::ISDIR | Errno::NXIO) => FileError::NotRegular { path: path.to_owned() },
         _ => FileError::io(path, cause),
@@ -204,6 +253,7 @@ impl Draft {
     /// # Errors
     /// [`FileError`].
     pub fn new(path: &Path, privacy: Privacy) -> Result<(Self, File), FileError> {
+        check_directories(path)?;
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.new", std::process::id()));
         let draft = Self { temporary: path.with_file_name(name), path: path.to_owned() };
@@ -258,11 +308,15 @@ pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
     sync_parent(to).map_err(|cause| FileError::io(to, cause))
 }
 
-/// Makes a directory, and those above it, for its owner alone; one that is there is left as it is.
+/// Makes a directory, and those above it, for its owner alone; one that is there is checked and left as it is.
 ///
 /// # Errors
-/// [`FileError`].
+/// [`FileError`]; nothing is made below a directory that others could change.
 pub fn create_directory(path: &Path) -> Result<(), FileError> {
+    let absolute = path::absolute(path).map_err(|cause| FileError::io(path, cause))?;
+    if let Some(there) = absolute.ancestors().find(|above| fs::symlink_metadata(above).is_ok()) {
+        checked(there, path)?;
+    }
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|cause| FileError::io(path, cause))
 }
 
@@ -279,16 +333,65 @@ fn parent(path: &Path) -> &Path {
 
 /// Checks every directory above a file; the one that it is in, without links.
 fn check_directories(path: &Path) -> Result<PathBuf, FileError> {
-    let resolved = fs::canonicalize(parent(path)).map_err(|cause| FileError::io(path, cause))?;
-    for directory in resolved.ancestors() {
-        let metadata = fs::metadata(directory).map_err(|cause| FileError::io(directory, cause))?;
-        check_owner(directory, &metadata)?;
-        let mode = metadata.mode() & 0o7777;
-        if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
-            return Err(FileError::Writable { path: directory.to_owned(), mode });
+    checked(parent(path), path)
+}
+
+/// Walks to a directory, on behalf of the file `path`, and checks each directory on the way; it, without links. A link is
+/// followed if its owner is one of the two, and so is what it leads through; the directory that holds it was checked.
+fn checked(directory: &Path, path: &Path) -> Result<PathBuf, FileError> {
+    let fail = |cause| FileError::io(path, cause);
+    let absolute = path::absolute(directory).map_err(fail)?;
+    let mut ahead = steps(&absolute);
+    let mut reached = PathBuf::from("/");
+    check_directory(&reached, &fs::metadata(&reached).map_err(fail)?)?;
+    while let Some(step) = ahead.pop() {
+        if step == ".." {
+            reached.pop();
+            continue;
         }
+        let next = reached.join(step);
+        let metadata = fs::symlink_metadata(&next).map_err(fail)?;
+        if !metadata.is_symlink() {
+            check_directory(&next, &metadata)?;
+            reached = next;
+            continue;
+        }
+        check_owner(&next, &metadata)?;
+        check_leads_to_directory(&next, path)?;
+        let target = fs::read_link(&next).map_err(fail)?;
+        if target.is_absolute() {
+            reached = PathBuf::from("/");
+        }
+        ahead.extend(steps(&target));
     }
-    Ok(resolved)
+    Ok(reached)
+}
+
+/// The names in a path, the last first, so that the next one is at the end.
+fn steps(path: &Path) -> Vec<OsString> {
+    let is_step = |component: &Component<'_>| matches!(component, Component::Normal(_) | Component::ParentDir);
+    path.components().rev().filter(is_step).map(|component| component.as_os_str().to_owned()).collect()
+}
+
+/// A link that leads nowhere, or round in a circle, ends here.
+fn check_leads_to_directory(link: &Path, path: &Path) -> Result<(), FileError> {
+    match fs::metadata(link) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => Err(FileError::io(path, cause)),
+        _ => Err(FileError::NotDirectory { path: link.to_owned() }),
+    }
+}
+
+fn check_directory(path: &Path, metadata: &Metadata) -> Result<(), FileError> {
+    if !metadata.is_dir() {
+        return Err(FileError::NotDirectory { path: path.to_owned() });
+    }
+    check_owner(path, metadata)?;
+    let mode = metadata.mode() & 0o7777;
+    if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
+        return Err(FileError::Writable { path: path.to_owned(), mode });
+    }
+    Ok(())
 }
 
 fn check_owner(path: &Path, metadata: &Metadata) -> Result<(), FileError> {

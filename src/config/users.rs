@@ -1,8 +1,6 @@
 //! `users.d/NAME.toml`: one user a file.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -121,12 +119,7 @@ fn load_one(
 
 /// The `*.toml` files of a directory, sorted; none if there is no directory.
 fn files(directory: &Path) -> Result<Vec<PathBuf>, FileError> {
-    let fail = |cause| FileError::Io { path: directory.to_owned(), cause };
-    let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(fail)?,
-    };
-    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>().map_err(fail)?;
+    let mut paths = secure_file::entries(directory)?;
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
     paths.sort();
     Ok(paths)

@@ -2,9 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use etherparse::{
-    IpNumber, Ipv4HeaderSlice, Ipv6ExtensionsSlice, Ipv6HeaderSlice, TcpHeaderSlice, TcpOptionElement, err,
-};
+use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6ExtensionsSlice, Ipv6HeaderSlice, TcpHeaderSlice, err};
 use thiserror::Error;
 
 /// What the verifier wants to know of a SYN (RFC 9293 section 3.1). Numbers are in host order.
@@ -100,17 +98,24 @@ impl Syn {
         if !tcp.syn() || tcp.fin() || tcp.rst() || tcp.ack() {
             return Err(NotSyn::NotSyn);
         }
-        let tsval = tcp.options_iterator().map_while(Result::ok).find_map(|option| match option {
-            TcpOptionElement::Timestamp(value, _echo) => Some(value),
-            _ => None,
-        });
         Ok(Self {
             source,
             source_port: tcp.source_port(),
             destination,
             destination_port: tcp.destination_port(),
             sequence: tcp.sequence_number(),
-            tsval,
+            tsval: timestamp(tcp.options()),
         })
+    }
+}
+
+/// TSval of the first timestamp option (RFC 7323: kind 8, length 10), past options of any kind (RFC 9293 section 3.1).
+fn timestamp(options: &[u8]) -> Option<u32> {
+    match *options {
+        [1, ref rest @ ..] => timestamp(rest),
+        [8, 10, a, b, c, d, _, _, _, _, ..] => Some(u32::from_be_bytes([a, b, c, d])),
+        [0, ..] | [_, 0 | 1, ..] => None,
+        [_, length, ..] => timestamp(options.get(usize::from(length)..)?),
+        _ => None,
     }
 }

@@ -58,9 +58,11 @@ impl Index {
 
     /// Whether the index can follow the clock to `now` by moving on; if not, the clock has jumped.
     pub fn covers(&self, now: u64) -> bool {
-        match (self.rows.front(), self.rows.back()) {
-            (Some(front), Some(back)) => {
-                front.n <= now.saturating_sub(self.window) && now.saturating_add(self.window) <= back.n
+        // The oldest may have lost keys already: a clock that goes back to it must find them all.
+        let oldest = self.rows.iter().find(|row| row.sequences.len() == self.keys.len());
+        match (oldest, self.rows.back()) {
+            (Some(oldest), Some(back)) => {
+                oldest.n <= now.saturating_sub(self.window) && now.saturating_add(self.window) <= back.n
             }
             _ => false,
         }

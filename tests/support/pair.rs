@@ -1,8 +1,12 @@
 //! A client and a server in memory, with an injected clock: no kernel, no file, no socket.
 
+#![allow(dead_code, reason = "each test uses its own part")]
+
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, PublicKey, Side};
 use knockq::packet::Flow;
 use knockq::service::{Name, Port};
@@ -25,7 +29,7 @@ pub struct Client {
 pub struct Server {
     pub verifier: Verifier,
     pub ledger: Memory,
-    registry: Registry,
+    pub registry: Registry,
 }
 
 #[derive(Default, Clone)]
@@ -75,18 +79,24 @@ pub fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
 
-fn service(text: &str, ports: &[&str], once: bool) -> Service {
+/// The key pair of a number, the same in every run.
+pub fn private_key(number: u64) -> PrivateKey {
+    let bytes: Vec<u8> = [number, 1, 2, 3].iter().flat_map(|part| part.to_be_bytes()).collect();
+    BASE64.encode(bytes).parse().unwrap()
+}
+
+pub fn service(text: &str, ports: &[&str], once: bool) -> Service {
     let ports: Vec<Port> = ports.iter().map(|port| port.parse().unwrap()).collect();
     Service { name: name(text), selector: ports[0].number, ports, open_for: 30, once }
 }
 
 /// `count` users u0, u1, … who may open ssh (22) and wg (51820, udp and tcp), but not mail (25); `edit` changes them.
 pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Client>) {
-    let server = PrivateKey::generate().unwrap();
+    let server = private_key(0);
     let mut users = Vec::new();
     let mut clients = Vec::new();
     for place in 0..count {
-        let own = PrivateKey::generate().unwrap();
+        let own = private_key(1 + u64::try_from(place).unwrap());
         let mut user = User {
             name: name(&format!("u{place}")),
             public_key: *own.public(),
