@@ -103,12 +103,12 @@ impl Counters {
     /// [`Reason::Replayed`] or [`Reason::Superseded`].
     pub fn reserve(&mut self, client: &PublicKey, opened: &Opened, source: IpAddr) -> Result<Reservation, Reason> {
         let n = opened.n();
-        match self.last(client) {
-            Some(last) if n == last || self.recent.contains_key(&(*client, n)) => {
-                return Err(Reason::Replayed);
-            }
-            Some(last) if n < last => return Err(Reason::Superseded),
-            _ => {}
+        // What was seen counts also where the last is not known any more: of a user who was removed and is back.
+        if self.last(client) == Some(n) || self.recent.contains_key(&(*client, n)) {
+            return Err(Reason::Replayed);
+        }
+        if self.last(client) > Some(n) {
+            return Err(Reason::Superseded);
         }
         self.last.insert(*client, n);
         let unbound = opened.binding() == Binding::Unbound;
@@ -135,5 +135,31 @@ impl Counters {
     /// Forgets sightings of counters that have left the window; what was accepted stays accepted.
     pub fn forget_before(&mut self, n: u64) {
         self.recent.retain(|(_, seen), _| *seen >= n);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::{Counters, Reason};
+    use crate::crypto::{Binding, KnockKey, KnockSecrets, PrivateKey, Side};
+
+    #[test]
+    fn a_counter_that_was_seen_stays_taken_when_its_user_is_removed_and_comes_back() {
+        let [own, server] = [(); 2].map(|()| PrivateKey::generate().unwrap());
+        let key = KnockKey::new(&KnockSecrets::derive(Side::Client, &own, server.public(), None).unwrap());
+        let token = key.seal(7, 22, Binding::Unbound);
+        let opened = key.open(7, 22, token.tsval, Binding::Unbound).unwrap();
+        let source = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+        // The disk was full: no ledger knows the counter.
+        let mut counters = Counters::default();
+        counters.reserve(own.public(), &opened, source).unwrap();
+        let mut removed = Counters::default();
+        removed.inherit(counters, |_| false);
+        let mut back = Counters::default();
+        back.inherit(removed, |_| true);
+        assert_eq!(back.reserve(own.public(), &opened, source).unwrap_err(), Reason::Replayed);
     }
 }
