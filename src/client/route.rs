@@ -79,7 +79,15 @@ fn ask(local: SocketAddr, destination: SocketAddr) -> io::Result<RouteMessage> {
     socket.send_to(&bytes, &netlink_sys::SocketAddr::new(0, 0), 0)?;
     let mut answer = Vec::with_capacity(ANSWER_MAX);
     socket.recv(&mut answer, 0)?;
-    match NetlinkMessage::deserialize(&answer).map_err(io::Error::other)?.payload {
+    read(&answer)
+}
+
+/// The route that the kernel answers with.
+///
+/// # Errors
+/// The kernel's, or `InvalidData` for another answer.
+pub fn read(answer: &[u8]) -> io::Result<RouteMessage> {
+    match NetlinkMessage::deserialize(answer).map_err(io::Error::other)?.payload {
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => Ok(route),
         NetlinkPayload::Error(error) => Err(error.to_io()),
         _ => Err(io::ErrorKind::InvalidData.into()),

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
     DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
@@ -214,15 +215,22 @@ impl Doors {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return verdict,
                 Err(error) => return Err(error.into()),
             }
-            let Ok(answer) = NetlinkMessage::<NetfilterMessage>::deserialize(&buffer) else { continue };
-            if let NetlinkPayload::Error(answer) = answer.payload {
-                verdict = match (answer.code, verdict) {
-                    (None, Err(ElementError::NoAnswer)) => Ok(()),
-                    (Some(_), Ok(()) | Err(ElementError::NoAnswer)) => Err(ElementError::Refused(answer.to_io())),
-                    (_, earlier) => earlier,
-                };
-            }
+            verdict = match (read(&buffer), verdict) {
+                (Some(Ok(())), Err(ElementError::NoAnswer)) => Ok(()),
+                (Some(Err(error)), Ok(()) | Err(ElementError::NoAnswer)) => Err(ElementError::Refused(error)),
+                (_, earlier) => earlier,
+            };
         }
+    }
+}
+
+/// Whether the kernel has done what was asked, if that is what it says.
+pub fn read(answer: &[u8]) -> Option<io::Result<()>> {
+    // Nothing else is asked for, and nothing else is looked into.
+    NetlinkBuffer::new_checked(answer).ok().filter(|answer| answer.message_type() == NLMSG_ERROR)?;
+    match NetlinkMessage::<NetfilterMessage>::deserialize(answer).ok()?.payload {
+        NetlinkPayload::Error(answer) => Some(answer.code.map_or(Ok(()), |_| Err(answer.to_io()))),
+        _ => None,
     }
 }
 
