@@ -4,6 +4,7 @@ mod answer;
 mod control;
 mod daemon;
 mod doors;
+mod hostile;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
