@@ -18,8 +18,8 @@ use crate::{flow, raw_socket, tcp_offset};
 /// What the sender does, at least.
 const FLOOD: Duration = Duration::from_secs(2);
 
-/// No flood lasts longer, whatever happens to those who wait for something meanwhile.
-const LIMIT: Duration = Duration::from_secs(90);
+/// No flood lasts longer, however slow the machine is: other tests run beside.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Different packets of each family, sent again and again.
 const PACKETS: u64 = 4_096;
