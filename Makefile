@@ -21,7 +21,7 @@ UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 BINARY      ?= target/release/knockq
 
-.PHONY: all install uninstall demo test test-newer-kernel bench coverage check clean
+.PHONY: all install uninstall demo test test-newer-kernel bench fuzz fuzz-coverage coverage check clean
 all:
 	$(FOR_HERE) $(CARGO) build --release
 
@@ -54,9 +54,20 @@ bench:
 coverage:
 	@tests/coverage
 
+# Hostile bytes for whatever reads any: each target for SECONDS, two at a time, or those that TARGETS names. docs/fuzzing.md
+# says what they hold. What they find lies in target/fuzz/, and the next run goes on from there.
+SECONDS := 20
+fuzz:
+	@fuzz/run $(SECONDS) $(TARGETS)
+
+# Which lines the inputs reach that `make fuzz` has found; needs rustup's component llvm-tools.
+fuzz-coverage:
+	@fuzz/coverage
+
 # What a reviewer's machine checks before it runs the tests.
 check:
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --target $(TARGET) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --target $(TARGET) --no-deps --document-private-items
 

@@ -5,6 +5,7 @@ mod confinement;
 mod control;
 mod daemon;
 mod doors;
+mod hostile;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
