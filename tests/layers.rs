@@ -25,6 +25,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::frames",
             "super::handover",
             "super::policy",
+            "super::rate",
             "super::sandbox",
             "super::terminal",
         ],
@@ -33,6 +34,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/policy.rs", &["service", "nft", "super::book", "super::frames", "super::sandbox"]),
     ("serve/control.rs", &["service", "nft", "super::book"]),
     ("serve/book.rs", &["service", "nft"]),
+    ("serve/rate.rs", &[]),
+    ("serve/vocabulary.rs", &["super::channel"]),
     // Has no file and no way to the kernel's tables.
     (
         "serve/verifier.rs",
@@ -64,10 +67,11 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::gate",
             "super::handover",
             "super::log",
+            "super::vocabulary",
         ],
     ),
     ("serve/children.rs", &["super::channel", "super::control", "super::ending", "super::log", "super::process"]),
-    ("serve/ending.rs", &["config", "nft", "super::control", "super::gate", "super::sandbox"]),
+    ("serve/ending.rs", &["config", "nft", "super::control", "super::gate", "super::sandbox", "super::vocabulary"]),
     ("serve/gate.rs", &["config", "nft"]),
     // Runs as root, reads files, and has ended before anything comes of them.
     (

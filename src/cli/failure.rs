@@ -145,7 +145,9 @@ impl From<ServeError> for Failure {
             // The child has said what was wrong.
             ServeError::ChildFailed { code, .. } => Self::new(String::new()).code(code),
             ServeError::Gate(_) => Self::new(message).hint("is another knockq running? It owns the table"),
-            ServeError::ChildDied { .. } | ServeError::TooSlow(_) | ServeError::Io(_) => Self::new(message),
+            ServeError::ChildDied { .. } | ServeError::Breach { .. } | ServeError::TooSlow(_) | ServeError::Io(_) => {
+                Self::new(message)
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ mod doors;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
+mod owned;
 mod persona;
 #[path = "../support/persona.rs"]
 mod recorded;
