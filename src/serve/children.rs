@@ -130,21 +130,19 @@ impl Children {
     }
 
     fn event_of(&mut self, source: Source) -> Result<Option<Event>, ServeError> {
-        Ok(match source {
+        match source {
             Source::Signal(signal) => {
                 let mut streams = self.signals.iter().filter(|(other, _)| *other == signal);
                 streams.try_for_each(|(_, stream)| (&mut &*stream).read_exact(&mut [0]))?;
-                Some(Event::Signal(signal))
+                Ok(Some(Event::Signal(signal)))
             }
-            Source::Control => Some(Event::Request),
-            Source::Child(place) => match self.processes.get_mut(place) {
-                Some(child) => Some(match child.hear()? {
-                    Some((said, descriptors)) => Event::Message(child.name, said, descriptors),
-                    None => Event::Gone(child.name),
-                }),
-                None => None,
-            },
-        })
+            Source::Control => Ok(Some(Event::Request)),
+            Source::Child(place) => {
+                let Some(child) = self.processes.get_mut(place) else { return Ok(None) };
+                let said = child.hear()?;
+                Ok(Some(said.map_or(Event::Gone(child.name), |(said, with)| Event::Message(child.name, said, with))))
+            }
+        }
     }
 
     /// Ends one child.

@@ -76,7 +76,7 @@ impl Process {
     }
 
     fn speaks(&self) -> bool {
-        self.channel.as_ref().is_some_and(|channel| has_word(channel))
+        self.channel.as_ref().is_some_and(has_word)
     }
 
     const fn breaks(&self, breach: Breach) -> ServeError {

@@ -371,6 +371,15 @@ fn frames_that_come_again_or_out_of_order_do_what_they_say_and_no_more() {
     nothing_else_changed(&lab, &world, 0);
 }
 
+/// Whatever happens, a flood must end with its test.
+struct UntilDropped<'a>(&'a AtomicBool);
+
+impl Drop for UntilDropped<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Requests of all kinds that are permitted, as fast as they go: doors for ever new sources of both families, the same door
 /// again, and doors that nobody has opened taken back.
 fn flood(frames: &OwnedFd, is_over: &AtomicBool) -> u64 {
@@ -402,6 +411,7 @@ fn a_flood_of_permitted_frames_opens_what_the_rate_allows_and_holds_nothing_up()
     let log = || verifier.owned.daemon.log();
     let told = || log().matches("not granted: more doors were asked for than grants_per_minute allows").count();
     thread::scope(|scope| {
+        let until_dropped = UntilDropped(&is_over);
         let flooding = scope.spawn(|| flood(verifier.frames(), &is_over));
         eventually("the doors that the rate allows", || open_doors(&lab).len() >= 20);
 
@@ -423,7 +433,7 @@ fn a_flood_of_permitted_frames_opens_what_the_rate_allows_and_holds_nothing_up()
         for element in open_doors(&lab) {
             assert!(element.contains(" . tcp . 22 timeout 1h expires "), "{element}");
         }
-        is_over.store(true, Ordering::Relaxed);
+        drop(until_dropped);
         let sent = flooding.join().unwrap();
         assert!(sent > 10_000, "{sent} frames are no flood");
     });
