@@ -105,6 +105,13 @@ fn a_configuration_that_is_wrong_is_shown_with_its_place() {
         ("ports    = [\"tcp/22\"]", "ports = []", &["has no port", "Hint: "]),
         ("ports    = [\"tcp/22\"]", "ports = [\"sctp/22\"]", &["`sctp/22` is not a port"]),
         ("[server]", "[server]\nwindow = \"1d\"", &["knockq.toml:4:10: window must be from 5s to 10m, not 1d"]),
+        (
+            "[server]",
+            "[server]\ngrants_per_minute = 0",
+            &["knockq.toml:4:21: grants_per_minute must be from 1 to 60000, not 0"],
+        ),
+        ("[server]", "[server]\ngrants_per_minute = 60001", &["grants_per_minute must be from 1 to 60000, not 60001"]),
+        ("[server]", "[server]\ngrants_per_minute = \"600\"", &["knockq.toml:4:21: invalid type"]),
         ("[server]", "[server]\nanswer = \"rst\"", &["unknown variant `rst`", "`drop` or `reset`"]),
         ("[server]", "[server]\nruleset = \"mine\"", &["unknown variant `mine`", "`managed` or `external`"]),
         ("[server]", "[server]\ntrusted = [\"10.0.0.0/33\"]", &["knockq.toml:4:"]),

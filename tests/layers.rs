@@ -26,6 +26,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::frames",
             "super::handover",
             "super::policy",
+            "super::rate",
             "super::sandbox",
             "super::terminal",
         ],
@@ -34,6 +35,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/policy.rs", &["service", "nft", "super::book", "super::frames", "super::sandbox"]),
     ("serve/control.rs", &["service", "nft", "super::book"]),
     ("serve/book.rs", &["service", "nft"]),
+    ("serve/rate.rs", &[]),
+    ("serve/vocabulary.rs", &["super::channel"]),
     // Has no file and no way to the kernel's tables.
     (
         "serve/verifier.rs",
@@ -68,12 +71,13 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::handover",
             "super::log",
             "super::sandbox",
+            "super::vocabulary",
         ],
     ),
     ("serve/children.rs", &["super::channel", "super::control", "super::ending", "super::log", "super::process"]),
     ("serve/calls.rs", &[]),
     ("serve/sandbox.rs", &["super::calls"]),
-    ("serve/ending.rs", &["config", "nft", "super::control", "super::gate", "super::sandbox"]),
+    ("serve/ending.rs", &["config", "nft", "super::control", "super::gate", "super::sandbox", "super::vocabulary"]),
     ("serve/gate.rs", &["config", "nft"]),
     // Runs as root, reads files, and has ended before anything comes of them.
     (

@@ -15,6 +15,7 @@ use crate::serve::control::ControlError;
 use crate::serve::ending::ServeError;
 use crate::serve::gate::GateError;
 use crate::serve::monitor::MonitorError;
+use crate::serve::sandbox::SandboxError;
 use crate::serve::verifier::VerifierError;
 
 /// Something did not work.
@@ -138,6 +139,7 @@ impl From<ServeError> for Failure {
             }
             ServeError::Store(error) => error.into(),
             ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
+            ServeError::Account(SandboxError::Step { .. } | SandboxError::NotGone(_)) => Self::new(message),
             ServeError::Account(_) => Self::new(message).code(CONFIGURATION),
             ServeError::QueueTaken { .. } => {
                 Self::new(message).hint("is another knockq running? Else set `queue = N` in [server]")
@@ -145,7 +147,11 @@ impl From<ServeError> for Failure {
             // The child has said what was wrong.
             ServeError::ChildFailed { code, .. } => Self::new(String::new()).code(code),
             ServeError::Gate(_) => Self::new(message).hint("is another knockq running? It owns the table"),
-            ServeError::ChildDied { .. } | ServeError::TooSlow(_) | ServeError::Io(_) => Self::new(message),
+            ServeError::ChildDied { .. }
+            | ServeError::ForbiddenCall { .. }
+            | ServeError::Breach { .. }
+            | ServeError::TooSlow(_)
+            | ServeError::Io(_) => Self::new(message),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! `knockq.toml`: the server and its services.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
+use std::fmt::Display;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -26,10 +27,16 @@ pub const RUNTIME_DIRECTORY: &str = "/run/knockq";
 pub const QUEUE: u16 = 4097;
 
 /// Seconds that a window may have: below, knocks fail on the slightest skew; above, the index grows past its use.
-const WINDOWS: Range<u32> = 5..601;
+const WINDOWS: RangeInclusive<Seconds> = Seconds(5)..=Seconds(600);
 
 /// Seconds that a service may stay open for one knock: up to a year.
-const OPENINGS: Range<u32> = 1..365 * 86_400 + 1;
+const OPENINGS: RangeInclusive<Seconds> = Seconds(1)..=Seconds(365 * 86_400);
+
+/// Doors that may be opened in a minute, unless `grants_per_minute` says otherwise: ten a second.
+const GRANTS: u32 = 600;
+
+/// What it may say: a thousand a second is more than any disk takes counters.
+const GRANTS_PER_MINUTE: RangeInclusive<u32> = 1..=60_000;
 
 /// A configuration that was read, checked and understood.
 pub struct ServerConfig {
@@ -45,6 +52,8 @@ pub struct ServerConfig {
     pub ruleset_mode: RulesetMode,
     /// Number of the netfilter queue.
     pub queue: u16,
+    /// Doors that may be opened in a minute at most, whoever asks.
+    pub grants_per_minute: u32,
     /// Account that the verifier runs as.
     pub account: String,
     /// Networks that are never gated.
@@ -80,6 +89,7 @@ struct Server {
     #[serde(default)]
     ruleset: RulesetMode,
     queue: Option<u16>,
+    grants_per_minute: Option<Spanned<u32>>,
     user: Option<Name>,
     #[serde(default)]
     trusted: Vec<Network>,
@@ -123,6 +133,7 @@ impl ServerConfig {
         let File { server, services } = file;
 
         let window = within(server.window, Seconds(60), &WINDOWS, "window", &at)?;
+        let grants_per_minute = within(server.grants_per_minute, GRANTS, &GRANTS_PER_MINUTE, "grants_per_minute", &at)?;
         let services = services
             .into_iter()
             .map(|(name, table)| service(name, table, &at))
@@ -142,6 +153,7 @@ impl ServerConfig {
             answer: server.answer,
             ruleset_mode: server.ruleset,
             queue: server.queue.unwrap_or(QUEUE),
+            grants_per_minute,
             account: server.user.map_or_else(|| "knockq".to_owned(), String::from),
             trusted: server.trusted.into_iter().map(|network| network.0).collect(),
             addresses: server.address,
@@ -200,18 +212,18 @@ impl ServerConfig {
 
 type At<'a> = dyn Fn(Range<usize>, String) -> Diagnostic + 'a;
 
-fn within(
-    value: Option<Spanned<Seconds>>,
-    default: Seconds,
-    allowed: &Range<u32>,
+fn within<T: Copy + PartialOrd + Display>(
+    value: Option<Spanned<T>>,
+    default: T,
+    allowed: &RangeInclusive<T>,
     what: &str,
     at: &At<'_>,
-) -> Result<Seconds, Diagnostic> {
+) -> Result<T, Diagnostic> {
     match value {
         None => Ok(default),
-        Some(value) if allowed.contains(&value.get_ref().0) => Ok(value.into_inner()),
+        Some(value) if allowed.contains(value.get_ref()) => Ok(value.into_inner()),
         Some(value) => {
-            let (least, most) = (Seconds(allowed.start), Seconds(allowed.end - 1));
+            let (least, most) = (allowed.start(), allowed.end());
             Err(at(value.span(), format!("{what} must be from {least} to {most}, not {}", value.get_ref())))
         }
     }

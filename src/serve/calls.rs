@@ -5,12 +5,12 @@ use std::env::consts::ARCH;
 use std::ffi::c_int;
 
 use libc::{
-    AF_NETLINK, AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, NETLINK_NETFILTER, PROT_EXEC, SYS_add_key, SYS_bind,
-    SYS_bpf, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_connect, SYS_delete_module, SYS_epoll_ctl,
-    SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fdatasync, SYS_finit_module, SYS_flock, SYS_fsmount,
-    SYS_ftruncate, SYS_futex, SYS_getrandom, SYS_getsockname, SYS_init_module, SYS_io_uring_setup, SYS_ioctl,
-    SYS_kexec_load, SYS_keyctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mount, SYS_mprotect, SYS_mremap, SYS_munmap,
-    SYS_nanosleep, SYS_open_by_handle_at, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
+    AF_NETLINK, AF_UNIX, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_SETFD, NETLINK_NETFILTER, PROT_EXEC, SYS_add_key,
+    SYS_bind, SYS_bpf, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_connect, SYS_delete_module,
+    SYS_epoll_ctl, SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fdatasync, SYS_finit_module, SYS_flock,
+    SYS_fsmount, SYS_ftruncate, SYS_futex, SYS_getrandom, SYS_getsockname, SYS_init_module, SYS_io_uring_setup,
+    SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mount, SYS_mprotect, SYS_mremap,
+    SYS_munmap, SYS_nanosleep, SYS_open_by_handle_at, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
     SYS_process_vm_readv, SYS_process_vm_writev, SYS_ptrace, SYS_pwrite64, SYS_read, SYS_reboot, SYS_recvfrom,
     SYS_recvmsg, SYS_request_key, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield,
     SYS_sendmsg, SYS_sendto, SYS_setns, SYS_sigaltstack, SYS_socket, SYS_swapon, SYS_umount2, SYS_unshare,
@@ -65,13 +65,14 @@ pub const VERIFIER: &[Call] = calls! {
     SYS_sendmsg "answers to the keeper"
     SYS_sendto "frames to the monitor"
     SYS_close "settings that were read; the store, to open it anew after a failed write"
+    SYS_fcntl [Is(1, F_GET_SEALS)] "new settings: nobody can change them any more"
     SYS_fcntl [Is(1, F_DUPFD_CLOEXEC)] "the store, to open it anew after a failed write"
     SYS_fcntl [Is(1, F_SETFD)] "the same (musl)"
     SYS_fcntl [Is(1, F_GETFD)] "a development build looks whether what it closes is open"
 
     SYS_pread64 "the store: pages"
     SYS_pwrite64 "the store: pages"
-    SYS_lseek "the store: its length; the proof that this list is in force"
+    SYS_lseek "the lengths of the store and of new settings; the proof that this list is in force"
     SYS_ftruncate "the store: it grows"
     SYS_fdatasync "the store: durable before anything is opened"
     SYS_flock "the store: no other process has it open"
@@ -110,8 +111,9 @@ pub const MONITOR: &[Call] = calls! {
     SYS_recvmsg "what the keeper says, with the descriptors of new settings"
     SYS_sendmsg "answers to the keeper"
     SYS_read "new settings"
-    SYS_lseek "the proof that this list is in force"
+    SYS_lseek "the length of new settings; the proof that this list is in force"
     SYS_close "settings that were read; a socket that owned the table"
+    SYS_fcntl [Is(1, F_GET_SEALS)] "new settings: nobody can change them any more"
     SYS_fcntl [Is(1, F_GETFD)] "a development build looks whether what it closes is open"
     SYS_ppoll "waiting"
     #[cfg(target_arch = "x86_64")]

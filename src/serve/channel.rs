@@ -6,6 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -118,7 +119,7 @@ impl Channel {
         }
     }
 
-    /// Waits for a message; `None` when the peer is gone.
+    /// Waits for a message; `None` when the peer has hung up.
     ///
     /// # Errors
     /// `InvalidData` for anything that is not a message; `WouldBlock` where there is none and the end does not wait.
@@ -126,13 +127,18 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut bytes = [0; 2];
-        let received = recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let received = loop {
+            match recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+                Err(Errno::CONNRESET) => {} // told once, of a peer that left unread what we said; its last words come next
+                received => break received?,
+            }
+        };
         let descriptors = ancillary.drain().flat_map(|message| match message {
             RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
             _ => Vec::new(),
         });
         let descriptors: Vec<OwnedFd> = descriptors.collect();
-        if received.bytes == 0 {
+        if received.bytes == 0 && has_hung_up(&self.0) {
             return Ok(None);
         }
         let is_cut = received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
@@ -155,6 +161,20 @@ impl Channel {
             Some(_) => Err(io::ErrorKind::InvalidData.into()),
         }
     }
+}
+
+/// Whether there is something to receive.
+pub(super) fn has_word(socket: &impl AsFd) -> bool {
+    is(socket, PollFlags::IN)
+}
+
+/// Whether the peer of a socket has closed its end. Reading nothing does not tell: a message may have no bytes.
+pub(super) fn has_hung_up(socket: &impl AsFd) -> bool {
+    is(socket, PollFlags::RDHUP)
+}
+
+fn is(socket: &impl AsFd, state: PollFlags) -> bool {
+    poll(&mut [PollFd::new(socket, state)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 impl AsFd for Channel {

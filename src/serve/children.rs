@@ -2,22 +2,20 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGSYS, SIGTERM};
 use signal_hook::low_level::pipe;
 
-use super::channel::{Channel, Message};
+use super::channel::Message;
 use super::control::Control;
 use super::ending::{Ended, ServeError};
 use super::log::Style;
-use super::process::Process;
+use super::process::{End, Process};
 
 /// Time that a child has to do what it was asked: ten thousand users take two seconds.
 const WORK: Duration = Duration::from_secs(60);
@@ -40,6 +38,15 @@ pub(super) enum Event {
     Gone(&'static str),
     /// Somebody wants something.
     Request,
+}
+
+/// Where an event comes from.
+#[derive(Clone, Copy)]
+enum Source {
+    Signal(i32),
+    Control,
+    /// The child at this place.
+    Child(usize),
 }
 
 impl Children {
@@ -65,11 +72,9 @@ impl Children {
     }
 
     /// Says something to a child.
-    pub(super) fn tell(&self, name: &str, message: Message, descriptors: &[&OwnedFd]) -> io::Result<()> {
-        self.processes
-            .iter()
-            .filter(|process| process.name == name)
-            .try_for_each(|process| process.send(message, descriptors))
+    pub(super) fn tell(&mut self, name: &str, message: Message, descriptors: &[&OwnedFd]) -> Result<(), ServeError> {
+        let mut meant = self.processes.iter_mut().filter(|process| process.name == name);
+        meant.try_for_each(|process| process.tell(message, descriptors))
     }
 
     /// Waits for a child to say one of these; hands all else that happens meanwhile to `otherwise`. What the child
@@ -81,92 +86,114 @@ impl Children {
         mut otherwise: impl FnMut(&mut Self, Event) -> Result<(), Ended>,
     ) -> Result<(Message, Vec<OwnedFd>), Ended> {
         let deadline = Instant::now() + WORK;
-        loop {
+        // Looked at each time: what else happens may never end.
+        while Instant::now() < deadline {
             match self.next_of(|other| other == name || other != CONFIGURATION, None, Some(deadline))? {
                 Some(Event::Message(from, said, descriptors)) if from == name && messages.contains(&said) => {
                     return Ok((said, descriptors));
                 }
                 Some(Event::Signal(SIGTERM | SIGINT)) => return Err(Ended::Asked),
-                Some(Event::Gone(_)) => return Err(Ended::Failed(self.bury())),
+                Some(Event::Gone(child)) => return Err(Ended::Failed(self.bury(child))),
                 Some(other) => otherwise(self, other)?,
-                None => return Err(Ended::Failed(ServeError::TooSlow(name))),
+                None => {}
             }
         }
+        Err(Ended::Failed(ServeError::TooSlow(name)))
     }
 
     /// Waits for the next event; `None` when the deadline has passed.
-    pub(super) fn next(&mut self, control: Option<&Control>, deadline: Option<Instant>) -> io::Result<Option<Event>> {
+    ///
+    /// # Errors
+    /// Among others, when a child says what it may not.
+    pub(super) fn next(
+        &mut self,
+        control: Option<&Control>,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Event>, ServeError> {
         self.next_of(|_| true, control, deadline)
     }
 
-    /// The same, but of the children only those in these roles are heard.
+    /// The same, but of the children only those in these roles are heard. What root wants comes before what they say.
     fn next_of(
         &mut self,
         is_heard: impl Fn(&str) -> bool,
         control: Option<&Control>,
         deadline: Option<Instant>,
-    ) -> io::Result<Option<Event>> {
-        let signals = self.signals.iter().map(|(_, stream)| stream.as_fd());
-        let heard: Vec<&Process> = self.processes.iter().filter(|child| is_heard(child.name)).collect();
-        let channels = heard.iter().filter_map(|child| child.channel.as_ref()).map(AsFd::as_fd);
-        let sources = signals.chain(channels).chain(control.map(AsFd::as_fd));
-        let mut sources: Vec<PollFd<'_>> =
-            sources.map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN)).collect();
-        loop {
-            let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            match poll(&mut sources, timeout.and_then(|time| Timespec::try_from(time).ok()).as_ref()) {
-                Ok(0) => return Ok(None),
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let first = sources.iter().position(|source| !source.revents().is_empty()).unwrap_or_default();
-        drop(sources);
-        self.event_at(first, &heard).map(Some)
+    ) -> Result<Option<Event>, ServeError> {
+        let signals = self.signals.iter().map(|(signal, stream)| (Source::Signal(*signal), stream.as_fd()));
+        let control = control.map(|control| (Source::Control, control.as_fd()));
+        let heard = self.processes.iter().enumerate().filter(|(_, child)| is_heard(child.name));
+        let channels = heard.filter_map(|(place, child)| Some((Source::Child(place), child.channel.as_ref()?.as_fd())));
+        let (sources, descriptors): (Vec<Source>, Vec<BorrowedFd<'_>>) = signals.chain(control).chain(channels).unzip();
+        let first = first_ready(&descriptors, deadline)?.and_then(|first| sources.get(first).copied());
+        first.map_or(Ok(None), |source| self.event_of(source))
     }
 
-    /// The event at a place in the order of [`Children::next_of`].
-    fn event_at(&self, place: usize, heard: &[&Process]) -> io::Result<Event> {
-        if let Some((signal, stream)) = self.signals.get(place) {
-            (&mut &*stream).read_exact(&mut [0])?;
-            return Ok(Event::Signal(*signal));
+    fn event_of(&mut self, source: Source) -> Result<Option<Event>, ServeError> {
+        match source {
+            Source::Signal(signal) => {
+                let mut streams = self.signals.iter().filter(|(other, _)| *other == signal);
+                streams.try_for_each(|(_, stream)| (&mut &*stream).read_exact(&mut [0]))?;
+                Ok(Some(Event::Signal(signal)))
+            }
+            Source::Control => Ok(Some(Event::Request)),
+            Source::Child(place) => {
+                let Some(child) = self.processes.get_mut(place) else { return Ok(None) };
+                let said = child.hear()?;
+                Ok(Some(said.map_or(Event::Gone(child.name), |(said, with)| Event::Message(child.name, said, with))))
+            }
         }
-        let Some(child) = heard.get(place - self.signals.len()) else { return Ok(Event::Request) };
-        Ok(match child.channel.as_ref().map(Channel::receive) {
-            Some(Ok(Some((message, descriptors)))) => Event::Message(child.name, message, descriptors),
-            _ => Event::Gone(child.name),
-        })
     }
 
     /// Ends one child.
-    pub(super) fn dismiss(&mut self, name: &str) -> Option<ExitStatus> {
-        let place = self.processes.iter().position(|process| process.name == name)?;
-        let mut process = self.processes.remove(place);
-        process.hang_up();
-        process.end()
-    }
-
-    /// Ends all children and tells the cause: one that was killed, or else one that failed. A child whose peer is gone ends
-    /// quietly.
-    pub(super) fn bury(&mut self) -> ServeError {
-        let ends = self.end();
-        let killed = ends.iter().find_map(|(process, status)| Some((*process, status.as_ref()?.signal()?)));
-        let failed = ends
-            .iter()
-            .find_map(|(process, status)| Some((*process, status.as_ref()?.code().filter(|code| *code != 0)?)));
-        match (killed, failed) {
-            (Some((process, signal)), _) => {
-                ServeError::ChildDied { process, end: format!("was killed by signal {signal}") }
-            }
-            (None, Some((process, code))) => ServeError::ChildFailed { process, code: u8::try_from(code).unwrap_or(1) },
-            (None, None) => ServeError::ChildDied { process: "a child", end: "ended".to_owned() },
+    pub(super) fn dismiss(&mut self, name: &str) {
+        if let Some(place) = self.processes.iter().position(|process| process.name == name) {
+            let mut process = self.processes.remove(place);
+            process.hang_up();
+            process.end();
         }
     }
 
+    /// Ends all children, of which this one has hung up, and tells the cause: one that was killed, or else one that failed,
+    /// or else this one. A child whose peer is gone ends quietly.
+    pub(super) fn bury(&mut self, gone: &'static str) -> ServeError {
+        let mut ends = self.end();
+        ends.sort_by_key(|(process, _)| *process != gone);
+        let signalled = ends.iter().find_map(|(process, end)| match end {
+            End::Signalled(SIGSYS) => Some(ServeError::ForbiddenCall { process }),
+            End::Signalled(signal) => {
+                Some(ServeError::ChildDied { process, end: format!("was killed by signal {signal}") })
+            }
+            _ => None,
+        });
+        let failed = ends.iter().find_map(|(process, end)| match end {
+            End::Exited(code) if *code != 0 => {
+                Some(ServeError::ChildFailed { process, code: u8::try_from(*code).unwrap_or(1) })
+            }
+            _ => None,
+        });
+        let lives_on = ends.iter().any(|(process, end)| *process == gone && *end == End::Killed);
+        let end = if lives_on { "hung up" } else { "ended" };
+        signalled.or(failed).unwrap_or_else(|| ServeError::ChildDied { process: gone, end: end.to_owned() })
+    }
+
     /// Ends all children.
-    pub(super) fn end(&mut self) -> Vec<(&'static str, Option<ExitStatus>)> {
+    pub(super) fn end(&mut self) -> Vec<(&'static str, End)> {
         self.processes.iter_mut().for_each(Process::hang_up);
         self.processes.drain(..).map(|mut child| (child.name, child.end())).collect()
+    }
+}
+
+/// The first of these that has something to say; `None` when the deadline has passed.
+fn first_ready(descriptors: &[BorrowedFd<'_>], deadline: Option<Instant>) -> io::Result<Option<usize>> {
+    let sources = descriptors.iter().map(|source| PollFd::from_borrowed_fd(*source, PollFlags::IN));
+    let mut sources: Vec<PollFd<'_>> = sources.collect();
+    loop {
+        let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        match poll(&mut sources, timeout.and_then(|time| Timespec::try_from(time).ok()).as_ref()) {
+            Ok(_) => return Ok(sources.iter().position(|source| !source.revents().is_empty())),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }

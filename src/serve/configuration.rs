@@ -143,6 +143,7 @@ fn policy(config: &ServerConfig, identity: Identity) -> Policy {
         queue: config.queue,
         owns_table: config.ruleset_mode == RulesetMode::Managed,
         answer: config.answer,
+        grants_per_minute: config.grants_per_minute,
         services: services.collect(),
         users: users.collect(),
     }

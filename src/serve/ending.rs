@@ -7,6 +7,7 @@ use thiserror::Error;
 use super::control::ControlError;
 use super::gate::GateError;
 use super::sandbox::SandboxError;
+use super::vocabulary::Breach;
 use crate::config::{ConfigError, FileError};
 use crate::nft::NftError;
 
@@ -79,8 +80,25 @@ pub enum ServeError {
         /// How.
         end: String,
     },
+    /// The kernel killed a child for a system call that is not in its list.
+    #[error(
+        "{process} was killed for a system call that it never makes (the kernel's log has its number, type=1326): a fault in it, \
+         or somebody has taken it over; stopping all, and every door closes by its own timeout"
+    )]
+    ForbiddenCall {
+        /// Which.
+        process: &'static str,
+    },
+    /// A child said or did what none of ours would.
+    #[error("{process} broke the protocol: {breach}; stopping all, and every door closes by its own timeout")]
+    Breach {
+        /// Which.
+        process: &'static str,
+        /// What.
+        breach: Breach,
+    },
     /// A child did not do what it was asked.
-    #[error("{0} did not become ready within a minute")]
+    #[error("{0} gave no answer within a minute; stopping all, and every door closes by its own timeout")]
     TooSlow(&'static str),
     /// The kernel refused something.
     #[error("serve: {0}")]

@@ -55,6 +55,9 @@ pub enum FrameError {
     /// Another number of bytes than [`FRAME_LEN`].
     #[error("a frame has {FRAME_LEN} bytes, not {0}")]
     Length(usize),
+    /// A frame carries nothing but its bytes.
+    #[error("a frame carries no descriptors")]
+    Descriptors,
     /// A field holds what it must not.
     #[error("a frame's field `{0}` is wrong")]
     Field(&'static str),

@@ -1,16 +1,19 @@
 //! Settings that the keeper hands to a child, as memory that nobody can change any more.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
-/// Bytes of the largest value: ten thousand users take two million.
-const MAX_LEN: u64 = 1 << 30;
+/// What nobody can do to it any more.
+const SEALS: SealFlags = SealFlags::WRITE.union(SealFlags::GROW).union(SealFlags::SHRINK).union(SealFlags::SEAL);
+
+/// Bytes at most: ten thousand users take a few million.
+const MAX_LEN: u64 = 256 << 20;
 
 /// Writes a value to sealed memory.
 ///
@@ -21,17 +24,58 @@ pub fn seal<T: Serialize>(value: &T) -> io::Result<OwnedFd> {
     let mut memory = File::from(memfd_create("knockq", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     memory.write_all(&bytes)?;
     memory.rewind()?;
-    fcntl_add_seals(&memory, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    fcntl_add_seals(&memory, SEALS)?;
     Ok(memory.into())
 }
 
 /// Reads the value back, and closes the memory.
 ///
 /// # Errors
-/// When it does not hold such a value.
+/// When it is no sealed memory, which could change or never end, or does not hold such a value.
 pub fn unseal<T: DeserializeOwned>(memory: OwnedFd) -> io::Result<T> {
+    let mut memory = File::from(memory);
+    if !fcntl_get_seals(&memory)?.contains(SEALS) || memory.seek(SeekFrom::End(0))? > MAX_LEN {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    memory.rewind()?;
     let mut bytes = Zeroizing::new(Vec::new());
     // Without `take`, std would ask for the file's metadata, which is no call for a process without files.
-    File::from(memory).take(MAX_LEN).read_to_end(&mut bytes)?;
+    memory.take(MAX_LEN).read_to_end(&mut bytes)?;
     postcard::from_bytes(&bytes).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::{File, MAX_LEN, MemfdFlags, OwnedFd, SEALS, SealFlags, fcntl_add_seals, memfd_create, seal, unseal};
+
+    fn memory(seals: SealFlags) -> File {
+        let memory = File::from(memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
+        fcntl_add_seals(&memory, seals).unwrap();
+        memory
+    }
+
+    #[test]
+    fn a_value_survives_the_way() {
+        assert_eq!(unseal::<Vec<u32>>(seal(&vec![1_u32, 2, 3]).unwrap()).unwrap(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_could_change_or_never_end_is_not_read() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(&[0]).unwrap();
+        drop(writer);
+        assert!(unseal::<u8>(reader.into()).is_err(), "a pipe, which need not end");
+        for missing in [SealFlags::WRITE, SealFlags::GROW, SealFlags::SHRINK, SealFlags::SEAL] {
+            let memory = memory(SealFlags::empty());
+            (&memory).write_all(&[0]).unwrap();
+            fcntl_add_seals(&memory, SEALS - missing).unwrap();
+            assert!(unseal::<u8>(OwnedFd::from(memory)).is_err(), "{missing:?}");
+        }
+        let large = memory(SealFlags::empty());
+        large.set_len(MAX_LEN + 1).unwrap();
+        fcntl_add_seals(&large, SEALS).unwrap();
+        assert!(unseal::<u8>(large.into()).is_err());
+    }
 }

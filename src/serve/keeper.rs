@@ -19,6 +19,7 @@ use super::control::{self, Control, Reply, Request};
 use super::ending::{Ended, ServeError};
 use super::gate::{Gate, GateError};
 use super::log::{self, Style};
+use super::vocabulary::Breach;
 use super::{calls, handover, sandbox};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
@@ -90,7 +91,7 @@ fn bring_up(
     let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
     let [plan, settings, policy] = three(read)?;
     children.dismiss(CONFIGURATION);
-    let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = handover::unseal(plan)?;
+    let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = unseal_plan(plan)?;
     for account in missing_accounts {
         let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
         warn!(hint, "there is no user `{account}`, so a user id that nobody has stands in for it");
@@ -149,8 +150,8 @@ struct Keeper {
     config_path: PathBuf,
     fixed: Fixed,
     gate: Gate,
-    /// The table is not what it should be, and it is for others to load it.
-    is_lost: bool,
+    /// The table is not what it should be, and it is for others to load it: when to look again.
+    look: Option<Instant>,
     /// When the gate is undone unless somebody confirms it.
     trial: Option<Instant>,
     /// When the child that reads the configuration has taken too long.
@@ -171,51 +172,52 @@ impl Keeper {
             );
             Instant::now() + time
         });
-        Self {
-            children,
-            config_path,
-            fixed,
-            gate,
-            is_lost: false,
-            trial,
-            reading: None,
-            askers: Vec::new(),
-            late: None,
-        }
+        Self { children, config_path, fixed, gate, look: None, trial, reading: None, askers: Vec::new(), late: None }
     }
 
     /// Does what comes, until it is told to stop or a child dies.
     fn watch(&mut self, control: &Control) -> Result<std::convert::Infallible, Ended> {
         loop {
-            let look = self.is_lost.then(|| Instant::now() + LOOK);
-            let deadline = self.trial.into_iter().chain(self.reading).chain(look).min();
+            self.mind_the_time()?; // each time, for what else comes may never end
+            let deadline = self.trial.into_iter().chain(self.reading).chain(self.look).min();
             match self.children.next(Some(control), deadline)? {
                 Some(Event::Signal(SIGHUP)) => self.reload(None)?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Request) => self.answer(control.accept())?,
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
                 Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
-                Some(Event::Gone(_)) => return Err(Ended::Failed(self.children.bury())),
+                Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.bury(child))),
                 Some(Event::Message("monitor", Message::Lost, _)) => self.restore()?,
-                Some(Event::Message(..)) => {}
-                None if self.trial.is_some_and(|end| end <= Instant::now()) => return Err(Ended::Unconfirmed),
-                None if self.reading.is_some_and(|end| end <= Instant::now()) => {
-                    self.keep_configuration("reading the configuration takes too long")?;
+                Some(Event::Message(process, said, _)) => {
+                    return Err(ServeError::Breach { process, breach: Breach::Unasked(said) }.into());
                 }
-                None => self.restore()?,
+                None => {}
             }
         }
     }
 
+    /// Does what time alone brings.
+    fn mind_the_time(&mut self) -> Result<(), Ended> {
+        let now = Instant::now();
+        let is_over = |end: Option<Instant>| end.is_some_and(|end| end <= now);
+        if is_over(self.trial) {
+            return Err(Ended::Unconfirmed);
+        }
+        if is_over(self.reading) {
+            self.keep_configuration("reading the configuration takes too long")?;
+        }
+        if is_over(self.look) { self.restore() } else { Ok(()) }
+    }
+
     /// Somebody changed or deleted the table.
     fn restore(&mut self) -> Result<(), Ended> {
+        let look = Instant::now() + LOOK;
         if self.gate.restore()? {
-            if std::mem::take(&mut self.is_lost) {
+            if self.look.take().is_some() {
                 info!("table inet knockq is as it should be again, and open doors are open again");
             }
             self.children.tell("monitor", Message::Loaded, &[])?;
-        } else if !self.is_lost {
-            self.is_lost = true;
+        } else if self.look.replace(look).is_none() {
             self.gate.complain();
         }
         Ok(())
@@ -312,7 +314,7 @@ impl Keeper {
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
         self.dismiss_reader();
         let [plan, settings, policy] = three(read)?;
-        let Plan { fixed, ruleset, users, services, knock_ports, .. } = handover::unseal(plan)?;
+        let Plan { fixed, ruleset, users, services, knock_ports, .. } = unseal_plan(plan)?;
         if let Some(setting) = self.fixed.difference(&fixed) {
             return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
         }
@@ -344,7 +346,7 @@ impl Keeper {
     /// Asks a child for something and waits until it is done; `false` if it is unable. If the table is taken away
     /// meanwhile, that comes first.
     fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<bool, Ended> {
-        let Self { children, gate, is_lost, late, .. } = self;
+        let Self { children, gate, look, late, .. } = self;
         children.tell(name, message, descriptors)?;
         let answer = children.wait_for(name, &[Message::Ready, Message::Unable], |children, event| match event {
             // It is about to be loaded anyway, and until then it must have no owner.
@@ -353,7 +355,7 @@ impl Keeper {
                 Ok(children.tell("monitor", Message::Loaded, &[])?)
             }
             Event::Message("monitor", Message::Lost, _) => {
-                *is_lost = true;
+                *look = Some(Instant::now() + LOOK);
                 gate.complain();
                 Ok(())
             }
@@ -395,6 +397,10 @@ fn notify(state: &[sd_notify::NotifyState<'_>]) {
 
 fn busy(why: &str) -> Reply {
     Reply::Refused { message: format!("the daemon cannot do this now: {why}"), hint: "try again".to_owned() }
+}
+
+fn unseal_plan(plan: OwnedFd) -> Result<Plan, ServeError> {
+    handover::unseal(plan).map_err(|_| ServeError::Breach { process: CONFIGURATION, breach: Breach::Unreadable })
 }
 
 fn three(descriptors: Vec<OwnedFd>) -> io::Result<[OwnedFd; 3]> {

@@ -1,22 +1,23 @@
 //! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
 //! its policy permits.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use caps::Capability;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::book::{Book, Grant};
-use super::channel::{Channel, Message};
+use super::channel::{Channel, Message, has_hung_up};
 use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
+use super::rate::Rate;
 use super::sandbox::{self, SandboxError};
 use super::{calls, handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Loss, OpenDoor, Ownership, Watch};
@@ -30,6 +31,9 @@ const BURST: usize = 64;
 
 /// More frames than the socket can hold.
 const IN_FLIGHT: usize = 4096;
+
+/// Time that the keeper has to say that it is time to go, when the verifier has gone.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Why the monitor stops.
 #[derive(Debug, Error)]
@@ -49,6 +53,9 @@ pub enum MonitorError {
     /// The verifier asked for what the configuration does not have.
     #[error("monitor: the verifier asked for a door that is not configured; stopping")]
     NotPermitted,
+    /// The verifier closed its end, and the keeper knows of no reason.
+    #[error("monitor: the verifier hung up; stopping")]
+    HungUp,
     /// The table was gone when it should have been loaded.
     #[error("monitor: table inet knockq is not there; stopping")]
     NoTable,
@@ -84,6 +91,7 @@ pub fn run() -> Result<(), MonitorError> {
         loss: Loss::Nothing,
         relay,
         frames,
+        rate: Rate::new(policy.grants_per_minute, Instant::now()),
         policy,
         next_policy: None,
         doors,
@@ -115,6 +123,8 @@ struct Monitor {
     loss: Loss,
     relay: RelayWriter,
     frames: OwnedFd,
+    /// The doors that may be opened now.
+    rate: Rate,
     policy: Policy,
     /// What comes into force when the verifier has its new settings.
     next_policy: Option<Policy>,
@@ -123,15 +133,27 @@ struct Monitor {
 }
 
 impl Monitor {
+    /// Works until it is told to stop. If the verifier died, the keeper knows, and tells why.
     fn serve(mut self) -> Result<(), MonitorError> {
+        match self.work() {
+            Err(MonitorError::HungUp) if self.is_told_to_stop()? => Ok(()),
+            done => done,
+        }
+    }
+
+    fn work(&mut self) -> Result<(), MonitorError> {
         let tick = Timespec { tv_sec: i64::try_from(TICK.as_secs()).unwrap_or(1), tv_nsec: 0 };
         let mut last_tick = Instant::now();
         loop {
             let [queue, watch, frames, keeper] = self.wait(&tick)?;
-            let verifier_lives = (!frames || self.take_frames(BURST)?) && (!queue || self.take_packets()?);
-            let keeper_lives = !keeper || self.hear_keeper()?;
-            if !verifier_lives || !keeper_lives {
-                return Ok(()); // the keeper tells why
+            if keeper && !self.hear_keeper()? {
+                return Ok(());
+            }
+            if frames {
+                self.take_frames(BURST)?;
+            }
+            if queue {
+                self.take_packets()?;
             }
             if watch {
                 self.watch_table()?;
@@ -139,6 +161,27 @@ impl Monitor {
             if last_tick.elapsed() >= TICK {
                 last_tick = Instant::now();
                 self.tick(last_tick);
+            }
+        }
+    }
+
+    /// Waits a little for the keeper to say that it is time to go.
+    fn is_told_to_stop(&self) -> Result<bool, MonitorError> {
+        let deadline = Instant::now() + GRACE;
+        loop {
+            let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap_or_default();
+            match poll(&mut [PollFd::new(&self.keeper, PollFlags::IN)], Some(&left)) {
+                Ok(0) => return Ok(false),
+                Ok(_) => match self.keeper.receive()? {
+                    Some((Message::Stop, _)) => return Ok(true),
+                    Some(_) => {} // too late for that
+                    None => {
+                        mourn_keeper();
+                        return Ok(true);
+                    }
+                },
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
             }
         }
     }
@@ -167,18 +210,14 @@ impl Monitor {
     /// Does what the keeper says; `false` if it is time to go.
     fn hear_keeper(&mut self) -> Result<bool, MonitorError> {
         let Some((message, mut descriptors)) = self.keeper.receive()? else {
-            error!("the keeper is gone; stopping all, and every door closes by its own timeout");
+            mourn_keeper();
             return Ok(false);
         };
         match (message, descriptors.pop()) {
             (Message::Stop, _) => return Ok(false),
             (Message::Loaded, _) => return self.take_table_back().map(|()| true),
             (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
-            (Message::Enforce, _) => {
-                if !self.enforce()? {
-                    return Ok(false);
-                }
-            }
+            (Message::Enforce, _) => self.enforce()?,
             (Message::Release, _) => {
                 self.is_loading = true;
                 self.let_go_of_table()?;
@@ -256,17 +295,15 @@ impl Monitor {
         self.shut("shut", |door, grant| !policy.upholds(door, grant));
     }
 
-    /// Puts the next policy in force, and shuts what it does not uphold; `false` when the verifier is gone.
-    fn enforce(&mut self) -> Result<bool, MonitorError> {
-        // What the verifier asked by its old settings is all there is.
-        if !self.take_frames(IN_FLIGHT)? {
-            return Ok(false);
-        }
+    /// Puts the next policy in force, and shuts what it does not uphold.
+    fn enforce(&mut self) -> Result<(), MonitorError> {
+        self.take_frames(IN_FLIGHT)?; // what the verifier asked by its old settings is all there is
         if let Some(policy) = self.next_policy.take() {
             self.shut("shut", |door, grant| !policy.upholds(door, grant));
+            self.rate.change(policy.grants_per_minute);
             self.policy = policy;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Takes grants back; what others hold open stays open.
@@ -282,8 +319,8 @@ impl Monitor {
         }
     }
 
-    /// Gives what is queued its verdict and hands the headers on; `false` when the verifier is gone.
-    fn take_packets(&mut self) -> Result<bool, MonitorError> {
+    /// Gives what is queued its verdict and hands the headers on.
+    fn take_packets(&mut self) -> Result<(), MonitorError> {
         let mut pushed = Ok(());
         let relay = &mut self.relay;
         self.queue.drain(self.policy.answer, |packet| {
@@ -291,26 +328,19 @@ impl Monitor {
                 pushed = relay.push(packet);
             }
         })?;
-        Ok(pushed.and_then(|()| relay.flush()).is_ok())
+        pushed.and_then(|()| relay.flush()).map_err(|_| MonitorError::HungUp)
     }
 
-    /// Answers some frames; `false` when the verifier is gone.
-    fn take_frames(&mut self, most: usize) -> Result<bool, MonitorError> {
+    /// Answers some frames.
+    fn take_frames(&mut self, most: usize) -> Result<(), MonitorError> {
         for _ in 0..most {
-            let mut frame = [0; FRAME_LEN + 1];
-            let length = match recv(self.frames.as_fd(), &mut frame, RecvFlags::DONTWAIT) {
-                Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(false),
-                Ok((length, _)) => length,
-                Err(Errno::AGAIN) => break,
-                Err(error) => return Err(io::Error::from(error).into()),
-            };
-            let frame = Frame::decode(frame.get(..length).unwrap_or_default())?;
+            let Some(frame) = next_frame(&self.frames)? else { break };
             if !self.policy.permits(&frame) && !self.next_policy.as_ref().is_some_and(|next| next.permits(&frame)) {
                 return Err(MonitorError::NotPermitted);
             }
             self.answer(frame);
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Does what a permitted frame asks. What the kernel refuses is logged; the door stays as it was.
@@ -318,6 +348,9 @@ impl Monitor {
         let now = Instant::now();
         match frame {
             Frame::Open { source, port, once, seconds, user, service } => {
+                if !self.rate.take(now) {
+                    return; // told together, at the next tick
+                }
                 let door = Door { source, port, once };
                 let until = now + Duration::from_secs(seconds.into());
                 let grant = Grant { user: user.clone(), service: service.clone(), until };
@@ -359,5 +392,37 @@ impl Monitor {
             0 => {}
             lost => warn!(lost, "the verifier is slower than the SYNs come: some were dropped unseen"),
         }
+        match self.rate.take_refused() {
+            0 => {}
+            requests => {
+                let hint = "look who knocks with `knockq grants`; if all is well, raise grants_per_minute";
+                warn!(requests, hint, "not granted: more doors were asked for than grants_per_minute allows");
+            }
+        }
     }
+}
+
+/// The next frame, if there is one.
+fn next_frame(frames: &OwnedFd) -> Result<Option<Frame>, MonitorError> {
+    let mut bytes = [0; FRAME_LEN];
+    let mut no_descriptors = RecvAncillaryBuffer::default();
+    let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC; // the length that it has, not the one that fits
+    let received = match recvmsg(frames, &mut [IoSliceMut::new(&mut bytes)], &mut no_descriptors, flags) {
+        Ok(received) if received.bytes == 0 && has_hung_up(frames) => return Err(MonitorError::HungUp),
+        Ok(received) => received,
+        Err(Errno::CONNRESET) => return Err(MonitorError::HungUp),
+        Err(Errno::AGAIN) => return Ok(None),
+        Err(error) => return Err(io::Error::from(error).into()),
+    };
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(FrameError::Descriptors.into());
+    }
+    if received.bytes != FRAME_LEN {
+        return Err(FrameError::Length(received.bytes).into());
+    }
+    Ok(Some(Frame::decode(&bytes)?))
+}
+
+fn mourn_keeper() {
+    error!("the keeper is gone; stopping all, and every door closes by its own timeout");
 }

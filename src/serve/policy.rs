@@ -21,6 +21,8 @@ pub struct Policy {
     pub owns_table: bool,
     /// The verdict on every packet.
     pub answer: Answer,
+    /// Doors that may be opened in a minute at most.
+    pub grants_per_minute: u32,
     /// What can be opened, by name.
     pub services: HashMap<Name, Opening>,
     /// Who may open which services.
@@ -74,6 +76,7 @@ mod tests {
             queue: 1,
             owns_table: true,
             answer: Answer::Drop,
+            grants_per_minute: 600,
             services: HashMap::from([
                 (name("ssh"), opening("tcp/22", false, 30)),
                 (name("mail"), opening("tcp/25", true, 60)),

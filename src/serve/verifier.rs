@@ -37,6 +37,9 @@ const WAITING: usize = 1024;
 /// Claims that one commit takes.
 const BATCH: usize = 64;
 
+/// Time that the keeper has to say that it is time to go, when the monitor has gone.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// The verifier's settings.
 #[derive(Serialize, Deserialize)]
 pub struct Settings {
@@ -67,6 +70,9 @@ pub enum VerifierError {
     /// A descriptor failed.
     #[error("verifier: {0}")]
     Io(#[from] io::Error),
+    /// The monitor closed its end, and the keeper knows of no reason.
+    #[error("verifier: the monitor hung up; stopping")]
+    HungUp,
     /// The thread that writes counters is gone.
     #[error("verifier: the thread that writes counters is gone; stopping")]
     WriterGone,
@@ -218,7 +224,7 @@ impl Process {
                 done = self.done.recv() => self.take(done.ok_or(VerifierError::WriterGone)?).await?,
                 _ = tick.tick() => self.tick(),
                 block = self.relay.read() => {
-                    let Some(block) = block? else { return Ok(()) }; // the keeper tells why the monitor is gone
+                    let Some(block) = block? else { return self.part_from_monitor().await };
                     let decisions = decide(&mut self.verifier, &mut self.refusals, block);
                     self.carry_out(decisions).await?;
                 }
@@ -227,6 +233,15 @@ impl Process {
                 }
             }
         }
+    }
+
+    /// If the monitor died, the keeper knows, and tells why.
+    async fn part_from_monitor(&self) -> Result<(), VerifierError> {
+        let is_told_to_stop = async {
+            while !matches!(hear(&self.keeper, &self.keeper_speaks).await?, Some((Message::Stop, _)) | None) {}
+            Ok(())
+        };
+        tokio::time::timeout(GRACE, is_told_to_stop).await.unwrap_or(Err(VerifierError::HungUp))
     }
 
     async fn carry_out(&mut self, decisions: Vec<Decision>) -> Result<(), VerifierError> {

@@ -9,6 +9,7 @@ mod hostile;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
+mod owned;
 mod persona;
 #[path = "../support/persona.rs"]
 mod recorded;

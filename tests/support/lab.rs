@@ -355,11 +355,16 @@ impl Daemon {
 
     /// With more arguments to `serve`.
     pub fn spawn_with(lab: &Lab, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::spawn_program(&knockq(), lab, arguments, environment)
+    }
+
+    /// Another program in the place of knockq.
+    pub fn spawn_program(program: &Path, lab: &Lab, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let log = lab.directory.path.join(format!("serve-{}.log", COUNT.fetch_add(1, Ordering::Relaxed)));
         let stderr = File::create(&log).unwrap();
         let child = lab.server.enter(|| {
-            let mut command = Command::new(knockq());
+            let mut command = Command::new(program);
             command.args(["serve", "--config"]).arg(lab.config()).args(arguments).envs(environment.iter().copied());
             command.stdin(Stdio::null()).stderr(stderr).spawn().unwrap()
         });

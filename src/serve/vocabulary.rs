@@ -1,0 +1,183 @@
+//! What a child may say to the keeper, which is root, and when. All else is a breach.
+//!
+//! | child | may say | when |
+//! |---|---|---|
+//! | `configuration` | `Ready`, with plan, settings and policy | once |
+//! | `verifier` | `Ready` | once after each `Start`, `Settings` and `Enforce` |
+//! | `verifier` | `Unable` | once after `Settings`, instead |
+//! | `monitor` | `Bound` | once after `Start` |
+//! | `monitor` | `Ready` | once after the first `Loaded`, and each `Settings`, `Enforce`, `Release` and `Revoke` |
+//! | `monitor` | `Lost` | once after each `Loaded`; after the first, when it is `Ready` |
+
+use thiserror::Error;
+
+use super::channel::Message;
+
+/// Descriptors of what `configuration` hands over.
+const HANDED_OVER: usize = 3;
+
+/// What one child may say next.
+pub(super) struct Vocabulary {
+    child: &'static str,
+    /// What it was told and has not answered.
+    asked: Option<Message>,
+    /// It has said that it serves.
+    serves: bool,
+    /// It may say that the table is lost.
+    may_lose: bool,
+}
+
+/// What no child of ours would do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+pub enum Breach {
+    /// Another number of bytes, or another byte.
+    #[error("it sent what is no message")]
+    NoMessage,
+    /// A message at the wrong time.
+    #[error("it said {0:?}, which nobody waits for")]
+    Unasked(Message),
+    /// Descriptors that do not belong there, or too few.
+    #[error("the number of descriptors with its {0:?} is {1}")]
+    Descriptors(Message, usize),
+    /// Its messages pile up.
+    #[error("it does not read what it is told")]
+    Deaf,
+    /// What it handed over is no sealed memory, or holds another value.
+    #[error("what it handed over cannot be read")]
+    Unreadable,
+}
+
+impl Vocabulary {
+    /// Of a child that was just started. What `configuration` shall do, it is told by its arguments.
+    pub(super) fn new(child: &'static str) -> Self {
+        let asked = (child == "configuration").then_some(Message::Start);
+        Self { child, asked, serves: false, may_lose: false }
+    }
+
+    /// The child is told this.
+    pub(super) const fn tell(&mut self, message: Message) {
+        match message {
+            Message::Loaded if self.serves => self.may_lose = true,
+            message => self.asked = Some(message),
+        }
+    }
+
+    /// Whatever the child says now is a breach, until it is told something.
+    pub(super) const fn is_to_be_silent(&self) -> bool {
+        self.asked.is_none() && !self.may_lose
+    }
+
+    /// The child says this, with so many descriptors.
+    ///
+    /// # Errors
+    /// When it may not.
+    pub(super) fn hear(&mut self, said: Message, descriptors: usize) -> Result<(), Breach> {
+        if said == Message::Lost && self.may_lose {
+            self.may_lose = false;
+        } else {
+            let asked = self.asked.take();
+            if !asked.is_some_and(|asked| answers(self.child, asked).contains(&said)) {
+                return Err(Breach::Unasked(said));
+            }
+            self.serves |= asked == Some(Message::Loaded);
+            match asked {
+                Some(Message::Loaded) => self.may_lose = true,
+                Some(Message::Release) => self.may_lose = false, // it has let go of the table itself
+                _ => {}
+            }
+        }
+        let expected = if self.child == "configuration" { HANDED_OVER } else { 0 };
+        if descriptors == expected { Ok(()) } else { Err(Breach::Descriptors(said, descriptors)) }
+    }
+}
+
+/// What a child may answer.
+fn answers(child: &str, asked: Message) -> &'static [Message] {
+    use Message as M;
+    match (child, asked) {
+        ("configuration", M::Start) | ("verifier", M::Start | M::Enforce) => &[M::Ready],
+        ("verifier", M::Settings) => &[M::Ready, M::Unable],
+        ("monitor", M::Start) => &[M::Bound],
+        ("monitor", M::Loaded | M::Settings | M::Enforce | M::Release | M::Revoke) => &[M::Ready],
+        _ => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Message::{self, Bound, Enforce, Loaded, Lost, Ready, Release, Revoke, Settings, Start, Stop, Unable};
+    use super::{Breach, Vocabulary};
+
+    const ALL: [Message; 11] = [Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop];
+
+    /// What a child with this past may say now.
+    fn may_say(child: &'static str, past: &[(Message, Message)]) -> Vec<Message> {
+        let after = |past: &[(Message, Message)]| {
+            let mut vocabulary = Vocabulary::new(child);
+            for (told, said) in past {
+                vocabulary.tell(*told);
+                if told != said {
+                    assert_eq!(vocabulary.hear(*said, 0), Ok(()), "{told:?} {said:?}");
+                }
+            }
+            vocabulary
+        };
+        let descriptors = if child == "configuration" { 3 } else { 0 };
+        ALL.into_iter().filter(|said| after(past).hear(*said, descriptors).is_ok()).collect()
+    }
+
+    /// Told, and not answered.
+    const fn only(told: Message) -> (Message, Message) {
+        (told, told)
+    }
+
+    #[test]
+    fn a_child_may_only_answer_and_only_what_it_was_asked() {
+        assert_eq!(may_say("configuration", &[]), [Ready]);
+        assert_eq!(may_say("verifier", &[]), []);
+        assert_eq!(may_say("monitor", &[]), []);
+        for (told, answers) in [(Start, &[Ready][..]), (Settings, &[Ready, Unable]), (Enforce, &[Ready]), (Stop, &[])] {
+            assert_eq!(may_say("verifier", &[only(told)]), answers, "{told:?}");
+        }
+        assert_eq!(may_say("monitor", &[only(Start)]), [Bound]);
+        let serving = [(Start, Bound), (Loaded, Ready)];
+        for told in [Settings, Enforce, Release, Revoke] {
+            assert_eq!(may_say("monitor", &[&serving[..], &[only(told)]].concat()), [Ready, Lost], "{told:?}");
+        }
+        assert_eq!(may_say("stranger", &[only(Start)]), []);
+    }
+
+    #[test]
+    fn an_answer_is_good_once() {
+        assert_eq!(may_say("verifier", &[(Start, Ready)]), []);
+        assert_eq!(may_say("verifier", &[(Start, Ready), (Settings, Unable)]), []);
+        assert_eq!(may_say("monitor", &[(Start, Bound)]), []);
+        assert_eq!(may_say("monitor", &[(Start, Bound), (Loaded, Ready), (Revoke, Ready)]), [Lost]);
+        let mut configuration = Vocabulary::new("configuration");
+        assert_eq!(configuration.hear(Ready, 3), Ok(()));
+        assert_eq!(configuration.hear(Ready, 3), Err(Breach::Unasked(Ready)));
+    }
+
+    #[test]
+    fn the_table_is_lost_once_for_each_time_that_it_was_loaded_and_never_before_the_monitor_serves() {
+        let serving = [(Start, Bound), (Loaded, Ready)];
+        let after = |more: &[(Message, Message)]| may_say("monitor", &[&serving[..], more].concat());
+        assert_eq!(may_say("monitor", &[(Start, Bound), only(Loaded)]), [Ready]);
+        assert_eq!(after(&[]), [Lost]);
+        assert_eq!(after(&[(Revoke, Lost)]), [Ready], "once; the answer may still come");
+        assert_eq!(after(&[(Revoke, Lost), only(Loaded)]), [Ready, Lost]);
+        assert_eq!(after(&[only(Loaded), only(Loaded)]), [Lost]);
+        assert_eq!(after(&[(Release, Ready)]), [], "it has let go of the table itself");
+        assert_eq!(after(&[(Release, Ready), only(Loaded)]), [Lost]);
+    }
+
+    #[test]
+    fn descriptors_come_from_configuration_alone_and_are_three() {
+        for count in [0, 2, 4] {
+            assert_eq!(Vocabulary::new("configuration").hear(Ready, count), Err(Breach::Descriptors(Ready, count)));
+        }
+        let mut verifier = Vocabulary::new("verifier");
+        verifier.tell(Start);
+        assert_eq!(verifier.hear(Ready, 1), Err(Breach::Descriptors(Ready, 1)));
+    }
+}

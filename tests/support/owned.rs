@@ -1,0 +1,38 @@
+//! knockq, but for one of its processes, which belongs to an attacker. It hands its end of the channel to the test, which
+//! plays it from then on, and sits there: it ends for no word of the keeper, only with the test.
+//!
+//! Which process, and where the test listens, is in the keeper's environment, for its children have none. If nobody listens
+//! there, the process is what it should be.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use knockq::serve::channel::{Channel, Message};
+
+fn main() -> ExitCode {
+    match std::env::args().nth(1).and_then(|role| player(&role)) {
+        Some(test) => be_played(test),
+        None => knockq::cli::main(),
+    }
+}
+
+/// The test, if it plays this process and listens.
+fn player(role: &str) -> Option<UnixStream> {
+    let environment = fs::read_to_string(format!("/proc/{}/environ", std::os::unix::process::parent_id())).ok()?;
+    let owned = environment.split('\0').find_map(|variable| variable.strip_prefix("KNOCKQ_OWNED="))?;
+    let (owned, path) = owned.split_once(':')?;
+    (owned == role).then(|| UnixStream::connect(path).ok())?
+}
+
+fn be_played(mut test: UnixStream) -> ExitCode {
+    let channel = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    rustix::stdio::dup2_stdin(File::open("/dev/null").unwrap()).unwrap();
+    Channel::new(test.try_clone().unwrap().into()).send(Message::Start, &[channel.as_fd()]).unwrap();
+    drop(channel);
+    let mut code = [0];
+    let _ = test.read(&mut code);
+    ExitCode::from(code[0])
+}
