@@ -9,6 +9,7 @@ OUT    := target/$(TARGET)/debug
 # Static, so that the same binaries run here and in a virtual machine with a kernel that has nft's queue statement.
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS := -C target-feature=+crt-static
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := $(CURDIR)/tests/vm/runner
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUNNER := $(CURDIR)/tests/vm/runner
 
 # Without both, for what is only to run here.
 FOR_HERE := env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
@@ -20,7 +21,7 @@ UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 BINARY      ?= target/release/knockq
 
-.PHONY: all install uninstall demo test test-newer-kernel bench check clean
+.PHONY: all install uninstall demo test test-newer-kernel bench fuzz fuzz-coverage coverage check clean
 all:
 	$(FOR_HERE) $(CARGO) build --release
 
@@ -38,7 +39,8 @@ demo:
 test:
 	@tests/all
 
-# End to end once more on the next Debian's kernel, which has tables that nobody else can flush (Linux 6.9).
+# End to end once more on the next Debian's kernel, which has tables that nobody else can flush (Linux 6.9). With
+# TARGET=x86_64-unknown-linux-musl (`rustup target add` it) also with the other C library, which makes other system calls.
 test-newer-kernel:
 	KERNEL_SUITE=trixie RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end
 
@@ -48,9 +50,24 @@ bench:
 	@mkdir -p target/tmp
 	@$(FOR_HERE) TMPDIR=$(CURDIR)/target/tmp $(if $(QUICK),QUICK=1) $(CARGO) bench --quiet --bench figures -- $(ONLY)
 
+# Which lines the tests run.
+coverage:
+	@tests/coverage
+
+# Hostile bytes for whatever reads any: each target for SECONDS, two at a time, or those that TARGETS names. docs/fuzzing.md
+# says what they hold. What they find lies in target/fuzz/, and the next run goes on from there.
+SECONDS := 20
+fuzz:
+	@fuzz/run $(SECONDS) $(TARGETS)
+
+# Which lines the inputs reach that `make fuzz` has found; needs rustup's component llvm-tools.
+fuzz-coverage:
+	@fuzz/coverage
+
 # What a reviewer's machine checks before it runs the tests.
 check:
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --target $(TARGET) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --target $(TARGET) --no-deps --document-private-items
 

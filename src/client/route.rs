@@ -79,9 +79,17 @@ fn ask(local: SocketAddr, destination: SocketAddr) -> io::Result<RouteMessage> {
     socket.send_to(&bytes, &netlink_sys::SocketAddr::new(0, 0), 0)?;
     let mut answer = Vec::with_capacity(ANSWER_MAX);
     socket.recv(&mut answer, 0)?;
-    match NetlinkMessage::deserialize(&answer).map_err(io::Error::other)?.payload {
+    read(&answer)
+}
+
+/// The route that the kernel answers with.
+///
+/// # Errors
+/// The kernel's, or `InvalidData` for another answer.
+pub fn read(answer: &[u8]) -> io::Result<RouteMessage> {
+    match NetlinkMessage::deserialize(answer).map_err(io::Error::other)?.payload {
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => Ok(route),
-        NetlinkPayload::Error(error) => Err(error.to_io()),
+        NetlinkPayload::Error(error) => Err(io::Error::from_raw_os_error(error.raw_code().saturating_neg())),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
@@ -109,7 +117,15 @@ fn question(local: SocketAddr, destination: SocketAddr) -> RouteMessage {
 
 #[cfg(test)]
 mod tests {
-    use super::RouteSettings;
+    use super::{RouteSettings, read};
+
+    #[test]
+    fn a_refusal_is_an_error_whatever_its_number() {
+        for code in [-101, i32::MIN, 1] {
+            let refusal = [&20_u32.to_ne_bytes()[..], &2_u16.to_ne_bytes(), &[0; 10], &code.to_ne_bytes()].concat();
+            assert!(read(&refusal).is_err(), "{code}");
+        }
+    }
 
     #[test]
     fn the_segment_size_follows_the_mtu_as_measured_on_linux() {

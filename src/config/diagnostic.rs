@@ -59,13 +59,13 @@ impl Diagnostic {
         let before = text.get(..span.start).unwrap_or(text);
         let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
         let line = text.get(line_start..).unwrap_or_default().lines().next().unwrap_or_default();
-        let is_printable = |c: &char| !c.is_control();
         Self {
             path: path.to_owned(),
             line: before.matches('\n').count() + 1,
             column: before.get(line_start..).unwrap_or_default().chars().count() + 1,
-            source_line: line.chars().filter(is_printable).take(SHOWN).collect(),
-            message: message.into().chars().filter(is_printable).take(SHOWN).collect(),
+            // A tab, say, takes one column: the caret stands below the character that it means.
+            source_line: line.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SHOWN).collect(),
+            message: message.into().chars().filter(|c| !c.is_control()).take(SHOWN).collect(),
             hint: None,
         }
     }
@@ -93,5 +93,26 @@ impl fmt::Display for Diagnostic {
         writeln!(f, "  {source_line}")?;
         let column = (*column).min(SHOWN);
         write!(f, "  {:>column$}", '^')
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::Diagnostic;
+
+    #[test]
+    fn the_caret_stands_below_what_is_wrong_whatever_stands_before_it() {
+        for before in ["", "    ", "\t", "\u{1b}[2J\u{7}", "\u{e9}\u{4e16}"] {
+            let text = format!("first = 1\n{before}wrong = 2\n");
+            let start = text.find("wrong").unwrap();
+            let shown = Diagnostic::new(Path::new("f"), &text, start..start + 5, "no").to_string();
+            let [head, line, caret] = shown.lines().collect::<Vec<_>>()[..] else { panic!("{shown}") };
+            assert_eq!(head, format!("f:2:{}: no", before.chars().count() + 1));
+            let below: String = line.chars().skip(caret.chars().count() - 1).collect();
+            assert_eq!(below, "wrong = 2", "{shown}");
+            assert!(!line.contains(char::is_control), "{shown:?}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! `knockq.toml`: the server and its services.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -242,11 +242,10 @@ fn check_services(
             at(0..0, "no service is configured".to_owned()).with_hint("add [services.ssh] with ports = [\"tcp/22\"]")
         );
     }
-    for (place, (service, span)) in services.iter().enumerate() {
-        let earlier = services.iter().take(place).find(|(other, _)| other.selector == service.selector);
-        if let Some((other, _)) = earlier {
-            let message =
-                format!("services {} and {} have the same selector {}", other.name, service.name, service.selector);
+    let mut owners: HashMap<u16, &Name> = HashMap::new();
+    for (service, span) in services {
+        if let Some(other) = owners.insert(service.selector, &service.name) {
+            let message = format!("services {other} and {} have the same selector {}", service.name, service.selector);
             return Err(at(span.clone(), message).with_hint("give one of them `selector = N`, a number of its own"));
         }
         let is_knocked_at =
@@ -257,4 +256,54 @@ fn check_services(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+    use std::path::Path;
+    use std::{env, fs, process};
+
+    use rustix::time::{ClockId, clock_gettime};
+
+    use super::ServerConfig;
+    use crate::crypto::PrivateKey;
+
+    /// Seconds of this thread's CPU that it takes to read so many services, and a user of them all.
+    fn cost(directory: &Path, services: usize) -> f64 {
+        let mut text = "[server]\nprivate_key = \"key\"\nknock_ports = [\"20000\"]\n".to_owned();
+        let mut listed = String::new();
+        for number in 0..services {
+            let _ = writeln!(text, "[services.s{number}]\nports = [\"udp/9\"]\nselector = {number}");
+            let _ = write!(listed, "\"s{number}\",");
+        }
+        let user = PrivateKey::generate().unwrap();
+        fs::write(directory.join("knockq.toml"), text).unwrap();
+        fs::write(
+            directory.join("users.d/u.toml"),
+            format!("public_key = \"{}\"\nservices = [{listed}]", user.public()),
+        )
+        .unwrap();
+        let now = || {
+            let now = clock_gettime(ClockId::ThreadCPUTime);
+            now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
+        };
+        let start = now();
+        let config = ServerConfig::load(&directory.join("knockq.toml")).unwrap();
+        let cost = now() - start;
+        assert_eq!((config.services.len(), config.users[0].services.len()), (services, services));
+        cost
+    }
+
+    /// Not how fast it is, which is another's business: it must not grow with the square.
+    #[test]
+    fn four_times_the_services_cost_about_four_times_as_much() {
+        let directory = env::temp_dir().join(format!("knockq-services-{}", process::id()));
+        fs::create_dir_all(directory.join("users.d")).unwrap();
+        fs::write(directory.join("key"), PrivateKey::generate().unwrap().to_file_line().as_bytes()).unwrap();
+        fs::set_permissions(directory.join("key"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        let [few, many] = [4_000, 16_000].map(|services| cost(&directory, services));
+        fs::remove_dir_all(directory).unwrap();
+        assert!(many < 9.0 * few, "{few} s, then {many} s");
+    }
 }

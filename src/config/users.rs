@@ -1,6 +1,6 @@
 //! `users.d/NAME.toml`: one user a file.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -65,12 +65,13 @@ enum Source {
 /// The first thing that is wrong, with its place.
 pub fn load(directory: &Path, services: &[Service], server: &PublicKey) -> Result<Vec<UserEntry>, ConfigError> {
     let mut owners = HashMap::from([(*server, "the server".to_owned())]);
-    files(directory)?.iter().map(|path| load_one(path, services, &mut owners)).collect()
+    let places = services.iter().enumerate().map(|(place, service)| (service.name.as_str(), place)).collect();
+    files(directory)?.iter().map(|path| load_one(path, &places, &mut owners)).collect()
 }
 
 fn load_one(
     path: &Path,
-    services: &[Service],
+    known: &BTreeMap<&str, usize>,
     owners: &mut HashMap<PublicKey, String>,
 ) -> Result<UserEntry, ConfigError> {
     let text = secure_file::read(path, Privacy::Public)?;
@@ -97,15 +98,14 @@ fn load_one(
         let hint = "one key belongs to one user on one machine: make another with `knockq keygen`";
         return Err(at_key(format!("{owner} has this public key already")).with_hint(hint).into());
     }
-    let mut places = Vec::new();
+    let (mut places, mut listed) = (Vec::new(), HashSet::new());
     for service in &file.services {
-        let place = services.iter().position(|known| known.name.as_str() == service.get_ref());
-        let place = place.ok_or_else(|| {
-            let known: Vec<&str> = services.iter().map(|known| known.name.as_str()).collect();
+        let place = *known.get(service.get_ref().as_str()).ok_or_else(|| {
+            let known: Vec<&str> = known.keys().copied().collect();
             at(service.span(), format!("there is no service `{}`", service.get_ref().escape_default()))
                 .with_hint(format!("services are: {}", known.join(", ")))
         })?;
-        if !places.contains(&place) {
+        if listed.insert(place) {
             places.push(place);
         }
     }

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
     DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
@@ -214,15 +215,25 @@ impl Doors {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return verdict,
                 Err(error) => return Err(error.into()),
             }
-            let Ok(answer) = NetlinkMessage::<NetfilterMessage>::deserialize(&buffer) else { continue };
-            if let NetlinkPayload::Error(answer) = answer.payload {
-                verdict = match (answer.code, verdict) {
-                    (None, Err(ElementError::NoAnswer)) => Ok(()),
-                    (Some(_), Ok(()) | Err(ElementError::NoAnswer)) => Err(ElementError::Refused(answer.to_io())),
-                    (_, earlier) => earlier,
-                };
-            }
+            verdict = match (read(&buffer), verdict) {
+                (Some(Ok(())), Err(ElementError::NoAnswer)) => Ok(()),
+                (Some(Err(error)), Ok(()) | Err(ElementError::NoAnswer)) => Err(ElementError::Refused(error)),
+                (_, earlier) => earlier,
+            };
         }
+    }
+}
+
+/// Whether the kernel has done what was asked, if that is what it says.
+pub fn read(answer: &[u8]) -> Option<io::Result<()>> {
+    // Nothing else is asked for, and nothing else is looked into.
+    NetlinkBuffer::new_checked(answer).ok().filter(|answer| answer.message_type() == NLMSG_ERROR)?;
+    match NetlinkMessage::<NetfilterMessage>::deserialize(answer).ok()?.payload {
+        // Not `to_io`, which panics over the one number that has no opposite.
+        NetlinkPayload::Error(answer) => {
+            Some(answer.code.map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code.get().saturating_neg()))))
+        }
+        _ => None,
     }
 }
 
@@ -265,4 +276,28 @@ fn is_unsupported(error: &io::Error) -> bool {
 
 fn is_transient(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| matches!(errno, Errno::BUSY | Errno::AGAIN | Errno::INTR))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read;
+
+    /// An answer of the kernel's, with the header of what it answers.
+    fn answer(code: i32) -> Vec<u8> {
+        let header = |length: u32, kind: u16| [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
+        [header(36, 2), code.to_ne_bytes().to_vec(), header(20, 0x0a0c)].concat()
+    }
+
+    #[test]
+    fn only_an_acknowledgement_means_that_it_is_done() {
+        assert!(read(&answer(0)).unwrap().is_ok());
+        assert_eq!(read(&answer(-2)).unwrap().unwrap_err().kind(), std::io::ErrorKind::NotFound);
+        assert!(read(&answer(i32::MIN)).unwrap().is_err(), "a number that has no opposite");
+        let mut other = answer(0);
+        other[4] = 3;
+        assert!(read(&other).is_none());
+        for end in 0..20 {
+            assert!(read(&answer(0)[..end]).is_none());
+        }
+    }
 }

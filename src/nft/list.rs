@@ -30,13 +30,20 @@ pub struct OpenDoor {
 pub fn open_doors() -> Result<Vec<OpenDoor>, NftError> {
     let mut doors = Vec::new();
     for (set, once) in SETS {
-        let listing = list_set(set)?;
-        let listing: Nftables<'_> =
-            serde_json::from_str(&listing).map_err(|cause| NftError::Unreadable { set, cause: cause.to_string() })?;
-        let elements = listing.objects.iter().filter_map(elements).flatten();
-        doors.extend(elements.filter_map(|element| open_door(element, once)));
+        let listed = read(&list_set(set)?, once);
+        doors.extend(listed.map_err(|cause| NftError::Unreadable { set, cause: cause.to_string() })?);
     }
     Ok(doors)
+}
+
+/// The doors in nft's listing of a set. Elements that are no door of ours are left out.
+///
+/// # Errors
+/// When it is not the JSON that is known.
+pub fn read(listing: &str, once: bool) -> Result<Vec<OpenDoor>, serde_json::Error> {
+    let listing: Nftables<'_> = serde_json::from_str(listing)?;
+    let elements = listing.objects.iter().filter_map(elements).flatten();
+    Ok(elements.filter_map(|element| open_door(element, once)).collect())
 }
 
 fn elements<'a>(object: &'a NfObject<'a>) -> Option<&'a [Expression<'a>]> {

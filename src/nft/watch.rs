@@ -3,11 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_netfilter::nftables::{
-    ChainAttribute, NfTablesMessage, RuleAttribute, SetAttribute, SetElementList, TableAttribute, TableFlags,
-};
-use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
+use netlink_packet_core::{NetlinkBuffer, NlasIterator};
+use netlink_packet_netfilter::NetfilterSubsystem;
+use netlink_packet_netfilter::nftables::TableFlags;
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
@@ -67,11 +65,8 @@ impl Watch {
             let mut datagram = Vec::with_capacity(DATAGRAM);
             match self.socket.recv(&mut datagram, 0) {
                 Ok(_) => {
-                    for message in messages(&datagram) {
-                        let deleted = loss_by(&message);
-                        self.unmended = if adds_rule(&message) { Loss::Nothing } else { self.unmended.max(deleted) };
-                        loss = loss.max(deleted);
-                    }
+                    let (told, unmended) = read(&datagram, self.unmended);
+                    (loss, self.unmended) = (loss.max(told), unmended);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
@@ -96,66 +91,169 @@ impl AsFd for Watch {
     }
 }
 
-/// The messages of a datagram, as far as they can be read.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<NetfilterMessage>> {
+/// What a datagram tells: the worst that was changed, and what of it and of what was unmended before came after the last
+/// rule that was added.
+pub fn read(datagram: &[u8], mut unmended: Loss) -> (Loss, Loss) {
+    let mut worst = Loss::Nothing;
+    for change in messages(datagram).filter_map(Change::read) {
+        let loss = change.loss();
+        unmended = if change.kind == NEW_RULE { Loss::Nothing } else { unmended.max(loss) };
+        worst = worst.max(loss);
+    }
+    (worst, unmended)
+}
+
+/// The messages of a datagram, up to one that goes beyond its end.
+fn messages(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = datagram;
     std::iter::from_fn(move || {
         let length = rest.first_chunk::<4>().and_then(|length| usize::try_from(u32::from_ne_bytes(*length)).ok())?;
         let message = rest.get(..length).filter(|message| message.len() >= 16)?;
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(NetlinkMessage::deserialize(message).ok())
+        Some(message)
     })
-    .flatten()
 }
 
-/// Whether this adds a rule to our table.
-fn adds_rule(message: &NetlinkMessage<NetfilterMessage>) -> bool {
-    let Some(NfTablesMessage::NewRule(rule)) = of_nf_tables(message) else { return false };
-    rule.attributes.iter().any(|a| matches!(a, RuleAttribute::Table(name) if name == TABLE))
+/// Kinds of messages (`enum nf_tables_msg_types` of linux/netfilter/nf_tables.h).
+const NEW_TABLE: u8 = 0;
+const DELETE_TABLE: u8 = 2;
+const NEW_CHAIN: u8 = 3;
+const DELETE_CHAIN: u8 = 5;
+const NEW_RULE: u8 = 6;
+const DELETE_RULE: u8 = 8;
+const NEW_SET: u8 = 9;
+const DELETE_SET: u8 = 11;
+const NEW_ELEMENT: u8 = 12;
+const DELETE_ELEMENT: u8 = 14;
+
+/// Attribute of all these messages: the table's name (`NFTA_TABLE_NAME` and its like).
+const TABLE_NAME: u16 = 1;
+
+/// Attribute of a table: its flags (`NFTA_TABLE_FLAGS`).
+const TABLE_FLAGS: u16 = 2;
+
+/// Attribute of elements: their set's name (`NFTA_SET_ELEM_LIST_SET`).
+const SET_NAME: u16 = 2;
+
+/// Bytes of `struct nfgenmsg`, which stands before the attributes.
+const FAMILY_HEADER: usize = 4;
+
+/// Bytes of `struct nlattr`, which stands before a value.
+const ATTRIBUTE_HEADER: usize = 4;
+
+/// A change of our table. Of what the kernel tells, only names and flags are looked at: the rest is as deep as rules are.
+struct Change<'a> {
+    kind: u8,
+    attributes: &'a [u8],
 }
 
-fn of_nf_tables(message: &NetlinkMessage<NetfilterMessage>) -> Option<&NfTablesMessage> {
-    let NetlinkPayload::InnerMessage(message) = &message.payload else { return None };
-    let NetfilterMessageInner::NfTables(message) = &message.inner else { return None };
-    Some(message)
+impl<'a> Change<'a> {
+    /// `None` if it is about something else.
+    fn read(message: &'a [u8]) -> Option<Self> {
+        let message = NetlinkBuffer::new_checked(message).ok()?;
+        let [subsystem, kind] = message.message_type().to_be_bytes();
+        let change = Self { kind, attributes: message.payload().get(FAMILY_HEADER..)? };
+        let is_ours =
+            subsystem == u8::from(NetfilterSubsystem::NfTables) && change.name(TABLE_NAME)? == TABLE.as_bytes();
+        is_ours.then_some(change)
+    }
+
+    /// Whatever is changed but the doors.
+    fn loss(&self) -> Loss {
+        match self.kind {
+            DELETE_TABLE | DELETE_SET => Loss::Doors,
+            // Else it was only made, or has another owner.
+            NEW_TABLE if self.is_dormant() => Loss::Rules,
+            NEW_ELEMENT | DELETE_ELEMENT if self.is_of_doors() => Loss::Nothing,
+            NEW_CHAIN | DELETE_CHAIN | NEW_RULE | DELETE_RULE | NEW_SET | NEW_ELEMENT | DELETE_ELEMENT => Loss::Rules,
+            _ => Loss::Nothing,
+        }
+    }
+
+    fn is_dormant(&self) -> bool {
+        let flags = self.attribute(TABLE_FLAGS).and_then(|flags| flags.first_chunk::<4>());
+        flags.is_some_and(|flags| u32::from_be_bytes(*flags) & TableFlags::Dormant.bits() != 0)
+    }
+
+    fn is_of_doors(&self) -> bool {
+        self.name(SET_NAME).is_some_and(|name| SETS.iter().any(|(set, _)| name == set.as_bytes()))
+    }
+
+    /// A text without its terminator.
+    fn name(&self, kind: u16) -> Option<&'a [u8]> {
+        self.attribute(kind)?.split(|&byte| byte == 0).next()
+    }
+
+    fn attribute(&self, kind: u16) -> Option<&'a [u8]> {
+        let found = NlasIterator::new(self.attributes).map_while(Result::ok).find(|found| found.kind() == kind)?;
+        let end = usize::from(found.length());
+        found.into_inner().get(ATTRIBUTE_HEADER..end)
+    }
 }
 
-/// Whatever is changed but the doors.
-fn loss_by(message: &NetlinkMessage<NetfilterMessage>) -> Loss {
-    use NfTablesMessage as M;
-    let is_ours = |name: &String| name == TABLE;
-    let Some(message) = of_nf_tables(message) else { return Loss::Nothing };
-    let is_of_ours = match message {
-        M::DeleteTable(table) => {
-            table.attributes.iter().any(|a| matches!(a, TableAttribute::Name(name) if is_ours(name)))
+#[cfg(test)]
+mod tests {
+    use super::{Loss, read};
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(4 + value.len()).unwrap();
+        let mut attribute = [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat();
+        attribute.resize(attribute.len().next_multiple_of(4), 0);
+        attribute
+    }
+
+    /// A message of nf_tables, which is subsystem 10.
+    fn told(kind: u8, attributes: &[Vec<u8>]) -> Vec<u8> {
+        let rest = [&u16::from_be_bytes([10, kind]).to_ne_bytes()[..], &[0; 10], &[1, 0, 0, 0], &attributes.concat()];
+        let rest = rest.concat();
+        [&u32::try_from(4 + rest.len()).unwrap().to_ne_bytes()[..], &rest].concat()
+    }
+
+    fn ours() -> Vec<u8> {
+        attribute(1, b"knockq\0")
+    }
+
+    #[test]
+    fn a_loss_is_what_of_our_table_is_changed_but_the_doors() {
+        let dormant = attribute(2, &1_u32.to_be_bytes());
+        let [doors, guarded] = [b"open4\0".as_slice(), b"guarded\0"].map(|set| attribute(2, set));
+        for (kind, attributes, loss) in [
+            (2, vec![ours()], Loss::Doors),
+            (2, vec![attribute(1, b"other\0")], Loss::Nothing),
+            (2, vec![attribute(1, b"knockq_check\0")], Loss::Nothing),
+            (0, vec![ours(), attribute(2, &[0; 4])], Loss::Nothing),
+            (0, vec![ours(), dormant], Loss::Rules),
+            (5, vec![ours()], Loss::Rules),
+            (8, vec![ours()], Loss::Rules),
+            (11, vec![ours(), doors.clone()], Loss::Doors),
+            (14, vec![ours(), doors], Loss::Nothing),
+            (14, vec![ours(), guarded], Loss::Rules),
+            (15, vec![ours()], Loss::Nothing),
+        ] {
+            assert_eq!(read(&told(kind, &attributes), Loss::Nothing).0, loss, "{kind} {attributes:02x?}");
         }
-        // Else it was only made, or has another owner.
-        M::NewTable(table) => {
-            let attributes = &table.attributes;
-            let sleeps = |flags: &TableFlags| flags.contains(TableFlags::Dormant);
-            attributes.iter().any(|a| matches!(a, TableAttribute::Name(name) if is_ours(name)))
-                && attributes.iter().any(|a| matches!(a, TableAttribute::Flags(flags) if sleeps(flags)))
+    }
+
+    #[test]
+    fn a_rule_that_is_added_mends_what_was_lost_before_it_and_not_after() {
+        let [deleted, added] = [2, 6].map(|kind| told(kind, &[ours()]));
+        assert_eq!(read(&[deleted.clone(), added.clone()].concat(), Loss::Nothing), (Loss::Doors, Loss::Nothing));
+        assert_eq!(read(&[added.clone(), deleted].concat(), Loss::Nothing), (Loss::Doors, Loss::Doors));
+        assert_eq!(read(&added, Loss::Doors).1, Loss::Nothing);
+        assert_eq!(read(&[], Loss::Rules), (Loss::Nothing, Loss::Rules));
+    }
+
+    #[test]
+    fn lengths_that_go_beyond_what_is_there_are_not_followed() {
+        let element = told(14, &[ours(), attribute(2, b"guarded\0"), attribute(3, &[0x10, 0xc0, 0, 0])]);
+        assert_eq!(read(&element, Loss::Nothing).0, Loss::Rules, "the length within is none of ours");
+        for end in 0..element.len() {
+            assert_eq!(read(&element[..end], Loss::Nothing).0, Loss::Nothing);
         }
-        M::NewSet(set) | M::DeleteSet(set) => {
-            set.attributes.iter().any(|a| matches!(a, SetAttribute::Table(name) if is_ours(name)))
+        for place in 0..element.len() {
+            let mut wrong = element.clone();
+            wrong[place] = 0xff;
+            read(&wrong, Loss::Nothing);
         }
-        M::NewChain(chain) | M::DeleteChain(chain) => {
-            chain.attributes.iter().any(|a| matches!(a, ChainAttribute::Table(name) if is_ours(name)))
-        }
-        M::NewRule(rule) | M::DeleteRule(rule) => {
-            rule.attributes.iter().any(|a| matches!(a, RuleAttribute::Table(name) if is_ours(name)))
-        }
-        M::NewSetElement(element) | M::DeleteSetElement(element) => {
-            let attributes = &element.attributes;
-            let is_door = |name: &String| SETS.iter().any(|(set, _)| name == set);
-            attributes.iter().any(|a| matches!(a, SetElementList::Table(name) if is_ours(name)))
-                && !attributes.iter().any(|a| matches!(a, SetElementList::Set(name) if is_door(name)))
-        }
-        _ => false,
-    };
-    match message {
-        M::DeleteTable(_) | M::DeleteSet(_) if is_of_ours => Loss::Doors,
-        _ if is_of_ours => Loss::Rules,
-        _ => Loss::Nothing,
     }
 }

@@ -135,7 +135,9 @@ impl Channel {
         if received.bytes == 0 {
             return Ok(None);
         }
-        let is_whole = received.bytes == 1 && !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        let is_cut = received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        // The space is rounded up: one descriptor more than it is for may have come.
+        let is_whole = received.bytes == 1 && !is_cut && descriptors.len() <= MAX_DESCRIPTORS;
         let message = Message::ALL.into_iter().find(|message| is_whole && bytes == [message.byte(), 0]);
         message.map(|message| Some((message, descriptors))).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
@@ -158,5 +160,25 @@ impl Channel {
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::os::fd::AsFd;
+
+    use super::{Channel, MAX_DESCRIPTORS, Message, message_pair};
+
+    #[test]
+    fn a_message_with_more_descriptors_than_four_is_refused() {
+        let (peer, own) = message_pair().unwrap();
+        let (peer, own) = (Channel::new(peer), Channel::new(own));
+        let carried = io::stderr();
+        peer.send(Message::Start, &[carried.as_fd(); MAX_DESCRIPTORS]).unwrap();
+        let (message, descriptors) = own.receive().unwrap().unwrap();
+        assert_eq!((message, descriptors.len()), (Message::Start, MAX_DESCRIPTORS));
+        peer.send(Message::Start, &[carried.as_fd(); MAX_DESCRIPTORS + 1]).unwrap();
+        assert_eq!(own.receive().unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -10,7 +10,7 @@ use super::channel::{Channel, Message};
 use super::ending::ServeError;
 use super::handover;
 use super::policy::{Opening, Policy};
-use super::sandbox::{Identity, SandboxError};
+use super::sandbox::{self, Identity, SandboxError};
 use super::verifier::Settings;
 use crate::config::ServerConfig;
 use crate::config::server::RulesetMode;
@@ -80,6 +80,8 @@ impl Fixed {
 /// [`ServeError::Config`] and [`ServeError::Account`] for what is wrong in the files.
 pub fn run(path: &Path) -> Result<(), ServeError> {
     let keeper = Channel::of_stdin()?;
+    sandbox::keep_only(&[])?;
+    sandbox::write_only_to(&[])?;
     let config = ServerConfig::load(path)?;
     let (accounts, missing_accounts) = accounts(&config)?;
     let [verifier, monitor] = accounts;

@@ -18,12 +18,18 @@ use super::configuration::{Fixed, Plan};
 use super::control::{self, Control, Reply, Request};
 use super::ending::{Ended, ServeError};
 use super::gate::{Gate, GateError};
-use super::handover;
 use super::log::{self, Style};
+use super::{calls, handover, sandbox};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
 use crate::nft::{self, OpenDoor};
 use crate::queue::relay;
+
+/// What the keeper needs as long as it lives: for nft, and to end a child that does not end.
+const TO_WORK: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_KILL];
+
+/// What its children need until they have become others, with less.
+const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
 
 /// Time between two looks at a table that others have to load.
 const LOOK: Duration = Duration::from_secs(1);
@@ -48,6 +54,8 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
         return Err(ServeError::NotRoot);
     }
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
+    sandbox::keep_only(&[TO_WORK, TO_START].concat())?;
+    sandbox::forbid(calls::NEVER)?;
     let mut children = Children::new(style)?;
     let config_path = path::absolute(config_path)?;
     let ended = match bring_up(&mut children, &config_path, trial) {
@@ -93,9 +101,15 @@ fn bring_up(
     let store = open_store(&fixed.store)?;
     refuse_taken_queue(fixed.queue)?;
     let control = Control::listen(&fixed.runtime)?;
-    start_both(children, &settings, &policy, &store)?;
-
     let include_file = config_path.with_file_name("knockq.nft");
+    let own = [fixed.runtime.as_path(), config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
+    if !sandbox::write_only_to(&own)? {
+        let hint = "boot with `lsm=landlock,...`, or a kernel with CONFIG_SECURITY_LANDLOCK";
+        warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
+    }
+    start_both(children, &settings, &policy, &store)?;
+    sandbox::keep_only(TO_WORK)?;
+
     let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
     gate.raise()?;
     if let Err(ended) = show_doors(children) {

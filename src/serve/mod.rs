@@ -12,6 +12,7 @@
 //! timeouts.
 
 pub mod book;
+pub mod calls;
 pub mod channel;
 mod children;
 pub mod configuration;

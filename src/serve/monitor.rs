@@ -18,7 +18,7 @@ use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
 use super::sandbox::{self, SandboxError};
-use super::{handover, terminal};
+use super::{calls, handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Loss, OpenDoor, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 
@@ -67,10 +67,11 @@ pub fn run() -> Result<(), MonitorError> {
     let Some([relay, frames, settings]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let policy: Policy = handover::unseal(settings)?;
     let mut queue = KernelQueue::open(policy.queue)?;
-    sandbox::give_up_privileges(policy.identity, Some(Capability::CAP_NET_ADMIN))?;
+    let unprivileged = sandbox::give_up_privileges(policy.identity, Some(Capability::CAP_NET_ADMIN))?;
 
     let watch = Watch::new()?;
     queue.bind()?;
+    unprivileged.allow_only(calls::MONITOR)?;
     keeper.send(Message::Bound, &[])?;
     let Some([open_doors]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
     let (relay, doors) = (RelayWriter::new(relay), Doors::new()?);

@@ -4,10 +4,11 @@
 //! none, would let old knocks be replayed.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 
-use redb::backends::FileBackend;
-use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use thiserror::Error;
 
 use crate::crypto::PublicKey;
@@ -89,7 +90,7 @@ impl Store {
     /// When it is not one, or another server's.
     pub fn open(file: File, server: PublicKey) -> Result<Self, StoreError> {
         // redb would make a new, empty database of an empty file.
-        if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+        if is_empty(&file) {
             return Err(StoreError::NotAStore);
         }
         let mut store = Self { database: None, file, server };
@@ -149,7 +150,7 @@ impl Remains {
     /// # Panics
     /// redb does, over some kinds of damage.
     pub fn read(file: File) -> Result<Self, StoreError> {
-        if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+        if is_empty(&file) {
             return Err(StoreError::NotAStore);
         }
         let mut database = open(file)?;
@@ -240,14 +241,48 @@ fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> 
 
 fn open(file: File) -> Result<Database, StoreError> {
     let refuse = |error| match error {
-        DatabaseError::DatabaseAlreadyOpen => StoreError::InUse,
-        DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+        DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
             StoreError::NotAStore
         }
         other => StoreError::Database(other.into()),
     };
-    let backend = FileBackend::new(file).map_err(refuse)?;
-    Database::builder().set_cache_size(CACHE).create_with_backend(backend).map_err(refuse)
+    // The lock goes with the file, and is not taken twice by its duplicates.
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse),
+        Err(TryLockError::Error(error)) => return Err(StoreError::Database(redb::Error::Io(error))),
+    }
+    Database::builder().set_cache_size(CACHE).create_with_backend(Pages(file)).map_err(refuse)
+}
+
+fn is_empty(mut file: &File) -> bool {
+    file.seek(SeekFrom::End(0)).is_ok_and(|length| length == 0)
+}
+
+/// The pages of the store, through a descriptor and by calls that cannot name a file: the verifier may make no others.
+#[derive(Debug)]
+struct Pages(File);
+
+impl StorageBackend for Pages {
+    fn len(&self) -> io::Result<u64> {
+        (&self.0).seek(SeekFrom::End(0))
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(out, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(data, offset)
+    }
 }
 
 fn row(client: &PublicKey, server: &PublicKey) -> [u8; 64] {

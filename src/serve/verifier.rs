@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
-use std::sync::mpsc;
+use std::sync::{Arc, Barrier, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use super::frames::Frame;
 use super::refusals::Refusals;
 use super::sandbox::{self, Identity, SandboxError};
 use super::store::{Store, StoreError};
-use super::{handover, terminal};
+use super::{calls, handover, terminal};
 use crate::crypto::PublicKey;
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Registry, Verifier, Withdrawal};
@@ -81,32 +81,34 @@ pub fn run() -> Result<(), VerifierError> {
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings, store]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let Settings { identity, server, store_path, registry } = handover::unseal(settings)?;
-    sandbox::give_up_privileges(identity, None)?;
+    let unprivileged = sandbox::give_up_privileges(identity, None)?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _inside = runtime.enter();
+    let keeper_speaks = socket(keeper.as_fd().try_clone_to_owned()?)?;
+    let (relay, frames) = (RelayReader::new(relay)?, socket(frames)?);
+    let (writer, work, done) = start_writer()?;
+    unprivileged.allow_only(calls::VERIFIER)?;
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
     let mut store = Store::open(File::from(store), server).map_err(fail)?;
     let verifier = prepare(&mut store, registry).map_err(fail)?;
-    let (work, done) = start_writer(store)?;
-
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        keeper.send(Message::Ready, &[])?;
-        Process {
-            keeper_speaks: socket(keeper.as_fd().try_clone_to_owned()?)?,
-            keeper,
-            relay: RelayReader::new(relay)?,
-            frames: socket(frames)?,
-            work,
-            done,
-            verifier,
-            next: None,
-            refusals: Refusals::new(Instant::now()),
-            was_narrowed: false,
-            is_behind: false,
-        }
-        .serve()
-        .await
-    })
+    writer.send(store).map_err(|_| VerifierError::WriterGone)?;
+    keeper.send(Message::Ready, &[])?;
+    let process = Process {
+        keeper,
+        keeper_speaks,
+        relay,
+        frames,
+        work,
+        done,
+        verifier,
+        next: None,
+        refusals: Refusals::new(Instant::now()),
+        was_narrowed: false,
+        is_behind: false,
+    };
+    runtime.block_on(process.serve())
 }
 
 /// What the thread beside the lookups does, for it would hold them up.
@@ -125,11 +127,17 @@ enum Done {
     Prepared(Option<Box<Verifier>>),
 }
 
-/// Starts the thread beside the lookups, with the store.
-fn start_writer(mut store: Store) -> io::Result<(mpsc::SyncSender<Work>, channel::Receiver<Done>)> {
+/// Starts the thread beside the lookups, which then waits for the store: no thread can be started once the system calls are
+/// limited, and nothing is read from the disk before.
+fn start_writer() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>, channel::Receiver<Done>)> {
+    let (writer, store) = mpsc::sync_channel::<Store>(1);
     let (work, waiting) = mpsc::sync_channel::<Work>(WAITING);
     let (outcomes, done) = channel::channel(WAITING);
+    let started = Arc::new(Barrier::new(2));
+    let is_started = Arc::clone(&started);
     let write = move || {
+        is_started.wait();
+        let Ok(mut store) = store.recv() else { return };
         let mut next = None;
         while let Some(first) = next.take().or_else(|| waiting.recv().ok()) {
             let outcome = match first {
@@ -157,7 +165,8 @@ fn start_writer(mut store: Store) -> io::Result<(mpsc::SyncSender<Work>, channel
         }
     };
     std::thread::Builder::new().name("counters".to_owned()).spawn(write)?;
-    Ok((work, done))
+    started.wait(); // what a thread does to start is no call that it may make later
+    Ok((writer, work, done))
 }
 
 fn record(store: &mut Store, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {

@@ -117,7 +117,7 @@ impl Reason {
                 "a later knock of this key was accepted before, or the counter store was made anew since"
             }
             Self::SpentTwice => "an unbound token came from two addresses, so somebody copied it: knock again, bound",
-            Self::NotDurable => "its counter could not be written: see what this log says of the store",
+            Self::NotDurable => "its counter could not be written, or not in time: see what this log says of the store",
             Self::NotPermitted => "the user's entry does not list this service",
             Self::Expired => "the user's entry has expired",
             _ => return None,

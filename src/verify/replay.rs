@@ -103,12 +103,12 @@ impl Counters {
     /// [`Reason::Replayed`] or [`Reason::Superseded`].
     pub fn reserve(&mut self, client: &PublicKey, opened: &Opened, source: IpAddr) -> Result<Reservation, Reason> {
         let n = opened.n();
-        match self.last(client) {
-            Some(last) if n == last || self.recent.contains_key(&(*client, n)) => {
-                return Err(Reason::Replayed);
-            }
-            Some(last) if n < last => return Err(Reason::Superseded),
-            _ => {}
+        // What was seen counts also where the last is not known any more: of a user who was removed and is back.
+        if self.last(client) == Some(n) || self.recent.contains_key(&(*client, n)) {
+            return Err(Reason::Replayed);
+        }
+        if self.last(client) > Some(n) {
+            return Err(Reason::Superseded);
         }
         self.last.insert(*client, n);
         let unbound = opened.binding() == Binding::Unbound;
@@ -127,13 +127,66 @@ impl Counters {
         })
     }
 
-    /// Whether this counter's token was withdrawn after it was accepted.
-    pub fn is_withdrawn(&self, client: &PublicKey, n: u64) -> bool {
-        self.recent.get(&(*client, n)).is_some_and(|sighting| sighting.withdrawn)
+    /// Whether an accepted token still stands.
+    ///
+    /// # Errors
+    /// [`Reason::SpentTwice`] if it was withdrawn since. [`Reason::NotDurable`] if its counter was written so late that
+    /// nobody would know.
+    pub fn stands(&self, client: &PublicKey, n: u64) -> Result<(), Reason> {
+        match self.recent.get(&(*client, n)) {
+            None => Err(Reason::NotDurable),
+            Some(sighting) if sighting.withdrawn => Err(Reason::SpentTwice),
+            Some(_) => Ok(()),
+        }
     }
 
     /// Forgets sightings of counters that have left the window; what was accepted stays accepted.
     pub fn forget_before(&mut self, n: u64) {
         self.recent.retain(|(_, seen), _| *seen >= n);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::{Counters, Reason};
+    use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, Side};
+
+    const SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
+
+    /// A user's key, and their unbound token of counter 7.
+    fn opened() -> (PrivateKey, Opened) {
+        let [own, server] = [(); 2].map(|()| PrivateKey::generate().unwrap());
+        let key = KnockKey::new(&KnockSecrets::derive(Side::Client, &own, server.public(), None).unwrap());
+        let token = key.seal(7, 22, Binding::Unbound);
+        let opened = key.open(7, 22, token.tsval, Binding::Unbound).unwrap();
+        (own, opened)
+    }
+
+    #[test]
+    fn a_token_that_was_withdrawn_never_stands_again_also_when_it_is_forgotten() {
+        let (own, opened) = opened();
+        let mut counters = Counters::default();
+        counters.reserve(own.public(), &opened, SOURCE).unwrap();
+        assert_eq!(counters.stands(own.public(), 7), Ok(()));
+        assert_eq!(counters.withdraw(own.public(), 7, ELSEWHERE), Some(SOURCE));
+        assert_eq!(counters.stands(own.public(), 7), Err(Reason::SpentTwice));
+        counters.forget_before(8);
+        assert_eq!(counters.stands(own.public(), 7), Err(Reason::NotDurable));
+    }
+
+    #[test]
+    fn a_counter_that_was_seen_stays_taken_when_its_user_is_removed_and_comes_back() {
+        let (own, opened) = opened();
+        // The disk was full: no ledger knows the counter.
+        let mut counters = Counters::default();
+        counters.reserve(own.public(), &opened, SOURCE).unwrap();
+        let mut removed = Counters::default();
+        removed.inherit(counters, |_| false);
+        let mut back = Counters::default();
+        back.inherit(removed, |_| true);
+        assert_eq!(back.reserve(own.public(), &opened, SOURCE).unwrap_err(), Reason::Replayed);
     }
 }

@@ -212,16 +212,14 @@ impl Verifier {
     /// Turns a durable claim into a grant, if policy still allows it.
     ///
     /// # Errors
-    /// [`Reason::SpentTwice`], [`Reason::NotPermitted`] or [`Reason::Expired`]; the counter stays spent.
+    /// [`Reason::SpentTwice`], [`Reason::NotDurable`], [`Reason::NotPermitted`] or [`Reason::Expired`]; the counter stays spent.
     pub fn settle(&self, recorded: &Recorded, now: u64) -> Result<Grant, Refusal> {
         let Recorded { opened, fresh, source } = recorded;
         let refuse = |reason, user: Option<&User>| Refusal::of(reason, user.map(|u| u.name.clone()), Some(*source));
         let Some(user) = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place)) else {
             return Err(refuse(Reason::NotPermitted, None));
         };
-        if self.counters.is_withdrawn(fresh.client(), fresh.n()) {
-            return Err(refuse(Reason::SpentTwice, Some(user)));
-        }
+        self.counters.stands(fresh.client(), fresh.n()).map_err(|reason| refuse(reason, Some(user)))?;
         if user.expires.is_some_and(|expiry| now >= expiry) {
             return Err(refuse(Reason::Expired, Some(user)));
         }

@@ -122,35 +122,6 @@ fn no_socket_of_any_network_family_is_bound() {
 }
 
 #[test]
-fn each_process_has_its_own_user_and_no_more_than_it_needs() {
-    let lab = Lab::new();
-    let daemon = lab.start();
-    let mut users = BTreeSet::new();
-    for (role, pid) in daemon.processes() {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let field = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(&format!("{name}:"))).unwrap();
-            line.split_once(':').unwrap().1.split_whitespace().collect::<Vec<_>>().join(" ")
-        };
-        assert!(users.insert(field("Uid")), "{role} shares its user");
-        if role == "keeper" {
-            continue;
-        }
-        let net_admin = if role == "monitor" { 1_u64 << 12 } else { 0 };
-        for set in ["CapEff", "CapPrm", "CapBnd"] {
-            assert_eq!(u64::from_str_radix(&field(set), 16).unwrap(), net_admin, "{role} {set}");
-        }
-        for set in ["CapInh", "CapAmb"] {
-            assert_eq!(u64::from_str_radix(&field(set), 16).unwrap(), 0, "{role} {set}");
-        }
-        assert_eq!(field("NoNewPrivs"), "1", "{role}");
-        assert_eq!(field("Groups"), "", "{role}");
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
-        assert!(environment.is_empty(), "{role}");
-    }
-}
-
-#[test]
 fn the_service_manager_is_told_when_the_gate_stands() {
     let lab = Lab::new();
     let path = lab.directory.path.join("notify");

@@ -1,9 +1,11 @@
 //! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
 
 mod answer;
+mod confinement;
 mod control;
 mod daemon;
 mod doors;
+mod hostile;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
