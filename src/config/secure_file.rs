@@ -195,6 +195,10 @@ pub fn entries(directory: &Path) -> Result<Vec<PathBuf>, FileError> {
 pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<File, FileError> {
     let directory = check_directories(path)?;
     let resolved = directory.join(path.file_name().unwrap_or_default());
+    // Says what is wrong also where opening is not allowed, and opens no device. What is opened is looked at again.
+    if let Ok(metadata) = fs::symlink_metadata(&resolved) {
+        check_file(path, &metadata, privacy)?;
+    }
     // O_NONBLOCK: opening a pipe must not wait for its other end. O_NOCTTY: a terminal must not become this process's.
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = options.custom_flags(flags).open(resolved).map_err(|cause| match Errno::from_io_error(&cause) {
@@ -202,17 +206,7 @@ pub fn open(path: &Path, privacy: Privacy, options: &mut OpenOptions) -> Result<
         _ => FileError::io(path, cause),
     })?;
     let metadata = file.metadata().map_err(|cause| FileError::io(path, cause))?;
-    if !metadata.is_file() {
-        return Err(FileError::NotRegular { path: path.to_owned() });
-    }
-    check_owner(path, &metadata)?;
-    let mode = metadata.mode() & 0o7777;
-    if privacy == Privacy::Secret && mode & OPEN_TO_OTHERS != 0 {
-        return Err(FileError::Readable { path: path.to_owned(), mode });
-    }
-    if mode & WRITABLE_BY_OTHERS != 0 {
-        return Err(FileError::Writable { path: path.to_owned(), mode });
-    }
+    check_file(path, &metadata, privacy)?;
     Ok(file)
 }
 
@@ -389,6 +383,21 @@ fn check_directory(path: &Path, metadata: &Metadata) -> Result<(), FileError> {
     check_owner(path, metadata)?;
     let mode = metadata.mode() & 0o7777;
     if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
+        return Err(FileError::Writable { path: path.to_owned(), mode });
+    }
+    Ok(())
+}
+
+fn check_file(path: &Path, metadata: &Metadata, privacy: Privacy) -> Result<(), FileError> {
+    if !metadata.is_file() {
+        return Err(FileError::NotRegular { path: path.to_owned() });
+    }
+    check_owner(path, metadata)?;
+    let mode = metadata.mode() & 0o7777;
+    if privacy == Privacy::Secret && mode & OPEN_TO_OTHERS != 0 {
+        return Err(FileError::Readable { path: path.to_owned(), mode });
+    }
+    if mode & WRITABLE_BY_OTHERS != 0 {
         return Err(FileError::Writable { path: path.to_owned(), mode });
     }
     Ok(())
