@@ -287,8 +287,9 @@ impl Monitor {
         for OpenDoor { door, comment, left } in doors {
             let names = comment.split_once(' ').map(|(user, service)| (user.parse().ok(), service.parse().ok()));
             // What somebody opened by hand is not ours to shut.
-            if let (Some((Some(user), Some(service))), Some(left)) = (names, left) {
-                self.book.note(door, Grant { user, service, until: now + left }, now);
+            let until = left.and_then(|left| now.checked_add(left));
+            if let (Some((Some(user), Some(service))), Some(until)) = (names, until) {
+                self.book.note(door, Grant { user, service, until }, now);
             }
         }
         let policy = self.policy.clone();
