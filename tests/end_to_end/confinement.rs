@@ -247,7 +247,7 @@ fn the_page_on_privilege_separation_shows_the_descriptors_that_there_are() {
     for (role, process) in daemon.processes() {
         let kinds = descriptors(process);
         let counted = kinds.chunk_by(|one, next| one == next).map(|same| format!("{} {}", same.len(), same[0]));
-        found += &format!("{role}: {}\n", counted.collect::<Vec<_>>().join(", "));
+        found += &format!("    {role}: {}\n", counted.collect::<Vec<_>>().join(", "));
     }
     let page = include_str!("../../docs/privsep.md");
     assert!(page.contains(&found), "docs/privsep.md does not show:\n{found}");
