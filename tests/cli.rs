@@ -678,6 +678,25 @@ fn without_its_capability_send_names_the_remedy() {
     Ran(ran).fails(77, &["serve: needs root with CAP_NET_ADMIN"]);
 }
 
+/// Of the child that reads the configuration, and of the keeper.
+#[test]
+fn the_last_words_of_the_daemon_carry_priorities_for_the_journal_and_for_nobody_else() {
+    let world = World::new();
+    let serve = |environment: &[(&str, &str)]| {
+        let config = world.text("etc/knockq.toml");
+        Ran(world.command(&["serve", "--config", &config]).envs(environment.iter().copied()).output().unwrap())
+    };
+    fs::remove_file(world.path("state/counters.redb")).unwrap();
+    for said in ["counters.redb: the counter store is missing", "unknown field `no_such_key`"] {
+        serve(&[]).fails(78, &[&format!("knockq: {}", world.path.display()), said]);
+        assert!(!serve(&[]).errors().contains('<'));
+        let ran = serve(&[("JOURNAL_STREAM", "8:1")]);
+        ran.fails(78, &[&format!("<3>knockq: {}", world.path.display()), said]);
+        assert!(ran.errors().lines().all(|line| line.starts_with('<')), "{}", ran.errors());
+        world.edit("etc/knockq.toml", "[server]\n", "[server]\nno_such_key = 1\n");
+    }
+}
+
 #[test]
 fn send_needs_one_capability_and_gives_it_up() {
     let world = World::new();

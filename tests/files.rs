@@ -49,7 +49,7 @@ const SEND: &[&str] = &["send", "home", "--print", "hex"];
 /// Stands for its path in the world.
 const CONFIG: &str = "etc/knockq.toml";
 
-/// The file of issued counters bears the names of two keys, and `send` alone makes it: `World` has it as this.
+/// Stands for the file of issued counters, whose name is made of two keys: [`place`] finds it.
 const ISSUED: &str = "issued";
 const ISSUED_LOCK: &str = "issued.lock";
 
@@ -296,8 +296,8 @@ fn a_directory_of_users_that_is_none_or_that_others_could_fill_is_refused_by_nam
     ];
     let world = world();
     let users = world.path("etc/users.d");
-    let subject = |path| Subject { path, is_secret: false, contents: Contents::Nothing, readers: &[CHECK, SERVE] };
-    let subject = subject("etc/users.d");
+    let subject =
+        Subject { path: "etc/users.d", is_secret: false, contents: Contents::Nothing, readers: &[CHECK, SERVE] };
     fs::rename(&users, world.path("etc/kept")).unwrap();
     for (fault, make) in none {
         make(&users);

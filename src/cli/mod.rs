@@ -101,6 +101,7 @@ pub fn main() -> ExitCode {
         let _ = write!(io::stderr(), "{}", Failure::from(error));
         return ExitCode::from(PERMISSION);
     }
+    let mark = if has_priorities(&cli.command) { "<3>" } else { "" };
     let done = match cli.command {
         Command::Init(init) => init.run(),
         Command::Check(check) => check.run(),
@@ -121,9 +122,20 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let _ = write!(io::stderr(), "{failure}");
+            let text: String = failure.to_string().lines().map(|line| format!("{mark}{line}\n")).collect();
+            let _ = write!(io::stderr(), "{text}");
             ExitCode::from(failure.code)
         }
+    }
+}
+
+/// Whether the last words of a process of the daemon carry priorities, as its log does.
+fn has_priorities(command: &Command) -> bool {
+    match command {
+        Command::Serve(serve) => serve.style().priorities,
+        Command::Configuration(configuration) => configuration.style().priorities,
+        Command::Monitor(child) | Command::Verifier(child) => child.style().priorities,
+        _ => false,
     }
 }
 

@@ -29,7 +29,11 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self) -> Result<(), Failure> {
         let trial = self.trial.map(|time| Duration::from_secs(time.0.into()));
-        Ok(keeper::run(&self.config.config, trial, Style::of_environment(self.debug))?)
+        Ok(keeper::run(&self.config.config, trial, self.style())?)
+    }
+
+    pub(super) fn style(&self) -> Style {
+        Style::of_environment(self.debug)
     }
 }
 
@@ -51,8 +55,12 @@ pub(super) struct Configuration {
 
 impl Configuration {
     pub(super) fn run(self) -> Result<(), Failure> {
-        log::start("knockq", self.child.style());
+        log::start("knockq", self.style());
         Ok(configuration::run(&self.config.config)?)
+    }
+
+    pub(super) const fn style(&self) -> Style {
+        self.child.style()
     }
 }
 
@@ -67,7 +75,7 @@ impl Child {
         Ok(verifier::run()?)
     }
 
-    const fn style(&self) -> Style {
+    pub(super) const fn style(&self) -> Style {
         Style { priorities: self.priorities, debug: self.debug }
     }
 }

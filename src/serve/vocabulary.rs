@@ -7,7 +7,7 @@
 //! | `verifier` | `Unable` | once after `Settings`, instead |
 //! | `monitor` | `Bound` | once after `Start` |
 //! | `monitor` | `Ready` | once after the first `Loaded`, and each `Settings`, `Enforce`, `Release` and `Revoke` |
-//! | `monitor` | `Lost` | once after each `Loaded`; after the first, when it is `Ready` |
+//! | `monitor` | `Lost` | once after each `Loaded`, the first time not before its `Ready`; no more once it has answered `Release` |
 
 use thiserror::Error;
 

@@ -126,7 +126,7 @@ fn the_service_manager_is_told_when_the_gate_stands() {
     let lab = Lab::new();
     let path = lab.directory.path.join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let daemon = Daemon::spawn(&lab, &[("NOTIFY_SOCKET", path.to_str().unwrap()), ("JOURNAL_STREAM", "8:1")]);
     let mut buffer = [0; 64];
     let length = socket.recv(&mut buffer).unwrap();

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{SendFlags, send};
 
-use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq};
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq, resident};
 
 /// Time after which all must be gone. Two children that are killed take 5 s each, but an emulated machine is slow.
 const BOUND: Duration = Duration::from_secs(60);
@@ -259,13 +259,6 @@ fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).unwrap();
     bytes
-}
-
-/// Kilobytes of memory that a process holds.
-fn resident(pid: Pid) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 #[test]
