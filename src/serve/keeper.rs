@@ -2,11 +2,11 @@
 //! does what root asks, and stops all when one of the others dies.
 
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{self, Path, PathBuf};
 use std::time::{Duration, Instant};
+use std::{env, io};
 
 use caps::{CapSet, Capability};
 use signal_hook::consts::SIGHUP;
@@ -103,8 +103,8 @@ fn bring_up(
     refuse_taken_queue(fixed.queue)?;
     let control = Control::listen(&fixed.runtime)?;
     let include_file = config_path.with_file_name("knockq.nft");
-    let own = [fixed.runtime.as_path(), config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
-    if !sandbox::write_only_to(&own)? {
+    let notified = env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
+    if !sandbox::write_only_to(&own_files(&fixed.runtime, config_path, notified.as_deref()))? {
         let hint = "boot with `lsm=landlock,...`, or a kernel with CONFIG_SECURITY_LANDLOCK";
         warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
     }
@@ -121,6 +121,13 @@ fn bring_up(
     info!(users, services, knock_ports, queue = fixed.queue, "ready");
     notify(&[sd_notify::NotifyState::Ready]);
     Ok((fixed, control, gate))
+}
+
+/// What the keeper and nft may change. The service manager's socket is among it: since Linux 7.1 (Landlock's ninth version)
+/// connecting to a socket that has a path needs a right to that path, and it would never hear that the daemon is ready.
+fn own_files<'a>(runtime: &'a Path, config_path: &'a Path, notified: Option<&'a Path>) -> Vec<&'a Path> {
+    let own = [runtime, config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
+    own.into_iter().chain(notified.filter(|socket| socket.is_absolute())).collect()
 }
 
 /// Starts verifier and monitor, and hands each what is its own.
@@ -431,4 +438,19 @@ pub fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Path, own_files};
+
+    #[test]
+    fn the_service_managers_socket_stays_within_reach_where_it_has_a_path() {
+        let own = |notified: &'static str| {
+            own_files(Path::new("/run/k"), Path::new("/etc/k/k.toml"), Some(Path::new(notified)))
+        };
+        let always = ["/run/k", "/etc/k", "/dev/null"].map(Path::new);
+        assert_eq!(own("/run/systemd/notify"), [&always[..], &[Path::new("/run/systemd/notify")]].concat());
+        assert_eq!(own("@abstract"), always);
+    }
 }
