@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use knockq::serve::calls::{Argument, Call, MONITOR, NEVER, VERIFIER};
+use knockq::serve::calls::{Argument, Call, MISSING, MONITOR, NEVER, VERIFIER};
 
 /// What runs in a process that holds a capability, once it has given up the others.
 const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
@@ -55,6 +55,7 @@ fn the_pages_tables_are_those_of_the_source() {
         ("verifier", calls(VERIFIER)),
         ("monitor", calls(MONITOR)),
         ("keeper", calls(NEVER)),
+        ("missing", calls(MISSING)),
         ("lines", lines_with_a_capability()),
     ] {
         expected = with(&expected, name, &table);
@@ -96,6 +97,7 @@ fn words(argument: &Argument) -> String {
     match argument {
         Argument::Is(place, value) => format!("{} is {value}", place + 1),
         Argument::IsNot(place, value) => format!("{} is not {value}", place + 1),
+        Argument::Has(place, bits) => format!("{} with bits {bits:#x}", place + 1),
         Argument::Lacks(place, bits) => format!("{} without bits {bits:#x}", place + 1),
     }
 }

@@ -5,19 +5,20 @@ use std::env::consts::ARCH;
 use std::ffi::c_int;
 
 use libc::{
-    AF_NETLINK, AF_UNIX, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_SETFD, NETLINK_NETFILTER, PROT_EXEC, SYS_add_key,
-    SYS_bind, SYS_bpf, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_connect, SYS_delete_module,
-    SYS_epoll_ctl, SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fdatasync, SYS_finit_module, SYS_flock,
-    SYS_fsmount, SYS_ftruncate, SYS_futex, SYS_getrandom, SYS_getsockname, SYS_init_module, SYS_io_uring_setup,
-    SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mount, SYS_mprotect, SYS_mremap,
-    SYS_munmap, SYS_nanosleep, SYS_open_by_handle_at, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
+    AF_NETLINK, AF_UNIX, CLONE_NEWUSER, ENOSYS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_SETFD, NETLINK_NETFILTER,
+    PROT_EXEC, SYS_add_key, SYS_bind, SYS_bpf, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3,
+    SYS_close, SYS_connect, SYS_delete_module, SYS_epoll_ctl, SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl,
+    SYS_fdatasync, SYS_finit_module, SYS_flock, SYS_fsmount, SYS_ftruncate, SYS_futex, SYS_getrandom, SYS_getsockname,
+    SYS_init_module, SYS_io_uring_setup, SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek, SYS_madvise, SYS_mmap,
+    SYS_mount, SYS_mount_setattr, SYS_move_mount, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
+    SYS_open_by_handle_at, SYS_open_tree, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
     SYS_process_vm_readv, SYS_process_vm_writev, SYS_ptrace, SYS_pwrite64, SYS_read, SYS_reboot, SYS_recvfrom,
     SYS_recvmsg, SYS_request_key, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield,
     SYS_sendmsg, SYS_sendto, SYS_setns, SYS_sigaltstack, SYS_socket, SYS_swapon, SYS_umount2, SYS_unshare,
     SYS_userfaultfd, SYS_write,
 };
 #[cfg(target_arch = "x86_64")]
-use libc::{SYS_epoll_wait, SYS_poll};
+use libc::{SYS_epoll_wait, SYS_kexec_file_load, SYS_poll};
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -44,8 +45,10 @@ pub enum Argument {
     IsNot(u8, c_int),
     /// None of these bits.
     Lacks(u8, c_int),
+    /// All of these bits.
+    Has(u8, c_int),
 }
-use Argument::{Is, IsNot, Lacks};
+use Argument::{Has, Is, IsNot, Lacks};
 
 /// FIONBIO, whose type differs between C libraries.
 const NON_BLOCKING: c_int = 0x5421;
@@ -152,14 +155,20 @@ pub const NEVER: &[Call] = calls! {
     SYS_mount "other files under known names"
     SYS_umount2 "other files under known names"
     SYS_fsmount "other files under known names"
+    SYS_open_tree "other files under known names"
+    SYS_move_mount "other files under known names"
+    SYS_mount_setattr "other files under known names"
     SYS_pivot_root "other files under known names"
     SYS_setns "another's view of the machine"
     SYS_unshare "a namespace of its own, with all capabilities in it"
+    SYS_clone [Has(0, CLONE_NEWUSER)] "the same"
     SYS_open_by_handle_at "files past their directories"
     SYS_init_module "code in the kernel"
     SYS_finit_module "code in the kernel"
     SYS_delete_module "code in the kernel"
     SYS_kexec_load "another kernel"
+    #[cfg(target_arch = "x86_64")]
+    SYS_kexec_file_load "another kernel"
     SYS_bpf "code in the kernel"
     SYS_perf_event_open "a large part of the kernel that nobody here needs"
     SYS_io_uring_setup "a large part of the kernel that nobody here needs"
@@ -169,6 +178,12 @@ pub const NEVER: &[Call] = calls! {
     SYS_keyctl "a part of the kernel that nobody here needs"
     SYS_reboot "the machine's end"
     SYS_swapon "memory on disk"
+};
+
+/// What the keeper and what it runs find missing, as on an older kernel. A filter cannot look at its arguments, which lie in
+/// memory: it could make a namespace. C libraries then use `clone`.
+pub const MISSING: &[Call] = calls! {
+    SYS_clone3 "a namespace of its own, with all capabilities in it"
 };
 
 /// Kills this process, all of its threads, at any call that is not in the list.
@@ -185,6 +200,14 @@ pub fn allow_only(calls: &[Call]) -> Result<(), seccompiler::Error> {
 /// As [`allow_only`].
 pub fn forbid(calls: &[Call]) -> Result<(), seccompiler::Error> {
     apply(calls, SeccompAction::Allow, SeccompAction::KillProcess)
+}
+
+/// Answers this process, and those that it starts, as if the kernel had none of these system calls.
+///
+/// # Errors
+/// As [`allow_only`].
+pub fn hide(calls: &[Call]) -> Result<(), seccompiler::Error> {
+    apply(calls, SeccompAction::Allow, SeccompAction::Errno(ENOSYS.cast_unsigned()))
 }
 
 fn apply(calls: &[Call], others: SeccompAction, these: SeccompAction) -> Result<(), seccompiler::Error> {
@@ -210,6 +233,7 @@ impl Argument {
             Is(place, value) => (place, SeccompCmpOp::Eq, value),
             IsNot(place, value) => (place, SeccompCmpOp::Ne, value),
             Lacks(place, bits) => (place, SeccompCmpOp::MaskedEq(u64::from(bits.cast_unsigned())), 0),
+            Has(place, bits) => (place, SeccompCmpOp::MaskedEq(u64::from(bits.cast_unsigned())), bits),
         };
         SeccompCondition::new(place, SeccompCmpArgLen::Dword, operator, u64::from(value.cast_unsigned()))
     }

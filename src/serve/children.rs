@@ -28,6 +28,8 @@ pub(super) struct Children {
     processes: Vec<Process>,
     signals: [(i32, UnixStream); 3],
     style: Style,
+    /// Where their lines go, if not where the keeper's go.
+    log: Option<OwnedFd>,
 }
 
 /// What woke the keeper.
@@ -51,18 +53,18 @@ enum Source {
 
 impl Children {
     /// Starts listening to signals.
-    pub(super) fn new(style: Style) -> io::Result<Self> {
+    pub(super) fn new(style: Style, log: Option<OwnedFd>) -> io::Result<Self> {
         let [terminate, interrupt, hangup] = [SIGTERM, SIGINT, SIGHUP].map(|signal| {
             let (ours, handlers) = UnixStream::pair()?;
             pipe::register(signal, handlers)?;
             io::Result::Ok((signal, ours))
         });
-        Ok(Self { processes: Vec::new(), signals: [terminate?, interrupt?, hangup?], style })
+        Ok(Self { processes: Vec::new(), signals: [terminate?, interrupt?, hangup?], style, log })
     }
 
     /// Starts this binary in a role.
     pub(super) fn start(&mut self, name: &'static str, arguments: &[&OsStr]) -> io::Result<()> {
-        self.processes.push(Process::spawn(name, arguments, self.style)?);
+        self.processes.push(Process::spawn(name, arguments, self.style, self.log.as_ref())?);
         Ok(())
     }
 

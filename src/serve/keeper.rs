@@ -20,7 +20,7 @@ use super::ending::{Ended, ServeError};
 use super::gate::{Gate, GateError};
 use super::log::{self, Style};
 use super::vocabulary::Breach;
-use super::{calls, handover, sandbox};
+use super::{calls, handover, sandbox, terminal};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
 use crate::nft::{self, OpenDoor};
@@ -55,9 +55,10 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
         return Err(ServeError::NotRoot);
     }
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
+    let log = terminal::writing_end(io::stderr())?; // while it may be opened: the terminal may be another user's
     sandbox::keep_only(&[TO_WORK, TO_START].concat())?;
-    sandbox::forbid(calls::NEVER)?;
-    let mut children = Children::new(style)?;
+    sandbox::forbid(calls::NEVER, calls::MISSING)?;
+    let mut children = Children::new(style, log)?;
     let config_path = path::absolute(config_path)?;
     let ended = match bring_up(&mut children, &config_path, trial) {
         Ok((fixed, control, gate)) => {

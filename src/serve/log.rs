@@ -1,9 +1,9 @@
 //! One line an event on standard error: text for people, with `<N>` priorities under systemd.
 
-use std::fmt;
-use std::io;
+use std::panic::{self, PanicHookInfo};
+use std::{fmt, io, process};
 
-use tracing::{Event, Level, Subscriber};
+use tracing::{Event, Level, Subscriber, error};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
@@ -62,4 +62,17 @@ pub fn start(process: &'static str, style: Style) {
         .finish();
     // A second call in one process leaves the first in charge.
     let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// The exit code of a process that panicked.
+const PANICKED: i32 = 101;
+
+/// From here on a panic is a line like any other, and the end of this process by a call that it may make: the standard
+/// library would first ask the kernel for the thread's number, and die of that without a word.
+pub fn end_on_panic() {
+    panic::set_hook(Box::new(|panic: &PanicHookInfo<'_>| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        error!(place, "a fault in knockq: {}; stopping", panic.payload_as_str().unwrap_or("it panicked"));
+        process::exit(PANICKED);
+    }));
 }

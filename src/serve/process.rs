@@ -35,8 +35,14 @@ pub(super) enum End {
 }
 
 impl Process {
-    /// Starts this binary with the role as its command, these arguments, an empty environment and the channel as standard input.
-    pub(super) fn spawn(name: &'static str, arguments: &[&OsStr], style: Style) -> io::Result<Self> {
+    /// Starts this binary with the role as its command, these arguments, an empty environment and the channel as standard
+    /// input; its lines go to `log`, or where the keeper's go.
+    pub(super) fn spawn(
+        name: &'static str,
+        arguments: &[&OsStr],
+        style: Style,
+        log: Option<&OwnedFd>,
+    ) -> io::Result<Self> {
         let (ours, theirs) = message_pair()?;
         let mut command = Command::new("/proc/self/exe");
         command.arg0(format!("knockq: {name}")).arg(name).args(arguments);
@@ -44,6 +50,9 @@ impl Process {
             if is_set {
                 command.arg(flag);
             }
+        }
+        if let Some(log) = log {
+            command.stderr(log.try_clone()?);
         }
         let child = command.env_clear().current_dir("/").stdin(theirs).stdout(Stdio::null()).spawn()?;
         Ok(Self { name, child, channel: Some(Channel::new(ours)), vocabulary: Vocabulary::new(name) })

@@ -144,13 +144,16 @@ pub fn keep_only(kept: &[Capability]) -> Result<(), SandboxError> {
     prove_capabilities(&kept)
 }
 
-/// Kills this process, or one that it starts, at any of these system calls.
+/// Kills this process, or one that it starts, at any of the system calls of one list, and has those of the other missing.
 ///
 /// # Errors
 /// As [`give_up_privileges`].
-pub fn forbid(calls: &[Call]) -> Result<(), SandboxError> {
+pub fn forbid(calls: &[Call], missing: &[Call]) -> Result<(), SandboxError> {
     let filters = Filters::of_this_thread()?;
     step("forbid system calls", calls::forbid(calls))?;
+    filters.prove_one_more()?;
+    let filters = Filters::of_this_thread()?;
+    step("hide system calls", calls::hide(missing))?;
     filters.prove_one_more()
 }
 

@@ -1,10 +1,12 @@
 //! The verifier: reads what anyone on the network can send, and can do nothing itself.
 
 use std::fs::File;
+use std::hint::black_box;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 use std::sync::{Arc, Barrier, mpsc};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -20,7 +22,7 @@ use super::frames::Frame;
 use super::refusals::Refusals;
 use super::sandbox::{self, Identity, SandboxError};
 use super::store::{Store, StoreError};
-use super::{calls, handover, terminal};
+use super::{calls, handover, log, terminal};
 use crate::crypto::PublicKey;
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Registry, Verifier, Withdrawal};
@@ -84,6 +86,8 @@ pub enum VerifierError {
 /// [`VerifierError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), VerifierError> {
     terminal::leave(c"knockq-verifier")?;
+    log::end_on_panic();
+    give_memory_back()?;
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings, store]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let Settings { identity, server, store_path, registry } = handover::unseal(settings)?;
@@ -115,6 +119,17 @@ pub fn run() -> Result<(), VerifierError> {
         is_behind: false,
     };
     runtime.block_on(process.serve())
+}
+
+/// Frees more than the GNU C library keeps for itself. When it first gives memory of a thread's back, it opens a file that
+/// says how the kernel lends it (`/proc/sys/vm/overcommit_memory`), and remembers that: later the call would be deadly.
+/// This must come first, for the more a process has freed, the more the library keeps.
+fn give_memory_back() -> io::Result<()> {
+    const BLOCK: usize = 64 << 10;
+    const BLOCKS: usize = 16;
+    let take_and_free = || drop(black_box((0..BLOCKS).map(|_| Vec::<u8>::with_capacity(BLOCK)).collect::<Vec<_>>()));
+    let freed = thread::Builder::new().spawn(take_and_free)?.join();
+    freed.map_err(|_| io::Error::other("the thread that frees memory is gone"))
 }
 
 /// What the thread beside the lookups does, for it would hold them up.
@@ -170,7 +185,7 @@ fn start_writer() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>
             }
         }
     };
-    std::thread::Builder::new().name("counters".to_owned()).spawn(write)?;
+    thread::Builder::new().name("counters".to_owned()).spawn(write)?;
     started.wait(); // what a thread does to start is no call that it may make later
     Ok((writer, work, done))
 }

@@ -93,6 +93,12 @@ fn a_keeper_that_turns_to_the_network_or_to_another_process_is_killed() {
             is_deadly(&lab, "keeper", first_thread, (name, number, arguments));
         }
     }
+    for call in [("clone", 56, [CLONE_NEWUSER | SIGCHLD, 0, 0]), ("move_mount", 429, [0; 3])] {
+        is_deadly(&lab, "keeper", first_thread, call);
+    }
+    const CLONE3: u64 = 435;
+    let daemon = lab.start();
+    assert_eq!(call(daemon.pid(), CLONE3, [0; 3]), Ok(-i64::from(Errno::ENOSYS as i32)));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use knockq::crypto::{Binding, KnockPorts};
+use knockq::crypto::{Binding, KnockPorts, PrivateKey};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -285,5 +285,27 @@ fn the_gate_stands_after_reloads_during_which_others_flush_it() {
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
     }
+    daemon.stop();
+}
+
+/// The C library gives memory back to the kernel then, which begins with a file that it opens.
+#[test]
+fn hundreds_of_users_come_and_go_without_a_restart() {
+    let lab = Lab::new();
+    let mut daemon = lab.start();
+    let before = daemon.processes();
+    let path = |number: u32| lab.config().with_file_name(format!("users.d/user{number}.toml"));
+    for _ in 0..2 {
+        for number in 0..400 {
+            let key = PrivateKey::generate().unwrap();
+            fs::write(path(number), format!("public_key = \"{}\"\nservices = [\"ssh\"]\n", key.public())).unwrap();
+        }
+        reload(&mut daemon);
+        (0..400).for_each(|number| fs::remove_file(path(number)).unwrap());
+        reload(&mut daemon);
+    }
+    assert_eq!(daemon.processes(), before);
+    lab.knock(Family::V4, &[]);
+    lab.wait_for_door(Family::V4.alice(), 22);
     daemon.stop();
 }
