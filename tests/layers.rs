@@ -71,6 +71,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::handover",
             "super::log",
             "super::sandbox",
+            "super::terminal",
             "super::vocabulary",
         ],
     ),
