@@ -67,11 +67,13 @@ impl Configuration {
 impl Child {
     pub(super) fn run_monitor(self) -> Result<(), Failure> {
         log::start("monitor", self.style());
+        log::end_on_panic();
         Ok(monitor::run()?)
     }
 
     pub(super) fn run_verifier(self) -> Result<(), Failure> {
         log::start("verifier", self.style());
+        log::end_on_panic();
         Ok(verifier::run()?)
     }
 

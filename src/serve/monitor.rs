@@ -19,7 +19,7 @@ use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
 use super::rate::Rate;
 use super::sandbox::{self, SandboxError};
-use super::{calls, handover, log, terminal};
+use super::{calls, handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Loss, OpenDoor, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 
@@ -70,7 +70,6 @@ pub enum MonitorError {
 /// [`MonitorError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), MonitorError> {
     terminal::leave(c"knockq-monitor")?;
-    log::end_on_panic();
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let policy: Policy = handover::unseal(settings)?;

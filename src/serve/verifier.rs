@@ -22,7 +22,7 @@ use super::frames::Frame;
 use super::refusals::Refusals;
 use super::sandbox::{self, Identity, SandboxError};
 use super::store::{Store, StoreError};
-use super::{calls, handover, log, terminal};
+use super::{calls, handover, terminal};
 use crate::crypto::PublicKey;
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Registry, Verifier, Withdrawal};
@@ -86,7 +86,6 @@ pub enum VerifierError {
 /// [`VerifierError`]: whatever it is, all processes stop.
 pub fn run() -> Result<(), VerifierError> {
     terminal::leave(c"knockq-verifier")?;
-    log::end_on_panic();
     give_memory_back()?;
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings, store]) = keeper.expect(Message::Start)? else { return Ok(()) };
