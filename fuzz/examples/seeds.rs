@@ -181,6 +181,7 @@ fn handed_over() {
         queue: 4097,
         owns_table: true,
         answer: Answer::Reset,
+        grants_per_minute: 600,
         services: HashMap::from([(ssh.clone(), Opening { ports: vec![port], once: false, seconds: 30 })]),
         users: HashMap::from([("alice".parse().unwrap(), vec![ssh.clone()])]),
     };

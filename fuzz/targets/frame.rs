@@ -34,7 +34,7 @@ static POLICY: LazyLock<Policy> = LazyLock::new(|| {
         }
     }
     let identity = Identity { uid: 1, gid: 1 };
-    Policy { identity, queue: 1, owns_table: true, answer: Answer::Drop, services, users }
+    Policy { identity, queue: 1, owns_table: true, answer: Answer::Drop, grants_per_minute: 600, services, users }
 });
 
 fuzz_target!(|bytes: &[u8]| {
@@ -48,6 +48,7 @@ fuzz_target!(|bytes: &[u8]| {
             assert_eq!(bytes.len(), FRAME_LEN);
             return;
         }
+        Err(FrameError::Descriptors) => panic!("bytes alone carry none"),
     };
     assert_eq!(frame.encode()[..], *bytes, "two forms of {frame:?}");
     assert_eq!(POLICY.permits(&frame), is_configured(&frame), "{frame:?}");

@@ -69,32 +69,21 @@ fn v6(packet: &[u8]) -> Option<Datagram<'_>> {
     Some((address(8), address(24), next, rest))
 }
 
-/// The first timestamp option (RFC 7323), as far as the options before it can be read.
+/// The first timestamp option (RFC 7323), past options of any kind, as far as these can be read (RFC 9293 section 3.1).
 fn tsval(mut options: &[u8]) -> Option<u32> {
     loop {
-        let (&kind, rest) = options.split_first()?;
-        let length = match kind {
+        let length = match *options.first()? {
             0 => return None,
             1 => 1,
-            _ => usize::from(*rest.first()?),
+            _ => usize::from(*options.get(1).filter(|length| **length >= 2)?),
         };
-        let option = options.get(..length)?;
-        let is_right = match kind {
-            1 => true,
-            2 => length == 4,
-            3 => length == 3,
-            4 => length == 2,
-            5 => matches!(length, 10 | 18 | 26 | 34),
-            8 => length == 10,
-            _ => false,
-        };
-        if !is_right {
-            return None;
+        let (option, rest) = options.split_at_checked(length)?;
+        if let [8, _, a, b, c, d, ..] = *option
+            && length == 10
+        {
+            return Some(u32::from_be_bytes([a, b, c, d]));
         }
-        if kind == 8 {
-            return Some(u32::from_be_bytes([option[2], option[3], option[4], option[5]]));
-        }
-        options = &options[length..];
+        options = rest;
     }
 }
 
