@@ -344,14 +344,15 @@ fn call(thread: Pid, number: u64, arguments: [u64; 3]) -> Result<i64, Signal> {
 /// Bytes of the instruction `syscall`.
 const SYSCALL_LEN: u64 = 2;
 
-/// Stops a thread while it waits in the kernel, which it nearly always does.
+/// Stops a thread while it waits in the kernel, which it nearly always does: then what it was doing can be begun again.
 fn stop_in_call(thread: Pid) -> nix::libc::user_regs_struct {
+    const INTERRUPTED: [i64; 5] = [-4, -512, -513, -514, -516]; // EINTR, ERESTARTSYS and its kind
     loop {
         ptrace::attach(thread).unwrap();
         let stopped = waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
         assert_eq!(stopped, WaitStatus::Stopped(thread, Signal::SIGSTOP));
         let registers = ptrace::getregs(thread).unwrap();
-        if registers.orig_rax != u64::MAX {
+        if registers.orig_rax != u64::MAX && INTERRUPTED.contains(&registers.rax.cast_signed()) {
             return registers;
         }
         ptrace::detach(thread, None).unwrap();

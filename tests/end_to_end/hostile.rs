@@ -27,8 +27,8 @@ const PACKETS: u64 = 4_096;
 /// Addresses that mallory copies alice's knock to.
 const THIEVES: u8 = 200;
 
-/// KiB that a process may have grown by: a hundred bytes kept of each packet would be more.
-const GROWTH: u64 = 1_024;
+/// KiB that a process may have grown by, in tables and buffers that fill once: a copy kept of each packet would be more.
+const GROWTH: u64 = 3_072;
 
 /// Lines that the log may have grown by in a minute: refusals of one kind and source are told once in that, of 64 at most.
 const LINES: usize = 64 + 20;
