@@ -108,10 +108,10 @@ pub const VERIFIER: &[Call] = calls! {
 
 /// What the monitor may do. It makes sockets to the packet filter and no others, and runs no program.
 pub const MONITOR: &[Call] = calls! {
-    SYS_recvfrom "packets from the queue; frames; what changed in the tables; the kernel's answers"
+    SYS_recvfrom "packets from the queue; what changed in the tables; the kernel's answers"
     SYS_sendto "verdicts; doors"
     SYS_write "records to the relay; the log"
-    SYS_recvmsg "what the keeper says, with the descriptors of new settings"
+    SYS_recvmsg "frames; what the keeper says, with the descriptors of new settings"
     SYS_sendmsg "answers to the keeper"
     SYS_read "new settings"
     SYS_lseek "the length of new settings; the proof that this list is in force"
