@@ -21,7 +21,7 @@ UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 BINARY      ?= target/release/knockq
 
-.PHONY: all install uninstall demo test test-newer-kernel bench fuzz fuzz-coverage coverage check clean
+.PHONY: all install uninstall demo test test-faults test-newer-kernel bench fuzz fuzz-coverage coverage check clean
 all:
 	$(FOR_HERE) $(CARGO) build --release
 
@@ -43,6 +43,10 @@ test:
 # TARGET=x86_64-unknown-linux-musl (`rustup target add` it) also with the other C library, which makes other system calls.
 test-newer-kernel:
 	KERNEL_SUITE=trixie RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end
+
+# The rows of docs/faults.md alone. `make test` runs them too.
+test-faults:
+	RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end -- faults::
 
 # The table of docs/performance.md, from the binary that `cargo build --release` makes; needs root and a quiet machine.
 # QUICK=1 does a little of each; ONLY=cpu does one, or several in quotes. The files lie under target/, on a real disk.

@@ -4,16 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::env::consts::ARCH;
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
 use std::{fs, thread};
 
 use nix::errno::Errno;
-use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
+use crate::debugger::{call, other_thread, threads};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
 
 /// A system call by its name in Linux's table for x86_64, its number there, and its arguments as far as they matter.
@@ -283,17 +281,8 @@ impl Status {
     }
 }
 
-fn threads(process: Pid) -> Vec<Pid> {
-    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
-    tasks.map(|task| Pid::from_raw(task.unwrap().file_name().to_str().unwrap().parse().unwrap())).collect()
-}
-
 fn first_thread(process: Pid) -> Pid {
     process
-}
-
-fn other_thread(process: Pid) -> Pid {
-    threads(process).into_iter().find(|thread| *thread != process).unwrap()
 }
 
 /// The daemon's log then has one line more, everybody is gone, and no door is open.
@@ -317,45 +306,4 @@ fn is_deadly(lab: &Lab, role: &str, thread: fn(Pid) -> Pid, (name, number, argum
     assert!(after.len() == 1 && after[0].contains(&line), "{name}: {after:?}");
     lab.knock(Family::V4, &[]);
     assert!(!lab.alice.reaches(Family::V4.server(), 22));
-}
-
-/// Makes a thread of another process do a system call, as one could who owns it: its result, or the signal that killed it.
-fn call(thread: Pid, number: u64, arguments: [u64; 3]) -> Result<i64, Signal> {
-    let mut before = stop_in_call(thread);
-    before.rip -= SYSCALL_LEN; // the thread stands behind the instruction that brought it into the kernel
-    let mut asked = before;
-    [asked.rax, asked.orig_rax] = [number, u64::MAX];
-    [asked.rdi, asked.rsi, asked.rdx] = arguments;
-    ptrace::setregs(thread, asked).unwrap();
-    ptrace::step(thread, None).unwrap();
-    match waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap() {
-        WaitStatus::Signaled(_, signal, _) => return Err(signal),
-        WaitStatus::Stopped(_, Signal::SIGTRAP) => {}
-        other => panic!("{other:?}"),
-    }
-    let result = ptrace::getregs(thread).unwrap().rax.cast_signed();
-    // Then what it was doing, again from the beginning.
-    [before.rax, before.orig_rax] = [before.orig_rax, u64::MAX];
-    ptrace::setregs(thread, before).unwrap();
-    ptrace::detach(thread, None).unwrap();
-    Ok(result)
-}
-
-/// Bytes of the instruction `syscall`.
-const SYSCALL_LEN: u64 = 2;
-
-/// Stops a thread while it waits in the kernel, which it nearly always does: then what it was doing can be begun again.
-fn stop_in_call(thread: Pid) -> nix::libc::user_regs_struct {
-    const INTERRUPTED: [i64; 5] = [-4, -512, -513, -514, -516]; // EINTR, ERESTARTSYS and its kind
-    loop {
-        ptrace::attach(thread).unwrap();
-        let stopped = waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
-        assert_eq!(stopped, WaitStatus::Stopped(thread, Signal::SIGSTOP));
-        let registers = ptrace::getregs(thread).unwrap();
-        if registers.orig_rax != u64::MAX && INTERRUPTED.contains(&registers.rax.cast_signed()) {
-            return registers;
-        }
-        ptrace::detach(thread, None).unwrap();
-        thread::sleep(Duration::from_millis(10));
-    }
 }

@@ -4,7 +4,9 @@ mod answer;
 mod confinement;
 mod control;
 mod daemon;
+mod debugger;
 mod doors;
+mod faults;
 mod hostile;
 #[path = "../support/lab.rs"]
 mod lab;

@@ -1,0 +1,117 @@
+//! Takes over threads of running processes, as a debugger does: to do what their own code never would, or to hold them at
+//! an exact instant.
+
+use std::time::Duration;
+use std::{fs, thread};
+
+use nix::libc::user_regs_struct;
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+pub(crate) fn threads(process: Pid) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    tasks.map(|task| Pid::from_raw(task.unwrap().file_name().to_str().unwrap().parse().unwrap())).collect()
+}
+
+pub(crate) fn other_thread(process: Pid) -> Pid {
+    threads(process).into_iter().find(|thread| *thread != process).unwrap()
+}
+
+/// A thread that goes from one system call to the next as the test says. Only the thread of the test that attached it may.
+pub(crate) struct Traced {
+    thread: Pid,
+}
+
+impl Traced {
+    pub(crate) fn attach(thread: Pid) -> Self {
+        ptrace::attach(thread).unwrap();
+        let traced = Self { thread };
+        assert_eq!(traced.wait(), WaitStatus::Stopped(thread, Signal::SIGSTOP));
+        ptrace::setoptions(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
+        traced
+    }
+
+    /// Lets it run until it is about to make one of these calls, by their numbers; tells which.
+    pub(crate) fn run_to(&self, numbers: &[u64]) -> u64 {
+        loop {
+            let registers = self.next_stop();
+            if is_entry(&registers) && numbers.contains(&registers.orig_rax) {
+                return registers.orig_rax;
+            }
+        }
+    }
+
+    /// Lets it make the call that it is about to make; tells the result.
+    pub(crate) fn finish(&self) -> i64 {
+        self.next_stop().rax.cast_signed()
+    }
+
+    /// Lets it run freely again.
+    pub(crate) fn release(self) {
+        ptrace::detach(self.thread, None).unwrap();
+    }
+
+    /// Sees it die, after its process was killed: until then its parent waits for it in vain.
+    pub(crate) fn bury(self) {
+        assert!(matches!(self.wait(), WaitStatus::Signaled(..)));
+    }
+
+    fn next_stop(&self) -> user_regs_struct {
+        ptrace::syscall(self.thread, None).unwrap();
+        assert_eq!(self.wait(), WaitStatus::PtraceSyscall(self.thread));
+        ptrace::getregs(self.thread).unwrap()
+    }
+
+    fn wait(&self) -> WaitStatus {
+        waitpid(self.thread, Some(WaitPidFlag::__WALL)).unwrap()
+    }
+}
+
+/// The kernel has this result in store for a call that it has not made.
+fn is_entry(registers: &user_regs_struct) -> bool {
+    const ENOSYS: i64 = -38;
+    registers.rax.cast_signed() == ENOSYS
+}
+
+/// Makes a thread of another process do a system call, as one could who owns it: its result, or the signal that killed it.
+pub(crate) fn call(thread: Pid, number: u64, arguments: [u64; 3]) -> Result<i64, Signal> {
+    let mut before = stop_in_call(thread);
+    before.rip -= SYSCALL_LEN; // the thread stands behind the instruction that brought it into the kernel
+    let mut asked = before;
+    [asked.rax, asked.orig_rax] = [number, u64::MAX];
+    [asked.rdi, asked.rsi, asked.rdx] = arguments;
+    ptrace::setregs(thread, asked).unwrap();
+    ptrace::step(thread, None).unwrap();
+    match waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap() {
+        WaitStatus::Signaled(_, signal, _) => return Err(signal),
+        WaitStatus::Stopped(_, Signal::SIGTRAP) => {}
+        other => panic!("{other:?}"),
+    }
+    let result = ptrace::getregs(thread).unwrap().rax.cast_signed();
+    // Then what it was doing, again from the beginning.
+    [before.rax, before.orig_rax] = [before.orig_rax, u64::MAX];
+    ptrace::setregs(thread, before).unwrap();
+    ptrace::detach(thread, None).unwrap();
+    Ok(result)
+}
+
+/// Bytes of the instruction `syscall`.
+const SYSCALL_LEN: u64 = 2;
+
+/// Stops a thread while it waits in the kernel, which it nearly always does: then what it was doing can be begun again.
+fn stop_in_call(thread: Pid) -> user_regs_struct {
+    const INTERRUPTED: [i64; 5] = [-4, -512, -513, -514, -516]; // EINTR, ERESTARTSYS and its kind
+    loop {
+        ptrace::attach(thread).unwrap();
+        let stopped = waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        assert_eq!(stopped, WaitStatus::Stopped(thread, Signal::SIGSTOP));
+        let registers = ptrace::getregs(thread).unwrap();
+        if registers.orig_rax != u64::MAX && INTERRUPTED.contains(&registers.rax.cast_signed()) {
+            return registers;
+        }
+        ptrace::detach(thread, None).unwrap();
+        thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -1,0 +1,3 @@
+//! Nothing is lost: each fault of docs/faults.md, done to real processes, files and tables.
+
+mod crash;
