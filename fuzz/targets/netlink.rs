@@ -1,6 +1,8 @@
 //! What the kernel says over netlink, as far as it is read here: changes of tables, verdicts on doors, and routes.
 #![no_main]
 
+use std::collections::HashSet;
+
 use knockq::client::route;
 use knockq::nft::{Loss, elements, watch};
 use libfuzzer_sys::fuzz_target;
@@ -31,11 +33,13 @@ fn check_verdict(answer: &[u8]) {
 /// Other tables are none of our business, and no loss is overlooked after which nothing was added.
 fn check_watch(datagram: &[u8]) {
     for before in [Loss::Nothing, Loss::Rules, Loss::Doors] {
-        let (worst, unmended) = watch::read(datagram, before);
+        let mut deleted = HashSet::new();
+        let (worst, unmended) = watch::read(datagram, before, &mut deleted);
         assert!(unmended <= before.max(worst));
         let name = b"knockq";
         if !datagram.windows(name.len()).any(|window| window == name) {
             assert_eq!((worst, unmended), (Loss::Nothing, before));
+            assert!(deleted.is_empty());
         }
     }
 }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::TABLE;
-use crate::service::Port;
+use crate::service::{Port, Transport};
 
 /// Times that a transaction is tried again when another one is in its way.
 const RETRIES: usize = 20;
@@ -64,6 +64,17 @@ impl Door {
         key.extend(self.port.number.to_be_bytes());
         key.extend([0, 0]);
         key
+    }
+
+    /// The door with this key.
+    pub(super) fn of_key(key: &[u8], once: bool) -> Option<Self> {
+        let (source, port) = key.split_last_chunk::<8>()?;
+        let v4 = || Some(IpAddr::from(<[u8; 4]>::try_from(source).ok()?));
+        let v6 = || Some(IpAddr::from(<[u8; 16]>::try_from(source).ok()?));
+        let [protocol, _, _, _, high, low, _, _] = *port;
+        let transport = Transport::from_number(protocol)?;
+        let number = u16::from_be_bytes([high, low]);
+        Some(Self { source: v4().or_else(v6)?, port: Port { transport, number }, once }).filter(|_| number != 0)
     }
 }
 

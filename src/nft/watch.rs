@@ -1,5 +1,6 @@
-//! Hearing that somebody else took the table away.
+//! Hearing that somebody else took the table away, or a door of it.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -11,7 +12,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::TABLE;
-use super::elements::SETS;
+use super::elements::{Door, SETS};
 
 /// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
 const GROUP: u32 = 7;
@@ -38,6 +39,8 @@ pub struct Watch {
     socket: Socket,
     /// What was changed since a rule was added last.
     unmended: Loss,
+    /// The doors that were deleted, each by itself, and not made again since.
+    deleted: HashSet<Door>,
 }
 
 impl Watch {
@@ -51,7 +54,7 @@ impl Watch {
         socket.add_membership(GROUP)?;
         socket.set_non_blocking(true)?;
         set_socket_recv_buffer_size_force(&socket, BUFFER)?;
-        Ok(Self { socket, unmended: Loss::Nothing })
+        Ok(Self { socket, unmended: Loss::Nothing, deleted: HashSet::new() })
     }
 
     /// Reads what has been told; the worst that was changed. Loading the table again changes it too: then
@@ -65,7 +68,7 @@ impl Watch {
             let mut datagram = Vec::with_capacity(DATAGRAM);
             match self.socket.recv(&mut datagram, 0) {
                 Ok(_) => {
-                    let (told, unmended) = read(&datagram, self.unmended);
+                    let (told, unmended) = read(&datagram, self.unmended, &mut self.deleted);
                     (loss, self.unmended) = (loss.max(told), unmended);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
@@ -83,6 +86,12 @@ impl Watch {
     pub const fn take_unmended(&mut self) -> Loss {
         std::mem::replace(&mut self.unmended, Loss::Nothing)
     }
+
+    /// The doors that were deleted, by whomever, and are not there again. Those that went with their set, or whose time was
+    /// over, are none of them. They are told once.
+    pub fn take_deleted(&mut self) -> HashSet<Door> {
+        std::mem::take(&mut self.deleted)
+    }
 }
 
 impl AsFd for Watch {
@@ -92,10 +101,17 @@ impl AsFd for Watch {
 }
 
 /// What a datagram tells: the worst that was changed, and what of it and of what was unmended before came after the last
-/// rule that was added.
-pub fn read(datagram: &[u8], mut unmended: Loss) -> (Loss, Loss) {
+/// rule that was added. Doors that are deleted come into `deleted`, and leave it when they are made again.
+pub fn read(datagram: &[u8], mut unmended: Loss, deleted: &mut HashSet<Door>) -> (Loss, Loss) {
     let mut worst = Loss::Nothing;
     for change in messages(datagram).filter_map(Change::read) {
+        match change.kind {
+            DELETE_ELEMENT => deleted.extend(change.doors()),
+            NEW_ELEMENT => change.doors().for_each(|door| {
+                deleted.remove(&door);
+            }),
+            _ => {}
+        }
         let loss = change.loss();
         unmended = if change.kind == NEW_RULE { Loss::Nothing } else { unmended.max(loss) };
         worst = worst.max(loss);
@@ -135,13 +151,23 @@ const TABLE_FLAGS: u16 = 2;
 /// Attribute of elements: their set's name (`NFTA_SET_ELEM_LIST_SET`).
 const SET_NAME: u16 = 2;
 
+/// Attribute of elements: the list of them (`NFTA_SET_ELEM_LIST_ELEMENTS`).
+const ELEMENTS: u16 = 3;
+
+/// Attribute of one element: its key (`NFTA_SET_ELEM_KEY`).
+const KEY: u16 = 1;
+
+/// Attribute of a key: its bytes (`NFTA_DATA_VALUE`).
+const VALUE: u16 = 1;
+
 /// Bytes of `struct nfgenmsg`, which stands before the attributes.
 const FAMILY_HEADER: usize = 4;
 
 /// Bytes of `struct nlattr`, which stands before a value.
 const ATTRIBUTE_HEADER: usize = 4;
 
-/// A change of our table. Of what the kernel tells, only names and flags are looked at: the rest is as deep as rules are.
+/// A change of our table. Of what the kernel tells, only names, flags and doors are looked at: the rest is as deep as rules
+/// are.
 struct Change<'a> {
     kind: u8,
     attributes: &'a [u8],
@@ -176,7 +202,24 @@ impl<'a> Change<'a> {
     }
 
     fn is_of_doors(&self) -> bool {
-        self.name(SET_NAME).is_some_and(|name| SETS.iter().any(|(set, _)| name == set.as_bytes()))
+        self.set_of_doors().is_some()
+    }
+
+    /// Whether the doors of the set that it is about are for one connection, if it is about a set of doors.
+    fn set_of_doors(&self) -> Option<bool> {
+        let name = self.name(SET_NAME)?;
+        SETS.iter().find(|(set, _)| name == set.as_bytes()).map(|(_, once)| *once)
+    }
+
+    /// The doors that its elements are.
+    fn doors(&self) -> impl Iterator<Item = Door> + use<'a> {
+        let once = self.set_of_doors();
+        let elements = self.attribute(ELEMENTS).unwrap_or_default();
+        attributes(elements).filter_map(move |(_, element)| {
+            let (_, key) = attributes(element).find(|(kind, _)| *kind == KEY)?;
+            let (_, value) = attributes(key).find(|(kind, _)| *kind == VALUE)?;
+            Door::of_key(value, once?)
+        })
     }
 
     /// A text without its terminator.
@@ -185,15 +228,28 @@ impl<'a> Change<'a> {
     }
 
     fn attribute(&self, kind: u16) -> Option<&'a [u8]> {
-        let found = NlasIterator::new(self.attributes).map_while(Result::ok).find(|found| found.kind() == kind)?;
-        let end = usize::from(found.length());
-        found.into_inner().get(ATTRIBUTE_HEADER..end)
+        attributes(self.attributes).find(|(found, _)| *found == kind).map(|(_, value)| value)
     }
+}
+
+/// Kinds and values, up to one that goes beyond the end.
+fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    NlasIterator::new(bytes).map_while(Result::ok).filter_map(|found| {
+        let (kind, end) = (found.kind(), usize::from(found.length()));
+        Some((kind, found.into_inner().get(ATTRIBUTE_HEADER..end)?))
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Loss, read};
+    use std::collections::HashSet;
+
+    use super::{Door, Loss};
+
+    /// Of the losses alone.
+    fn read(datagram: &[u8], unmended: Loss) -> (Loss, Loss) {
+        super::read(datagram, unmended, &mut HashSet::new())
+    }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
         let length = u16::try_from(4 + value.len()).unwrap();
@@ -241,6 +297,34 @@ mod tests {
         assert_eq!(read(&[added.clone(), deleted].concat(), Loss::Nothing), (Loss::Doors, Loss::Doors));
         assert_eq!(read(&added, Loss::Doors).1, Loss::Nothing);
         assert_eq!(read(&[], Loss::Rules), (Loss::Nothing, Loss::Rules));
+    }
+
+    /// What elements of a set of doors are: address, protocol, port.
+    fn doors(kind: u8, set: &[u8], keys: &[&[u8]]) -> Vec<u8> {
+        let element = |key: &&[u8]| attribute(1, &attribute(1, &attribute(1, key)));
+        let elements: Vec<u8> = keys.iter().flat_map(element).collect();
+        told(kind, &[ours(), attribute(2, set), attribute(3, &elements)])
+    }
+
+    #[test]
+    fn a_door_that_is_deleted_and_not_made_again_is_known() {
+        let v4 = [192, 0, 2, 1, 6, 0, 0, 0, 0, 22, 0, 0];
+        let v6 = [[0x20; 16].as_slice(), &[17, 0, 0, 0, 0xca, 0x6c, 0, 0]].concat();
+        let mut deleted = HashSet::new();
+        let mut after = |datagram: &[u8]| {
+            super::read(datagram, Loss::Nothing, &mut deleted);
+            deleted.clone()
+        };
+        let ssh = Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
+        let vpn = Door { source: [0x20; 16].into(), port: "udp/51820".parse().unwrap(), once: true };
+        let delete = doors(14, b"open4\0", &[&v4]);
+        assert_eq!(after(&delete), HashSet::from([ssh]));
+        assert_eq!(after(&doors(14, b"once6\0", &[&v6, &v6[..23]])), HashSet::from([ssh, vpn]));
+        assert_eq!(after(&doors(14, b"guarded\0", &[&v4])), HashSet::from([ssh, vpn]));
+        assert_eq!(after(&doors(12, b"once4\0", &[&v4])), HashSet::from([ssh, vpn]), "another set");
+        let renewed = [doors(12, b"open4\0", &[&v4]), delete, doors(12, b"open4\0", &[&v4])].concat();
+        assert_eq!(after(&renewed), HashSet::from([vpn]));
+        assert_eq!(after(&doors(12, b"once6\0", &[&v6])), HashSet::new());
     }
 
     #[test]

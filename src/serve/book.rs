@@ -56,6 +56,11 @@ impl Book {
         grants.len() < before
     }
 
+    /// Strikes all grants of a door out, and tells them.
+    pub fn strike_door(&mut self, door: &Door) -> Vec<Grant> {
+        self.doors.remove(door).unwrap_or_default()
+    }
+
     /// Strikes every such grant out; tells the doors that may change by it.
     pub fn strike_all(&mut self, is_meant: impl Fn(&Door, &Grant) -> bool) -> Vec<(Door, Grant)> {
         let struck = self.doors.iter_mut().flat_map(|(door, grants)| {

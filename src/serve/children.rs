@@ -80,7 +80,8 @@ impl Children {
     }
 
     /// Waits for a child to say one of these; hands all else that happens meanwhile to `otherwise`. What the child
-    /// `configuration` says or does waits, unless it is the one: its end is nobody else's.
+    /// `configuration` says or does waits, unless it is the one: its end is nobody else's. A hangup waits too: it asks for
+    /// what can only be done afterwards.
     pub(super) fn wait_for(
         &mut self,
         name: &'static str,
@@ -90,7 +91,7 @@ impl Children {
         let deadline = Instant::now() + WORK;
         // Looked at each time: what else happens may never end.
         while Instant::now() < deadline {
-            match self.next_of(|other| other == name || other != CONFIGURATION, None, Some(deadline))? {
+            match self.next_of(Some(name), None, Some(deadline))? {
                 Some(Event::Message(from, said, descriptors)) if from == name && messages.contains(&said) => {
                     return Ok((said, descriptors));
                 }
@@ -112,17 +113,19 @@ impl Children {
         control: Option<&Control>,
         deadline: Option<Instant>,
     ) -> Result<Option<Event>, ServeError> {
-        self.next_of(|_| true, control, deadline)
+        self.next_of(None, control, deadline)
     }
 
-    /// The same, but of the children only those in these roles are heard. What root wants comes before what they say.
+    /// The same, but without what waits while this child is waited for. What root wants comes before what children say.
     fn next_of(
         &mut self,
-        is_heard: impl Fn(&str) -> bool,
+        waited_for: Option<&str>,
         control: Option<&Control>,
         deadline: Option<Instant>,
     ) -> Result<Option<Event>, ServeError> {
-        let signals = self.signals.iter().map(|(signal, stream)| (Source::Signal(*signal), stream.as_fd()));
+        let is_heard = |child: &str| waited_for.is_none_or(|name| child == name || child != CONFIGURATION);
+        let signals = self.signals.iter().filter(|(signal, _)| waited_for.is_none() || *signal != SIGHUP);
+        let signals = signals.map(|(signal, stream)| (Source::Signal(*signal), stream.as_fd()));
         let control = control.map(|control| (Source::Control, control.as_fd()));
         let heard = self.processes.iter().enumerate().filter(|(_, child)| is_heard(child.name));
         let channels = heard.filter_map(|(place, child)| Some((Source::Child(place), child.channel.as_ref()?.as_fd())));

@@ -26,8 +26,9 @@ const MAX_LEN: usize = 4096;
 /// Time that a client has to say what it wants, and to take the reply: the keeper waits for nobody.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Time that the daemon may take: ten thousand users take two seconds to reload.
-const WORK: Duration = Duration::from_secs(60);
+/// Time that the daemon may take: as long as it waits for the files, and then for a disk. Ten thousand users take two
+/// seconds to reload.
+const WORK: Duration = Duration::from_secs(150);
 
 /// What is asked.
 #[derive(PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -6,9 +6,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{self, Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use caps::{CapSet, Capability};
+use sd_notify::NotifyState;
 use signal_hook::consts::SIGHUP;
 use tracing::{error, info, warn};
 
@@ -41,6 +42,16 @@ const READING: Duration = Duration::from_secs(60);
 /// Who may wait for a reload at most: each holds a descriptor.
 const MAX_ASKERS: usize = 64;
 
+/// Why a configuration cannot be put in force while the disk does not answer, and what to do.
+const WAITS_FOR_DISK: &str = "the counters of its users cannot be read, for the disk does not answer";
+const DISK_HINT: &str = "look after the disk; the configuration is read again when it answers";
+
+/// What the service manager shows while the table is not what it should be.
+const OPEN: &str = "table inet knockq is not what it should be, so guarded ports may be open: see the log";
+
+/// Where the users are, beside the configuration.
+const USERS: &str = "users.d";
+
 /// Where the kernel lists who has which queue.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
 
@@ -56,13 +67,13 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
     }
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
     let log = terminal::writing_end(io::stderr())?; // while it may be opened: the terminal may be another user's
+    let mut children = Children::new(style, log)?; // a signal that comes from here on is not lost
     sandbox::keep_only(&[TO_WORK, TO_START].concat())?;
     sandbox::forbid(calls::NEVER, calls::MISSING)?;
-    let mut children = Children::new(style, log)?;
     let config_path = path::absolute(config_path)?;
     let ended = match bring_up(&mut children, &config_path, trial) {
-        Ok((fixed, control, gate)) => {
-            let mut keeper = Keeper::new(children, config_path, fixed, gate, trial);
+        Ok(raised) => {
+            let (mut keeper, control) = Keeper::new(children, config_path, raised, trial);
             let Err(ended) = keeper.watch(&control);
             keeper.stop(ended)
         }
@@ -81,13 +92,21 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
     }
 }
 
+/// What stands when everything is started.
+struct Raised {
+    fixed: Fixed,
+    control: Control,
+    gate: Gate,
+    /// What is ready, in one line.
+    summary: String,
+    /// Users have come or gone since they were read, when nobody could say so yet.
+    is_outdated: bool,
+}
+
 /// Starts everything. The order matters: the verifier understands knocks, then the queue is bound, then the table sends it
 /// packets.
-fn bring_up(
-    children: &mut Children,
-    config_path: &Path,
-    trial: Option<Duration>,
-) -> Result<(Fixed, Control, Gate), Ended> {
+fn bring_up(children: &mut Children, config_path: &Path, trial: Option<Duration>) -> Result<Raised, Ended> {
+    let changed = last_change(config_path);
     children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
     let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
     let [plan, settings, policy] = three(read)?;
@@ -103,6 +122,7 @@ fn bring_up(
     let store = open_store(&fixed.store)?;
     refuse_taken_queue(fixed.queue)?;
     let control = Control::listen(&fixed.runtime)?;
+    let is_outdated = last_change(config_path) != changed; // from here on, who changes a user tells us
     let include_file = config_path.with_file_name("knockq.nft");
     let own = [fixed.runtime.as_path(), config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
     if !sandbox::write_only_to(&own)? {
@@ -120,8 +140,19 @@ fn bring_up(
     }
     gate.say_who_can_flush_it();
     info!(users, services, knock_ports, queue = fixed.queue, "ready");
-    notify(&[sd_notify::NotifyState::Ready]);
-    Ok((fixed, control, gate))
+    let summary = summary(users, services, &knock_ports);
+    notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
+    Ok(Raised { fixed, control, gate, summary, is_outdated })
+}
+
+/// When a user's file last came, went or was replaced.
+fn last_change(config_path: &Path) -> Option<SystemTime> {
+    fs::metadata(config_path.with_file_name(USERS)).and_then(|directory| directory.modified()).ok()
+}
+
+/// What is ready, as the service manager shows it.
+fn summary(users: usize, services: usize, knock_ports: &str) -> String {
+    format!("ready: users {users}, services {services}, knock ports {knock_ports}")
 }
 
 /// Starts verifier and monitor, and hands each what is its own.
@@ -151,8 +182,12 @@ struct Keeper {
     config_path: PathBuf,
     fixed: Fixed,
     gate: Gate,
+    /// What is ready, in one line.
+    summary: String,
     /// The table is not what it should be, and it is for others to load it: when to look again.
     look: Option<Instant>,
+    /// The verifier has new settings that it could not yet prepare, because the disk does not answer.
+    is_preparing: bool,
     /// When the gate is undone unless somebody confirms it.
     trial: Option<Instant>,
     /// When the child that reads the configuration has taken too long.
@@ -164,7 +199,8 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(children: Children, config_path: PathBuf, fixed: Fixed, gate: Gate, trial: Option<Duration>) -> Self {
+    fn new(children: Children, config_path: PathBuf, raised: Raised, trial: Option<Duration>) -> (Self, Control) {
+        let Raised { fixed, control, gate, summary, is_outdated } = raised;
         let trial = trial.map(|time| {
             info!(
                 seconds = time.as_secs(),
@@ -173,11 +209,25 @@ impl Keeper {
             );
             Instant::now() + time
         });
-        Self { children, config_path, fixed, gate, look: None, trial, reading: None, askers: Vec::new(), late: None }
+        let keeper = Self {
+            children,
+            config_path,
+            fixed,
+            gate,
+            summary,
+            look: None,
+            is_preparing: false,
+            trial,
+            reading: None,
+            askers: Vec::new(),
+            late: is_outdated.then(Vec::new),
+        };
+        (keeper, control)
     }
 
     /// Does what comes, until it is told to stop or a child dies.
     fn watch(&mut self, control: &Control) -> Result<std::convert::Infallible, Ended> {
+        self.reload_once_more()?;
         loop {
             self.mind_the_time()?; // each time, for what else comes may never end
             let deadline = self.trial.into_iter().chain(self.reading).chain(self.look).min();
@@ -189,6 +239,7 @@ impl Keeper {
                 Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.bury(child))),
                 Some(Event::Message("monitor", Message::Lost, _)) => self.restore()?,
+                Some(Event::Message("verifier", Message::Ready | Message::Unable, _)) => self.catch_up()?,
                 Some(Event::Message(process, said, _)) => {
                     return Err(ServeError::Breach { process, breach: Breach::Unasked(said) }.into());
                 }
@@ -216,12 +267,20 @@ impl Keeper {
         if self.gate.restore()? {
             if self.look.take().is_some() {
                 info!("table inet knockq is as it should be again, and open doors are open again");
+                self.tell_status();
             }
             self.children.tell("monitor", Message::Loaded, &[])?;
         } else if self.look.replace(look).is_none() {
             self.gate.complain();
+            self.tell_status();
         }
         Ok(())
+    }
+
+    /// Tells the service manager what there is to see.
+    fn tell_status(&self) {
+        let status = if self.look.is_some() { OPEN } else { &self.summary };
+        notify(&[NotifyState::Status(status)]);
     }
 
     fn answer(&mut self, request: Option<(Request, UnixStream)>) -> Result<(), Ended> {
@@ -235,7 +294,7 @@ impl Keeper {
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
                 }
-                // A SIGHUP that came meanwhile.
+                // What `ask` found to be done.
                 if self.children.has(CONFIGURATION) { Ok(()) } else { self.reload_once_more() }
             }
             Some((Request::Confirm, stream)) => {
@@ -266,8 +325,8 @@ impl Keeper {
             return Ok(());
         }
         self.askers.extend(asker);
-        if let Ok(now) = sd_notify::NotifyState::monotonic_usec_now() {
-            notify(&[sd_notify::NotifyState::Reloading, now]);
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            notify(&[NotifyState::Reloading, now]);
         }
         match self.children.start(CONFIGURATION, &["--config".as_ref(), self.config_path.as_os_str()]) {
             Ok(()) => {
@@ -299,7 +358,7 @@ impl Keeper {
 
     fn end_reload(&mut self, reply: impl Fn() -> Reply) -> Result<(), Ended> {
         self.askers.drain(..).for_each(|stream| control::reply(stream, &reply()));
-        notify(&[sd_notify::NotifyState::Ready]);
+        notify(&[NotifyState::Ready]);
         self.reload_once_more()
     }
 
@@ -316,6 +375,9 @@ impl Keeper {
         self.dismiss_reader();
         let [plan, settings, policy] = three(read)?;
         let Plan { fixed, ruleset, users, services, knock_ports, .. } = unseal_plan(plan)?;
+        if self.is_preparing {
+            return self.refuse(WAITS_FOR_DISK, DISK_HINT);
+        }
         if let Some(setting) = self.fixed.difference(&fixed) {
             return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
         }
@@ -324,8 +386,15 @@ impl Keeper {
         {
             return self.refuse(&error.to_string(), "knockq ruleset --check");
         }
-        if !self.ask("verifier", Message::Settings, &[&settings])? {
-            return self.refuse("the counters of its users cannot be read", "journalctl -u knockq");
+        match self.ask("verifier", Message::Settings, &[&settings]) {
+            Ok(true) => {}
+            Ok(false) => return self.refuse("the counters of its users cannot be read", "journalctl -u knockq"),
+            // Its lookups go on, and a new daemon would wait for the same disk.
+            Err(Ended::Failed(ServeError::TooSlow(_))) => {
+                self.is_preparing = true;
+                return self.refuse(WAITS_FOR_DISK, DISK_HINT);
+            }
+            Err(ended) => return Err(ended),
         }
         // The monitor permits what either configuration does until the verifier asks by the new one alone.
         self.ask("monitor", Message::Settings, &[&policy])?;
@@ -341,13 +410,22 @@ impl Keeper {
             }
         }
         info!(users, services, knock_ports, "reloaded");
+        self.summary = summary(users, services, &knock_ports);
+        self.tell_status();
         self.end_reload(|| Reply::Done)
+    }
+
+    /// The disk has answered: what was refused for it is read again, for the files may have changed.
+    fn catch_up(&mut self) -> Result<(), Ended> {
+        self.is_preparing = false;
+        self.reload(None)
     }
 
     /// Asks a child for something and waits until it is done; `false` if it is unable. If the table is taken away
     /// meanwhile, that comes first.
     fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<bool, Ended> {
-        let Self { children, gate, look, late, .. } = self;
+        let was_right = self.look.is_none();
+        let Self { children, gate, look, late, is_preparing, .. } = self;
         children.tell(name, message, descriptors)?;
         let answer = children.wait_for(name, &[Message::Ready, Message::Unable], |children, event| match event {
             // It is about to be loaded anyway, and until then it must have no owner.
@@ -360,18 +438,22 @@ impl Keeper {
                 gate.complain();
                 Ok(())
             }
-            Event::Signal(SIGHUP) => {
+            Event::Message("verifier", ..) => {
+                *is_preparing = false;
                 late.get_or_insert_default();
                 Ok(())
             }
             _ => Ok(()),
         })?;
+        if was_right && self.look.is_some() {
+            self.tell_status();
+        }
         Ok(answer.0 == Message::Ready)
     }
 
     /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
     fn stop(mut self, ended: Ended) -> Ended {
-        notify(&[sd_notify::NotifyState::Stopping]);
+        notify(&[NotifyState::Stopping]);
         if self.trial.is_none() && matches!(ended, Ended::Failed(_)) {
             self.gate.leave_shut();
         }
@@ -390,7 +472,7 @@ fn take_gate_away(ended: Ended) -> Ended {
 }
 
 /// The service manager may have gone, or never have been there: that is no reason to stop.
-fn notify(state: &[sd_notify::NotifyState<'_>]) {
+fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         warn!("the service manager does not listen: {error}");
     }

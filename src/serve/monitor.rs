@@ -199,10 +199,26 @@ impl Monitor {
     /// Reads what was deleted of the table, and asks the keeper to load it again, once. Nobody can take away what we own,
     /// nor could the keeper load it.
     fn watch_table(&mut self) -> Result<(), MonitorError> {
-        self.loss = self.loss.max(self.watch.loss()?);
+        self.hear_of_changes()?;
         if self.loss != Loss::Nothing && !self.is_owner && !self.is_loading {
             self.is_loading = true;
             self.keeper.send(Message::Lost, &[])?;
+        }
+        Ok(())
+    }
+
+    /// Reads what was changed of the table. A door that somebody deleted by hand is taken back: it must not come again with
+    /// the next restoration.
+    fn hear_of_changes(&mut self) -> io::Result<()> {
+        self.loss = self.loss.max(self.watch.loss()?);
+        let now = Instant::now();
+        for door in self.watch.take_deleted() {
+            let Door { source, port, .. } = door;
+            for Grant { user, service, .. } in
+                self.book.strike_door(&door).into_iter().filter(|grant| grant.until > now)
+            {
+                info!(%user, %service, %source, %port, "shut by somebody else");
+            }
         }
         Ok(())
     }
@@ -235,7 +251,8 @@ impl Monitor {
     /// The table is loaded again: owns it where that is possible, and opens the doors that went with the old one.
     fn take_table_back(&mut self) -> Result<(), MonitorError> {
         let is_there = self.own_table()?;
-        let loss = self.loss.max(self.watch.loss()?);
+        self.hear_of_changes()?;
+        let loss = self.loss;
         self.is_loading = false;
         // The loading itself has deleted rules, and added them. What was deleted after that is another loss.
         let unmended = if is_there { self.watch.take_unmended() } else { Loss::Doors };

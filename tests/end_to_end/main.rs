@@ -13,6 +13,8 @@ mod lab;
 mod once;
 mod owned;
 mod persona;
+#[path = "../support/prober.rs"]
+mod prober;
 #[path = "../support/persona.rs"]
 mod recorded;
 mod reload;

@@ -620,8 +620,10 @@ fn a_child_that_never_answers_stops_all_after_a_minute() {
     let (lab, world) = lab_with("open_for = \"6s\"");
     let verifier = Verifier::start(&lab);
     verifier.owned.daemon.signal(Signal::SIGHUP);
-    thread::sleep(Duration::from_secs(60)); // it reads nothing
     let [_settings] = verifier.owned.is_told(Message::Settings);
+    verifier.owned.channel().send(Message::Ready, &[]).unwrap();
+    thread::sleep(Duration::from_secs(60)); // it reads nothing more
+    let [] = verifier.owned.is_told(Message::Enforce);
     verifier.owned.ends_with("knockq: verifier gave no answer within a minute; stopping all");
     nothing_else_changed(&lab, &world, 0);
 }

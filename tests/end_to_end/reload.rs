@@ -14,7 +14,7 @@ use crate::recorded::persona;
 use crate::{daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
 
 impl Lab {
-    fn edit(&self, file: &str, from: &str, to: &str) {
+    pub(crate) fn edit(&self, file: &str, from: &str, to: &str) {
         let path = self.config().with_file_name(file);
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains(from), "{file} has no {from}");
@@ -24,7 +24,7 @@ impl Lab {
 
 impl Lab {
     /// Replaces the trusted networks by one, which changes the table.
-    fn trust(&self, network: &str) {
+    pub(crate) fn trust(&self, network: &str) {
         let text = fs::read_to_string(self.config()).unwrap();
         let rest: Vec<&str> = text.lines().filter(|line| !line.starts_with("trusted")).collect();
         let trusted = format!("[server]\ntrusted = [\"{network}\"]");

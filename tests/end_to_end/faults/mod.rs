@@ -1,3 +1,6 @@
 //! Nothing is lost: each fault of docs/faults.md, done to real processes, files and tables.
 
 mod crash;
+mod reload;
+mod start;
+mod table;

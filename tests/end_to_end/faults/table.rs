@@ -1,0 +1,250 @@
+//! Others flush, delete and edit tables, ours among them.
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
+use crate::prober::{Probed, Prober};
+use crate::{daemon_owned_the_table, seconds_left};
+
+/// What somebody with the privilege may do to the table, each in one transaction.
+const FAULTS: [(&str, &str); 7] = [
+    ("all tables", "flush ruleset"),
+    ("the table", "delete table inet knockq"),
+    ("a chain's rules", "flush chain inet knockq gate"),
+    ("two chains", "flush chain inet knockq gate; delete chain inet knockq gate; flush chain inet knockq knock"),
+    ("a set of doors", "flush chain inet knockq door; delete set inet knockq open4; delete set inet knockq open6"),
+    ("an element of the configuration", "delete element inet knockq guarded { tcp . 22 }"),
+    ("a chain that lets all in", "add chain inet knockq door { }; insert rule inet knockq door accept"),
+];
+
+/// What was let in before the table was back may be answered a little later.
+const ON_ITS_WAY: Duration = Duration::from_millis(200);
+
+/// How often the daemon says that it has loaded the table again.
+fn restorations(daemon: &Daemon) -> usize {
+    daemon.log().matches("it is loaded again").count()
+}
+
+fn is_without_answer(probed: &Probed) {
+    assert!(probed.sent > 100, "only {} SYNs were sent", probed.sent);
+    assert_eq!(probed.answers.len(), 0, "of {} SYNs", probed.sent);
+}
+
+/// Where the kernel lets a table have an owner, nothing of this has any effect. Elsewhere the gate is open until the table
+/// is loaded again, and `--nocapture` shows how long that took: in the emulator far longer than on a machine of its own.
+#[test]
+fn whatever_is_taken_from_the_table_an_owned_one_answers_no_stranger_and_another_is_whole_again() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    let is_owned = daemon_owned_the_table(&lab);
+    let listing = || lab.server.sh("nft list table inet knockq 2>/dev/null || true");
+    // What is made anew is listed last, so only each line counts.
+    let rules = || {
+        let listing = listing();
+        let mut lines: Vec<_> = listing.lines().filter(|line| !line.contains("expires")).map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    };
+    let right = rules();
+    let probers = FAMILIES.map(|family| Prober::start(&lab, family));
+    let mut windows = Vec::new();
+    for (number, (what, edit)) in (1..).zip(FAULTS) {
+        let start = Instant::now();
+        lab.server.sh(&format!("nft '{edit}' 2>/dev/null || true"));
+        if !is_owned {
+            eventually(what, || restorations(&daemon) == number);
+        }
+        windows.push((what, start, Instant::now()));
+        eventually(what, || rules() == right);
+        for family in FAMILIES {
+            assert!(seconds_left(&lab.wait_for_door(family.alice(), 22)) > 3000.0, "{what}: the time that was left");
+        }
+    }
+    for (family, probed) in FAMILIES.into_iter().zip(probers.map(Prober::stop)) {
+        if is_owned {
+            is_without_answer(&probed);
+        }
+        let is_within =
+            |answer: &&Instant| windows.iter().any(|(_, from, to)| (*from..*to + ON_ITS_WAY).contains(answer));
+        let late = probed.answers.iter().filter(|answer| !is_within(answer)).count();
+        assert_eq!(late, 0, "answers although the table was back");
+        for (what, from, to) in &windows {
+            let window = probed.window(*from, *to);
+            println!("{family:?}: without {what}: {window:?} from the first answer to the last, {} SYNs", probed.sent);
+        }
+    }
+    assert_eq!(restorations(&daemon), if is_owned { 0 } else { FAULTS.len() });
+    assert!(FAMILIES.iter().all(|family| lab.alice.reaches(family.server(), 22)));
+}
+
+/// Nobody else is at the table here: then there is no such moment on older kernels either.
+#[test]
+fn no_stranger_is_answered_while_the_daemon_is_killed_started_and_reloaded() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let mut daemon = lab.start();
+    let probers = FAMILIES.map(|family| Prober::start(&lab, family));
+    for place in [0, 1, 2] {
+        kill(daemon.processes()[place].1, Signal::SIGKILL).unwrap();
+        daemon.end();
+        daemon = lab.start();
+    }
+    for network in 1..=3 {
+        lab.trust(&format!("192.0.2.{network}"));
+        let before = daemon.log().matches("knockq: reloaded").count();
+        daemon.signal(Signal::SIGHUP);
+        eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+    }
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    probers.map(Prober::stop).iter().for_each(is_without_answer);
+    assert_eq!(restorations(&daemon), 0, "its own changes are none by others");
+}
+
+#[test]
+fn a_door_that_is_deleted_by_hand_is_revoked_and_no_restoration_opens_it_again() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    let delete = |family: Family| {
+        let set = if family == Family::V4 { "open4" } else { "open6" };
+        lab.server
+            .sh(&format!("nft delete element inet knockq {set} '{{ {} . tcp . 22 }}' 2>&1 || true", family.alice()))
+    };
+    if daemon_owned_the_table(&lab) {
+        for family in FAMILIES {
+            assert!(delete(family).contains("Operation not permitted"));
+            assert!(lab.alice.reaches(family.server(), 22), "it is for `knockq revoke`");
+        }
+        return;
+    }
+    assert_eq!(delete(Family::V4), "");
+    let line = format!("shut by somebody else user=alice service=ssh source={} port=tcp/22", Family::V4.alice());
+    eventually("the line", || daemon.log().contains(&line));
+    lab.server.sh("nft flush ruleset");
+    eventually("the restoration", || restorations(&daemon) == 1);
+    lab.wait_for_door(Family::V6.alice(), 22);
+    assert_eq!(lab.door(Family::V4.alice(), 22), None, "it was taken back");
+    assert!(lab.alice.reaches(Family::V6.server(), 22) && !lab.alice.reaches(Family::V4.server(), 22));
+    assert_eq!(delete(Family::V6), "");
+    lab.knock(Family::V4, &[]);
+    lab.wait_for_door(Family::V4.alice(), 22);
+    assert_eq!(daemon.log().matches("shut by somebody else").count(), 2, "a knock opens it again: {}", daemon.log());
+}
+
+/// As a firewall's front end does it: away and back, in one file or in several steps.
+#[test]
+fn tables_of_others_come_and_go_and_ours_is_not_touched() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    let before = lab.server.sh("nft -a list table inet knockq | sed 's/ expires [^ ]*//'");
+    let rules = lab.directory.path.join("others.nft");
+    let ours = "{ type filter hook input priority filter; ct state established accept; tcp dport 8080 drop; }";
+    let tables = ["ip filter", "ip6 filter", "inet firewall", "inet knockq_of_others"];
+    let text = tables.map(|table| {
+        format!(
+            "add table {table}\nflush table {table}\ndelete table {table}\ntable {table} {{ chain input {ours}; }}\n"
+        )
+    });
+    fs::write(&rules, text.concat()).unwrap();
+    let probers = FAMILIES.map(|family| Prober::start(&lab, family));
+    for _ in 0..8 {
+        lab.server.nft(&["-f", rules.to_str().unwrap()]);
+        lab.server.nft(&["flush table ip filter; delete table inet firewall; delete table inet knockq_of_others"]);
+    }
+    probers.map(Prober::stop).iter().for_each(is_without_answer);
+    assert_eq!(lab.server.sh("nft -a list table inet knockq | sed 's/ expires [^ ]*//'"), before);
+    assert_eq!(restorations(&daemon), 0);
+    assert!(FAMILIES.iter().all(|family| lab.alice.reaches(family.server(), 22)));
+}
+
+#[test]
+fn the_service_manager_shows_what_is_wrong_with_an_external_table_until_it_is_right() {
+    let lab = Lab::with("open_for = \"1h\"");
+    lab.set("ruleset = \"external\"");
+    let config = lab.config().display().to_string();
+    let include_file = lab.config().with_file_name("knockq.nft");
+    let load = || {
+        fs::write(&include_file, lab.control(&["ruleset", "--config", &config])).unwrap();
+        lab.server.nft(&["-f", include_file.to_str().unwrap()]);
+    };
+    load();
+    let path = lab.directory.path.join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let daemon = Daemon::spawn(&lab, &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
+    let told = || {
+        let mut buffer = [0; 512];
+        let length = socket.recv(&mut buffer).unwrap();
+        String::from_utf8(buffer[..length].to_vec()).unwrap()
+    };
+    let ready = "STATUS=ready: users 1, services 2, knock ports 20000-21023\n";
+    assert_eq!(told(), format!("READY=1\n{ready}"));
+    for edit in ["delete table inet knockq", "insert rule inet knockq gate accept", "delete table inet knockq"] {
+        lab.server.nft(&[edit]);
+        assert_eq!(
+            told(),
+            "STATUS=table inet knockq is not what it should be, so guarded ports may be open: see the log\n"
+        );
+        lab.server.sh("nft delete table inet knockq 2>/dev/null || true");
+        load();
+        assert_eq!(told(), ready);
+    }
+    let log = daemon.stop();
+    let errors: Vec<&str> = log.lines().filter(|line| line.contains("error")).collect();
+    assert_eq!(errors.len(), 3, "one for each: {log}");
+    assert!(errors.iter().all(|line| line.contains("guarded ports may be open") && line.contains("hint=\"nft -f ")));
+    assert_eq!(log.matches("is as it should be again").count(), 3, "{log}");
+}
+
+/// Whoever flushes without end is worse than one who flushes once: the log must not be his.
+#[test]
+fn a_table_that_is_flushed_without_end_is_back_when_that_ends() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    let is_over = AtomicBool::new(false);
+    let flushes = thread::scope(|scope| {
+        let flushing = scope.spawn(|| {
+            let mut flushes = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                lab.server.sh("nft flush ruleset 2>/dev/null || true");
+                flushes += 1;
+            }
+            flushes
+        });
+        thread::sleep(Duration::from_secs(3));
+        is_over.store(true, Ordering::Relaxed);
+        flushing.join().unwrap()
+    });
+    eventually("the table", || lab.server.sh("nft list tables").contains("table inet knockq"));
+    for family in FAMILIES {
+        let element = lab.wait_for_door(family.alice(), 22);
+        assert!(seconds_left(&element) > 3000.0, "{element}");
+        eventually("the gate", || !lab.mallory.reaches(family.server(), 22));
+        assert!(lab.alice.reaches(family.server(), 22));
+    }
+    assert!(flushes > 3);
+    assert!(restorations(&daemon) <= flushes, "{} lines for {flushes} flushes", restorations(&daemon));
+}

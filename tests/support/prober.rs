@@ -1,0 +1,91 @@
+//! A stranger who tries the guarded port without a pause.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use knockq::packet::Flow;
+use nix::sched::{CloneFlags, setns};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto, socket_with};
+
+use crate::lab::{Family, Lab};
+use crate::recorded::persona;
+
+/// The port that is tried.
+const GUARDED: u16 = 22;
+
+/// Bytes of an IPv4 header without options. A raw socket shows it, that of IPv6 not.
+const IPV4_HEADER: usize = 20;
+
+/// Mallory, who sends SYN after SYN until he is asked what came of it.
+pub struct Prober {
+    is_over: Arc<AtomicBool>,
+    probing: JoinHandle<Probed>,
+}
+
+/// What came of it.
+pub struct Probed {
+    /// How many SYNs he sent.
+    pub sent: u32,
+    /// When a segment of any kind came back.
+    pub answers: Vec<Instant>,
+}
+
+impl Prober {
+    pub fn start(lab: &Lab, family: Family) -> Self {
+        let namespace = fs::File::open(format!("/run/netns/{}", lab.mallory.name)).unwrap();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let is_told = Arc::clone(&is_over);
+        let probing = thread::spawn(move || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).unwrap();
+            probe(family, &is_told)
+        });
+        Self { is_over, probing }
+    }
+
+    /// Ends it, once what is on the way has come.
+    pub fn stop(self) -> Probed {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.probing.join().unwrap()
+    }
+}
+
+impl Probed {
+    /// From the first answer to the last in this time.
+    pub fn window(&self, from: Instant, to: Instant) -> Option<Duration> {
+        let mut answers = self.answers.iter().filter(|answer| (from..to).contains(answer));
+        let first = answers.next()?;
+        Some(answers.next_back().unwrap_or(first).duration_since(*first))
+    }
+}
+
+fn probe(family: Family, is_over: &AtomicBool) -> Probed {
+    let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
+    let raw = |protocol| socket_with(domain, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol)).unwrap();
+    let (sender, receiver) = (raw(ipproto::RAW), raw(ipproto::TCP));
+    let (persona, server) = (persona(family == Family::V4), SocketAddr::new(family.server(), 0));
+    let tcp = if family == Family::V4 { IPV4_HEADER } else { 0 };
+    let mut probed = Probed { sent: 0, answers: Vec::new() };
+    let hear = |answers: &mut Vec<Instant>| {
+        let mut bytes = [0; 128];
+        while let Ok((_, length)) = recv(&receiver, &mut bytes, RecvFlags::DONTWAIT) {
+            if bytes[..length].get(tcp..tcp + 2) == Some(&GUARDED.to_be_bytes()) {
+                answers.push(Instant::now());
+            }
+        }
+    };
+    for source_port in (1024..=u16::MAX).cycle().take_while(|_| !is_over.load(Ordering::Relaxed)) {
+        let flow =
+            Flow { source: family.mallory(), source_port, destination: family.server(), destination_port: GUARDED };
+        let syn = persona.syn(&flow, probed.sent, probed.sent).unwrap();
+        sendto(&sender, &syn, SendFlags::empty(), &server).unwrap();
+        probed.sent += 1;
+        hear(&mut probed.answers);
+    }
+    thread::sleep(Duration::from_millis(300));
+    hear(&mut probed.answers);
+    probed
+}
