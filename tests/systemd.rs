@@ -268,3 +268,65 @@ fn uninstall_stops_what_runs_and_says_what_stays() {
     assert!(!machine.run("pgrep knockq").status.success());
     machine.says("test -e /etc/knockq/server.key; test -e /var/lib/knockq/counters.redb; nft list table inet knockq");
 }
+
+/// As an administrator does it who edits nftables.conf; Debian's begins with `flush ruleset`.
+#[test]
+fn reloading_nftables_with_and_without_the_include_leaves_gate_and_doors() {
+    let machine = Machine::boot("nftables", "");
+    let servers = [("-4", "10.9.0.1"), ("-6", "fd09::1")];
+    for (flag, server) in servers {
+        machine.says(&format!("ip netns exec client knockq send server {flag} --wait 2>&1"));
+        assert!(machine.is_open(server), "{server}");
+    }
+    let stands = || {
+        let table = machine.run("nft list table inet knockq");
+        String::from_utf8_lossy(&table.stdout).matches("alice ssh").count() == servers.len()
+    };
+    let is_owned = machine.log().contains("the table is owned");
+    machine.says("systemctl reload nftables");
+    eventually("gate and doors", stands);
+    machine.says("systemctl stop nftables; systemctl start nftables"); // which flushes twice
+    eventually("gate and doors", stands);
+    machine.says("echo 'include \"/etc/knockq/knockq.nft\"' >>/etc/nftables.conf");
+    let reloaded = machine.run("systemctl reload nftables");
+    assert_eq!(reloaded.status.success(), !is_owned, "an owned table is nobody else's to load, and needs no include");
+    eventually("gate and doors", stands);
+    for (_, server) in servers {
+        assert!(machine.is_open(server), "{server}: the doors are open still");
+    }
+    assert_eq!(machine.property("knockq", "NRestarts"), "0", "{}", machine.log());
+    machine.says("knockq revoke --all");
+    for (_, server) in servers {
+        assert!(!machine.is_open(server), "{server}");
+    }
+}
+
+/// Whoever is locked out cannot start it by hand.
+#[test]
+fn a_daemon_that_fails_at_each_start_is_started_again_until_it_works_behind_a_shut_gate() {
+    let change = "mkdir -p /etc/systemd/system/knockq.service.d
+        printf '[Service]\\nCapabilityBoundingSet=~CAP_SETUID\\nRestartSec=100ms\\n' \\
+            >/etc/systemd/system/knockq.service.d/less.conf
+        systemctl enable knockq-gate\n";
+    let machine = Machine::boot("failing", change);
+    let restarts = || machine.property("knockq", "NRestarts").parse::<u32>().unwrap();
+    eventually("more failures than systemd forgives by itself", || restarts() > 6);
+    let log = machine.log();
+    assert!(log.contains("cannot "), "{log}");
+    assert_eq!(
+        machine.property("knockq", "StartLimitIntervalUSec"),
+        "0",
+        "there is no number of starts that is too many"
+    );
+    for server in ["10.9.0.1", "fd09::1"] {
+        assert!(!machine.is_open(server), "{server}");
+    }
+    machine.says("rm -r /etc/systemd/system/knockq.service.d; systemctl daemon-reload");
+    eventually("its next start", || machine.property("knockq", "ActiveState") == "active");
+    assert!(
+        machine.property("knockq", "StatusText").starts_with("ready: users 1, services 1, "),
+        "as the status shows it"
+    );
+    machine.says("ip netns exec client knockq send server -4 --wait 2>&1");
+    assert!(machine.is_open("10.9.0.1"));
+}

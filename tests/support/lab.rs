@@ -70,6 +70,11 @@ impl Family {
     }
 }
 
+/// Whether this kernel was booted with IPv6, as all but one test needs.
+pub fn has_ipv6() -> bool {
+    Path::new("/proc/net/if_inet6").exists()
+}
+
 /// A host: a network namespace that goes away with it.
 pub struct Host {
     pub name: String,
@@ -131,12 +136,15 @@ impl Host {
 
     pub fn address(&self, interface: &str, v4: &str, v6: &str) {
         self.ip(&format!("addr add {v4} dev {interface}"));
-        self.ip(&format!("addr add {v6} dev {interface} nodad"));
+        if has_ipv6() {
+            self.ip(&format!("addr add {v6} dev {interface} nodad"));
+        }
     }
 
     /// Serves a banner, then echoes, on every address of this host until the process ends.
     pub fn serve(&self, port: u16) {
-        let listener = self.enter(|| TcpListener::bind(("::", port)).unwrap());
+        let any = if has_ipv6() { "::" } else { "0.0.0.0" };
+        let listener = self.enter(|| TcpListener::bind((any, port)).unwrap());
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 thread::spawn(move || {
@@ -247,7 +255,9 @@ impl Lab {
             client.address("eth0", &format!("10.77.{number}.2/24"), &format!("fd77:{number}::2/64"));
             server.address(&format!("eth{number}"), &format!("10.77.{number}.1/24"), &format!("fd77:{number}::1/64"));
             client.ip(&format!("route add default via 10.77.{number}.1"));
-            client.ip(&format!("-6 route add default via fd77:{number}::1"));
+            if has_ipv6() {
+                client.ip(&format!("-6 route add default via fd77:{number}::1"));
+            }
         }
         Self { alice, mallory, server, directory: Scratch::new() }
     }
