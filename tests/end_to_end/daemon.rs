@@ -128,9 +128,10 @@ fn the_service_manager_is_told_when_the_gate_stands() {
     let socket = UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let daemon = Daemon::spawn(&lab, &[("NOTIFY_SOCKET", path.to_str().unwrap()), ("JOURNAL_STREAM", "8:1")]);
-    let mut buffer = [0; 64];
+    let mut buffer = [0; 256];
     let length = socket.recv(&mut buffer).unwrap();
-    assert_eq!(std::str::from_utf8(&buffer[..length]).unwrap().trim_end(), "READY=1");
+    let ready = "READY=1\nSTATUS=ready: users 1, services 2, knock ports 20000-21023\n";
+    assert_eq!(std::str::from_utf8(&buffer[..length]).unwrap(), ready);
     assert!(!lab.alice.reaches(Family::V4.server(), 22), "the gate stands");
     let log = daemon.stop();
     assert!(log.lines().all(|line| line.starts_with('<')), "priorities for the journal: {log}");

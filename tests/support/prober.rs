@@ -36,12 +36,17 @@ pub struct Probed {
 
 impl Prober {
     pub fn start(lab: &Lab, family: Family) -> Self {
+        Self::with_pauses(lab, family, Duration::ZERO)
+    }
+
+    /// The same with a pause after each SYN, so that others have the processor too.
+    pub fn with_pauses(lab: &Lab, family: Family, pause: Duration) -> Self {
         let namespace = fs::File::open(format!("/run/netns/{}", lab.mallory.name)).unwrap();
         let is_over = Arc::new(AtomicBool::new(false));
         let is_told = Arc::clone(&is_over);
         let probing = thread::spawn(move || {
             setns(&namespace, CloneFlags::CLONE_NEWNET).unwrap();
-            probe(family, &is_told)
+            probe(family, pause, &is_told)
         });
         Self { is_over, probing }
     }
@@ -62,7 +67,7 @@ impl Probed {
     }
 }
 
-fn probe(family: Family, is_over: &AtomicBool) -> Probed {
+fn probe(family: Family, pause: Duration, is_over: &AtomicBool) -> Probed {
     let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
     let raw = |protocol| socket_with(domain, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol)).unwrap();
     let (sender, receiver) = (raw(ipproto::RAW), raw(ipproto::TCP));
@@ -84,6 +89,9 @@ fn probe(family: Family, is_over: &AtomicBool) -> Probed {
         sendto(&sender, &syn, SendFlags::empty(), &server).unwrap();
         probed.sent += 1;
         hear(&mut probed.answers);
+        if !pause.is_zero() {
+            thread::sleep(pause);
+        }
     }
     thread::sleep(Duration::from_millis(300));
     hear(&mut probed.answers);
