@@ -11,9 +11,12 @@ mod lab;
 mod latency;
 mod machine;
 mod peer;
+#[path = "../../tests/support/prober.rs"]
+mod prober;
 mod queue_rule;
 #[path = "../../tests/support/persona.rs"]
 mod recorded;
+mod restore;
 mod users;
 
 use std::time::Duration;
@@ -28,6 +31,8 @@ struct Scale {
     flood: Duration,
     /// Runs of `send` and connect().
     connects: usize,
+    /// Tables that are deleted, over each family.
+    restorations: usize,
     /// Users of the daemons that are started.
     users: &'static [usize],
     /// Users and window of an index in which strangers are looked up: 3, 1,000 and 1,000,000 candidates.
@@ -41,6 +46,7 @@ const FULL: Scale = Scale {
     peer_knocks: 100,
     flood: Duration::from_secs(20),
     connects: 500,
+    restorations: 20,
     users: &[1, 100, 10_000],
     indexes: &[(1, 0), (8, 61), (8_000, 61)],
     advance: (10_000, 600),
@@ -51,6 +57,7 @@ const QUICK: Scale = Scale {
     peer_knocks: 5,
     flood: Duration::from_secs(1),
     connects: 10,
+    restorations: 2,
     users: &[1, 100],
     indexes: &[(1, 0), (8, 61)],
     advance: (1_000, 60),
@@ -65,10 +72,11 @@ pub struct Row(pub String, pub &'static str, pub String);
 type Measure = fn(&Scale) -> Vec<Row>;
 
 /// What is measured, by name, in the order of the table.
-const FIGURES: [(&str, Measure); 7] = [
+const FIGURES: [(&str, Measure); 8] = [
     ("latency", latency::rows),
     ("cpu", cpu::rows),
     ("connect", connect::rows),
+    ("restore", restore::rows),
     ("decision", index::decisions),
     ("advance", index::slices),
     ("users", users::rows),

@@ -4,8 +4,7 @@
 //! its place: it hands everything on to the real nft but the rule with the queue, which it gives to iptables-nft, in a
 //! table of its own. Nobody else sees that script, and where the kernel has the statement nothing of this is done.
 
-use std::fs::{self, File, Permissions};
-use std::os::fd::IntoRawFd;
+use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
@@ -13,6 +12,9 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 const NFT: &str = "/usr/sbin/nft";
+
+/// Where the real one is meanwhile: a daemon that is confined cannot reach it through a descriptor of this process.
+const ASIDE: &str = "/mnt";
 
 const PROBE: &str = "table inet t { chain c { type filter hook prerouting priority raw; queue num 1; }; }";
 
@@ -43,16 +45,14 @@ pub fn provide() {
         return;
     }
     install("iptables-nft", "iptables");
-    // Found by this descriptor once something else is mounted over it; it is left open for as long as this process lives.
-    let real = File::open(NFT).unwrap().into_raw_fd();
-    let real = format!("/proc/{}/fd/{real}", std::process::id());
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace needs root");
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    let stand_in = std::env::temp_dir().join(format!("knockq-nft-{}", std::process::id()));
+    mount(Some("none"), ASIDE, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    let (real, stand_in) = (format!("{ASIDE}/nft"), format!("{ASIDE}/stand-in"));
+    fs::copy(NFT, &real).unwrap();
     fs::write(&stand_in, STAND_IN.replace("REAL", &real)).unwrap();
     fs::set_permissions(&stand_in, Permissions::from_mode(0o755)).unwrap();
-    mount(Some(&stand_in), NFT, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
-    fs::remove_file(&stand_in).unwrap(); // the mount keeps it
+    mount(Some(stand_in.as_str()), NFT, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
 }
 
 fn install(program: &str, package: &str) {
