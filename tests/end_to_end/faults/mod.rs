@@ -1,3 +1,7 @@
 //! Nothing is lost: each fault of docs/faults.md, done to real processes, files and tables.
 
+mod counters;
 mod crash;
+mod knock;
+mod power;
+mod restart;
