@@ -13,17 +13,23 @@ const VICTIMS: [&[&str]; 4] = [&["verifier"], &["monitor"], &["keeper"], &["keep
 /// Seconds that a door stays open.
 const OPEN_FOR: f64 = 3600.0;
 
-/// Kills them while one thread is held where the test wants it. All must end, and one line says why: that of whoever lives on.
-fn kill_and_bury(daemon: &mut Daemon, victims: &[&str], held: Traced, is_of_monitor: bool) {
+/// A thread that is held where the test wants it, and the process that it is of.
+struct Held {
+    role: &'static str,
+    thread: Traced,
+}
+
+/// Kills them while a thread is held. All must end, and one line says why: that of whoever lives on.
+fn kill_and_bury(daemon: &mut Daemon, victims: &[&str], held: Held) {
     let told = daemon.log().lines().count();
     let processes = daemon.processes();
     let pids = victims.iter().map(|victim| processes.iter().find(|(name, _)| name == victim).unwrap().1);
     pids.for_each(|pid| kill(pid, Signal::SIGKILL).unwrap());
     // The verifier ends although its writer is held; the monitor does only when it looks.
-    if is_of_monitor && !victims.contains(&"monitor") {
-        held.release()
+    if held.role == "verifier" || victims.contains(&held.role) {
+        held.thread.bury();
     } else {
-        held.bury()
+        held.thread.release();
     }
     let code = daemon.end();
     assert_eq!(code, if victims.contains(&"keeper") { None } else { Some(1) }, "{}", daemon.log());
@@ -32,27 +38,26 @@ fn kill_and_bury(daemon: &mut Daemon, victims: &[&str], held: Traced, is_of_moni
     let lines: Vec<&str> = log.lines().skip(told).filter(|line| !line.contains("granted user=alice")).collect();
     match victims {
         [_, _, _] => assert!(lines.len() <= 1, "nobody is left but who sees the first die: {lines:?}"),
-        ["keeper"] => {
-            assert!(matches!(lines[..], [line] if line.contains("the keeper is gone; stopping all")), "{lines:?}")
+        [victim] => {
+            let died = format!("{victim} was killed by signal 9; stopping all");
+            let line = if *victim == "keeper" { "the keeper is gone; stopping all" } else { &died };
+            assert!(matches!(lines[..], [only] if only.contains(line)), "{lines:?}");
         }
-        _ => {
-            let line = format!("{} was killed by signal 9; stopping all", victims[0]);
-            assert!(matches!(lines[..], [only] if only.contains(&line)), "{lines:?}");
-        }
+        _ => unreachable!(),
     }
 }
 
 /// The thread that writes counters, held when it is about to make this call for knocks.
-fn hold_writer(lab: &Lab, daemon: &Daemon, knocks: &[Knock], call: u64) -> Traced {
+fn hold_writer(lab: &Lab, daemon: &Daemon, knocks: &[Knock], call: u64) -> Held {
     let (_, verifier) = daemon.processes()[2];
     let writer = Traced::attach(other_thread(verifier));
     knocks.iter().for_each(|knock| knock.send(lab));
     writer.run_to(&[call]);
-    writer
+    Held { role: "verifier", thread: writer }
 }
 
 /// The monitor, held when the kernel has the elements that it sent, and it does not know of the last one yet.
-fn hold_monitor(lab: &Lab, daemon: &Daemon, knocks: &[Knock]) -> Traced {
+fn hold_monitor(lab: &Lab, daemon: &Daemon, knocks: &[Knock]) -> Held {
     let (_, monitor) = daemon.processes()[1];
     let monitor = Traced::attach(monitor);
     knocks.iter().for_each(|knock| knock.send(lab));
@@ -60,7 +65,7 @@ fn hold_monitor(lab: &Lab, daemon: &Daemon, knocks: &[Knock]) -> Traced {
         monitor.run_to(&[SENDTO]); // verdicts, then the elements
         assert!(monitor.finish() > 0);
     }
-    monitor
+    Held { role: "monitor", thread: monitor }
 }
 
 /// The next knock opens, as if nothing had been; then all is shut again.
@@ -77,7 +82,7 @@ fn killed_before_the_durable_write_a_knock_opens_nothing_and_may_be_sent_again()
     for victims in VICTIMS {
         let knocks = Knock::both(&lab);
         let held = hold_writer(&lab, &daemon, &knocks, PWRITE64);
-        kill_and_bury(&mut daemon, victims, held, false);
+        kill_and_bury(&mut daemon, victims, held);
         knocks.iter().for_each(|knock| knock.has_opened_nothing(&lab));
 
         daemon = lab.start();
@@ -100,7 +105,7 @@ fn a_knock_whose_verifier_is_killed_before_the_durable_write_opens_nothing() {
     for family in FAMILIES {
         let knock = Knock::new(&lab, family);
         let held = hold_writer(&lab, &daemon, std::slice::from_ref(&knock), FDATASYNC);
-        kill_and_bury(&mut daemon, &["verifier"], held, false);
+        kill_and_bury(&mut daemon, &["verifier"], held);
         knock.has_opened_nothing(&lab);
         daemon = lab.start();
         assert_eq!(lab.door(family.alice(), 22), None);
@@ -116,8 +121,8 @@ fn killed_between_the_durable_write_and_the_element_a_knock_opens_nothing_and_is
         for family in FAMILIES {
             let knock = Knock::new(&lab, family);
             let held = hold_writer(&lab, &daemon, std::slice::from_ref(&knock), FDATASYNC);
-            assert_eq!(held.finish(), 0);
-            kill_and_bury(&mut daemon, victims, held, false);
+            assert_eq!(held.thread.finish(), 0);
+            kill_and_bury(&mut daemon, victims, held);
             knock.has_opened_nothing(&lab);
 
             daemon = lab.start();
@@ -134,7 +139,7 @@ fn killed_after_the_element_a_knock_is_spent_and_its_grant_stays_with_its_time()
     for victims in VICTIMS {
         let knocks = Knock::both(&lab);
         let held = hold_monitor(&lab, &daemon, &knocks);
-        kill_and_bury(&mut daemon, victims, held, true);
+        kill_and_bury(&mut daemon, victims, held);
         let left = |knock: &Knock| {
             let element = lab.door(knock.family.alice(), 22).expect("it was earned");
             assert!(element.contains("comment \"alice ssh\""), "{element}");
