@@ -15,8 +15,6 @@ use crate::crypto::PublicKey;
 use crate::verify::{Ledger, Reservation};
 
 mod origin;
-#[cfg(test)]
-mod power;
 
 pub use origin::Origin;
 
@@ -299,3 +297,6 @@ fn row(client: &PublicKey, server: &PublicKey) -> [u8; 64] {
     row.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     row
 }
+
+#[cfg(test)]
+mod power;
