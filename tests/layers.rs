@@ -36,6 +36,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/control.rs", &["service", "nft", "super::book"]),
     ("serve/book.rs", &["service", "nft"]),
     ("serve/rate.rs", &[]),
+    ("serve/clock.rs", &[]),
     ("serve/vocabulary.rs", &["super::channel"]),
     // Has no file and no way to the kernel's tables.
     (
@@ -46,6 +47,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "queue",
             "super::calls",
             "super::channel",
+            "super::clock",
             "super::frames",
             "super::handover",
             "super::refusals",
