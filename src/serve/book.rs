@@ -33,19 +33,28 @@ pub struct Grant {
 }
 
 impl Book {
-    /// Notes a grant, or renews it; `false` if the book is full. A door for one connection holds one grant: those before
-    /// it may be spent.
-    pub fn note(&mut self, door: Door, grant: Grant, now: Instant) -> bool {
+    /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. A door for one
+    /// connection holds one grant: those before it may be spent.
+    pub fn note(&mut self, door: Door, grant: Grant, now: Instant) -> Option<Vec<Grant>> {
         if self.doors.len() >= MAX_DOORS && !self.doors.contains_key(&door) {
-            return false;
+            return None;
         }
         let grants = self.doors.entry(door).or_default();
-        grants.retain(|other| !door.once && other.until > now && other.user != grant.user);
+        let is_over = |other: &mut Grant| door.once || other.until <= now || other.user == grant.user;
+        let replaced: Vec<Grant> = grants.extract_if(.., is_over).collect();
         let has_room = grants.len() < MAX_GRANTS;
         if has_room {
             grants.push(grant);
         }
-        has_room
+        has_room.then_some(replaced)
+    }
+
+    /// Takes a user's note back: what it took the place of stands.
+    pub fn take_back(&mut self, door: &Door, user: &Name, replaced: Vec<Grant>) {
+        if let Some(grants) = self.doors.get_mut(door) {
+            grants.retain(|grant| grant.user != *user);
+            grants.extend(replaced);
+        }
     }
 
     /// Strikes a user's grant out; `false` if there was none.
@@ -113,11 +122,11 @@ mod tests {
     #[test]
     fn a_door_stays_open_for_the_longest_of_its_grants() {
         let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now));
-        assert!(book.note(door(false), grant("bob", now, 30), now));
+        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
+        assert!(book.note(door(false), grant("bob", now, 30), now).is_some());
         assert_eq!(left(&book, false, now), Some(60));
         let later = now + Duration::from_secs(50);
-        assert!(book.note(door(false), grant("bob", later, 30), later));
+        assert!(book.note(door(false), grant("bob", later, 30), later).is_some());
         assert_eq!(left(&book, false, later), Some(30));
         assert_eq!(book.standing(later), [door(false)]);
     }
@@ -125,8 +134,8 @@ mod tests {
     #[test]
     fn striking_one_user_out_leaves_the_others() {
         let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now));
-        assert!(book.note(door(false), grant("bob", now, 30), now));
+        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
+        assert!(book.note(door(false), grant("bob", now, 30), now).is_some());
         assert!(book.strike(&door(false), &name("alice")));
         assert_eq!(left(&book, false, now), Some(30));
         assert!(!book.strike(&door(false), &name("alice")), "twice");
@@ -138,16 +147,31 @@ mod tests {
     #[test]
     fn a_door_for_one_connection_is_never_prolonged_by_a_grant_that_may_be_spent_nor_restored() {
         let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(true), grant("alice", now, 60), now));
-        assert!(book.note(door(true), grant("bob", now, 30), now));
+        assert!(book.note(door(true), grant("alice", now, 60), now).is_some());
+        assert!(book.note(door(true), grant("bob", now, 30), now).is_some());
         assert_eq!(left(&book, true, now), Some(30));
         assert!(book.standing(now).is_empty());
     }
 
     #[test]
+    fn a_note_that_is_taken_back_leaves_what_was_there() {
+        for once in [false, true] {
+            let (mut book, now) = (Book::default(), Instant::now());
+            assert!(book.note(door(once), grant("alice", now, 30), now).is_some());
+            let replaced = book.note(door(once), grant("alice", now, 60), now).unwrap();
+            assert_eq!(left(&book, once, now), Some(60));
+            book.take_back(&door(once), &name("alice"), replaced);
+            assert_eq!(left(&book, once, now), Some(30));
+            let replaced = book.note(door(once), grant("bob", now, 60), now).unwrap();
+            book.take_back(&door(once), &name("bob"), replaced);
+            assert_eq!(left(&book, once, now), Some(30), "another's");
+        }
+    }
+
+    #[test]
     fn what_has_run_out_is_forgotten() {
         let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now));
+        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
         book.forget(now + Duration::from_secs(59));
         assert_eq!(book.doors.len(), 1);
         book.forget(now + Duration::from_secs(60));

@@ -372,14 +372,14 @@ impl Monitor {
                 let door = Door { source, port, once };
                 let until = now + Duration::from_secs(seconds.into());
                 let grant = Grant { user: user.clone(), service: service.clone(), until };
-                if !self.book.note(door, grant, now) {
+                let Some(replaced) = self.book.note(door, grant, now) else {
                     warn!(%user, %service, %source, %port, "not granted: too many doors are open");
                     return;
-                }
+                };
                 match self.put(&door, now) {
                     Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
                     Err(error) => {
-                        self.book.strike(&door, &user);
+                        self.book.take_back(&door, &user, replaced);
                         warn!(%user, %service, %source, %port, "not granted: {error}");
                     }
                 }

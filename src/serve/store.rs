@@ -14,6 +14,10 @@ use thiserror::Error;
 use crate::crypto::PublicKey;
 use crate::verify::{Ledger, Reservation};
 
+mod origin;
+
+pub use origin::Origin;
+
 /// client_public || server_public -> last accepted n.
 const COUNTERS: TableDefinition<'_, [u8; 64], u64> = TableDefinition::new("counters");
 
@@ -68,6 +72,7 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn create_after(remains: &Remains, file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
+        let origin = Origin::of(&file).map_err(redb::Error::Io)?;
         let database = open(file)?;
         let floor = remains.floor.max(floor);
         let transaction = database.begin_write().map_err(redb::Error::from)?;
@@ -75,6 +80,7 @@ impl Store {
             let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
             facts.insert(SERVER, server.as_bytes().as_slice()).map_err(redb::Error::from)?;
             facts.insert(FLOOR, floor.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
+            facts.insert(origin::ORIGIN, origin.as_bytes()).map_err(redb::Error::from)?;
             let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
             for (row, n) in &remains.rows {
                 counters.insert(row, n).map_err(redb::Error::from)?;
@@ -291,3 +297,6 @@ fn row(client: &PublicKey, server: &PublicKey) -> [u8; 64] {
     row.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     row
 }
+
+#[cfg(test)]
+mod power;

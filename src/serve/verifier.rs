@@ -22,7 +22,7 @@ use super::clock::{Clock, Jump, unix_now};
 use super::frames::Frame;
 use super::refusals::Refusals;
 use super::sandbox::{self, Identity, SandboxError};
-use super::store::{Store, StoreError};
+use super::store::{Origin, Store, StoreError};
 use super::{calls, handover, terminal};
 use crate::crypto::PublicKey;
 use crate::queue::{RelayReader, records};
@@ -98,10 +98,17 @@ pub fn run() -> Result<(), VerifierError> {
     let keeper_speaks = socket(keeper.as_fd().try_clone_to_owned()?)?;
     let (relay, frames) = (RelayReader::new(relay)?, socket(frames)?);
     let (writer, work, done) = start_writer()?;
+    let store = File::from(store);
+    let origin = Origin::of(&store)?;
     unprivileged.allow_only(calls::VERIFIER)?;
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
-    let mut store = Store::open(File::from(store), server).map_err(fail)?;
+    let mut store = Store::open(store, server).map_err(fail)?;
+    if store.settle_in(origin, unix_now().saturating_add(registry.window)).map_err(fail)? {
+        let seconds = registry.window.saturating_add(1);
+        let hint = "it was restored or moved, so it may have forgotten knocks: none of before counts, and for so long none at all";
+        warn!(seconds, hint, "{store_path} is a copy of a counter store");
+    }
     let verifier = prepare(&mut store, registry).map_err(fail)?;
     writer.send(store).map_err(|_| VerifierError::WriterGone)?;
     keeper.send(Message::Ready, &[])?;

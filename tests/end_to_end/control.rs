@@ -24,8 +24,9 @@ impl Lab {
         self.directory.path.join("run/control.sock")
     }
 
+    /// Shuts doors by command; what it printed.
     #[track_caller]
-    fn revoke(&self, what: &[&str]) -> String {
+    pub(crate) fn revoke(&self, what: &[&str]) -> String {
         let config = self.config().display().to_string();
         self.control(&[&["revoke", "--config", &config], what].concat())
     }

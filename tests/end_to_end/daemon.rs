@@ -65,7 +65,7 @@ fn a_full_disk_opens_nothing_and_service_resumes_by_itself() {
     let small = lab.directory.path.join("small");
     fs::create_dir(&small).unwrap();
     lab.server.sh(&format!("mount -t tmpfs -o size=2m,mode=700 none {}", small.display()));
-    lab.server.sh(&format!("cp {}/counters.redb {} && chmod 600 {1}/counters.redb", state.display(), small.display()));
+    lab.make_store(&small.join("counters.redb"));
     let text = fs::read_to_string(lab.config()).unwrap();
     fs::write(lab.config(), text.replace(state.to_str().unwrap(), small.to_str().unwrap())).unwrap();
     let daemon = lab.start();

@@ -10,6 +10,12 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+/// Numbers of system calls, on x86_64.
+pub(crate) const PWRITE64: u64 = 18;
+pub(crate) const SENDTO: u64 = 44;
+pub(crate) const FDATASYNC: u64 = 75;
+pub(crate) const FTRUNCATE: u64 = 77;
+
 pub(crate) fn threads(process: Pid) -> Vec<Pid> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
     tasks.map(|task| Pid::from_raw(task.unwrap().file_name().to_str().unwrap().parse().unwrap())).collect()
@@ -48,14 +54,25 @@ impl Traced {
         self.next_stop().rax.cast_signed()
     }
 
+    /// Has the call that it is about to make name no descriptor, so that the kernel refuses it.
+    pub(crate) fn refuse(&self) {
+        let mut registers = ptrace::getregs(self.thread).unwrap();
+        let descriptor = std::mem::replace(&mut registers.rdi, u64::MAX);
+        ptrace::setregs(self.thread, registers).unwrap();
+        let mut registers = self.next_stop();
+        registers.rdi = descriptor; // which its code may still hold there
+        ptrace::setregs(self.thread, registers).unwrap();
+    }
+
     /// Lets it run freely again.
     pub(crate) fn release(self) {
         ptrace::detach(self.thread, None).unwrap();
     }
 
-    /// Sees it die, after its process was killed: until then its parent waits for it in vain.
+    /// Sees it die, after its process was killed or has ended: until then its parent waits for it in vain.
     pub(crate) fn bury(self) {
-        assert!(matches!(self.wait(), WaitStatus::Signaled(..)));
+        let end = self.wait();
+        assert!(matches!(end, WaitStatus::Signaled(..) | WaitStatus::Exited(..)), "{end:?}");
     }
 
     fn next_stop(&self) -> user_regs_struct {

@@ -11,8 +11,10 @@ use crate::unix_now;
 /// Seconds of the default window. A shorter one would let the clock refuse a replay before the new store can.
 const WINDOW: u64 = 60;
 
-fn store(lab: &Lab) -> PathBuf {
-    lab.directory.path.join("state/counters.redb")
+impl Lab {
+    pub(crate) fn store(&self) -> PathBuf {
+        self.directory.path.join("state/counters.redb")
+    }
 }
 
 /// Knocks, loses the store in some way, and recovers; what was spent stays spent, and what comes later is taken.
@@ -50,7 +52,7 @@ fn recovers(lab: &Lab, lose: impl Fn()) -> String {
 #[test]
 fn a_knock_that_a_lost_store_knew_stays_spent_after_recover() {
     let lab = Lab::new();
-    let said = recovers(&lab, || fs::remove_file(store(&lab)).unwrap());
+    let said = recovers(&lab, || fs::remove_file(lab.store()).unwrap());
     assert!(said.contains("There was no old one"), "{said}");
     assert!(said.contains(&format!("Users can knock again in {} s", WINDOW + 1)), "{said}");
 }
@@ -59,9 +61,9 @@ fn a_knock_that_a_lost_store_knew_stays_spent_after_recover() {
 fn a_knock_that_a_restored_store_has_forgotten_stays_spent_after_recover() {
     let lab = Lab::new();
     let backup = lab.directory.path.join("backup");
-    fs::copy(store(&lab), &backup).unwrap();
+    fs::copy(lab.store(), &backup).unwrap();
     recovers(&lab, || {
-        fs::copy(&backup, store(&lab)).unwrap();
+        fs::copy(&backup, lab.store()).unwrap();
     });
     // What the store knows is taken over: this one knows alice's counter.
     let config = lab.config().display().to_string();
@@ -80,12 +82,12 @@ fn recover_is_refused_while_the_daemon_runs_even_if_its_store_is_deleted() {
         assert_eq!(ran.status.code(), Some(1), "{errors}");
         assert!(errors.contains("recover: the daemon runs: ") && errors.contains("Hint: stop it first"), "{errors}");
     }
-    fs::remove_file(store(&lab)).unwrap();
+    fs::remove_file(lab.store()).unwrap();
     let ran = lab.knockq(&lab.server, &["recover", "--config", &config]);
     let errors = String::from_utf8_lossy(&ran.stderr).into_owned();
     assert_eq!(ran.status.code(), Some(1), "{errors}");
     assert!(errors.contains("recover: the daemon runs: queue 4097: already bound by "), "{errors}");
-    assert!(!store(&lab).exists());
+    assert!(!lab.store().exists());
     daemon.stop();
     succeeds(&lab.knockq(&lab.server, &["recover", "--config", &config]));
 }
@@ -94,10 +96,10 @@ fn recover_is_refused_while_the_daemon_runs_even_if_its_store_is_deleted() {
 #[test]
 fn a_panic_over_a_damaged_store_is_told_in_a_line_that_says_where() {
     let lab = Lab::new();
-    let mut bytes = fs::read(store(&lab)).unwrap();
+    let mut bytes = fs::read(lab.store()).unwrap();
     let name = bytes.windows(8).position(|name| name == b"counters").unwrap();
     bytes[name] = 0xff;
-    fs::write(store(&lab), bytes).unwrap();
+    fs::write(lab.store(), bytes).unwrap();
     let mut daemon = Daemon::spawn(&lab, &[]);
     assert!(daemon.end().is_some_and(|code| code != 0));
     let log = daemon.log();

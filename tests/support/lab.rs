@@ -9,12 +9,14 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use knockq::serve::store::Store;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -334,6 +336,13 @@ impl Lab {
         let profile = fs::read_to_string(self.directory.path.join("alice.profile")).unwrap();
         let line = profile.lines().find(|line| line.starts_with("server_key")).unwrap();
         line.split('"').nth(1).unwrap().to_owned()
+    }
+
+    /// A counter store of this server where it has none yet. A copy of another one would be taken for what it is.
+    pub fn make_store(&self, path: &Path) {
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true).mode(0o600).open(path).unwrap();
+        Store::create(file, &self.server_key().parse().unwrap(), 0).unwrap();
     }
 
     /// Seconds that are left of a door, if it is open.

@@ -1,0 +1,96 @@
+//! Which file a store is at home in. In any other it is a copy, from a backup say, which may have forgotten what was accepted
+//! after it was made.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::time::UNIX_EPOCH;
+
+use super::{FACTS, FLOOR, Store, StoreError, fact, floor};
+
+/// The file that the store was made in.
+pub(super) const ORIGIN: &str = "origin";
+
+/// A file, told from all others: no tool makes another one that is the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Origin([u8; 24]);
+
+impl Origin {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        // The number of a file that is deleted may be the next one's, which was born later.
+        let born = metadata.created().ok().and_then(|born| born.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+        let mut bytes = [0; 24];
+        let parts = metadata.ino().to_be_bytes().into_iter().chain(born.as_nanos().to_be_bytes());
+        bytes.iter_mut().zip(parts).for_each(|(to, from)| *to = from);
+        Ok(Self(bytes))
+    }
+
+    pub(super) const fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Store {
+    /// Makes a store that was copied at home in its file, and takes no counter up to `since` any more: whatever it has
+    /// forgotten stays spent. Tells whether it was a copy.
+    ///
+    /// # Errors
+    /// When it cannot be read or written.
+    pub fn settle_in(&mut self, origin: Origin, since: u64) -> Result<bool, StoreError> {
+        let database = self.database()?;
+        if fact(database, ORIGIN)?.is_some_and(|known| known == origin.as_bytes()) {
+            return Ok(false);
+        }
+        let since = floor(database)?.max(since);
+        let transaction = database.begin_write().map_err(redb::Error::from)?;
+        {
+            let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
+            facts.insert(FLOOR, since.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
+            facts.insert(ORIGIN, origin.as_bytes()).map_err(redb::Error::from)?;
+        }
+        transaction.commit().map_err(redb::Error::from)?;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io;
+    use std::os::fd::AsRawFd;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::{Origin, Store};
+    use crate::crypto::PrivateKey;
+
+    fn memory() -> File {
+        memfd_create("store", MemfdFlags::CLOEXEC).unwrap().into()
+    }
+
+    #[test]
+    fn a_copy_takes_no_counter_up_to_the_given_one_from_then_on_and_its_floor_is_never_lowered() {
+        let server = *PrivateKey::generate().unwrap().public();
+        let home = memory();
+        Store::create(home.try_clone().unwrap(), &server, 10).unwrap();
+        let elsewhere = memory();
+        io::copy(&mut File::open(format!("/proc/self/fd/{}", home.as_raw_fd())).unwrap(), &mut &elsewhere).unwrap();
+
+        let floor = |file: &File, since| {
+            let mut store = Store::open(file.try_clone().unwrap(), server).unwrap();
+            let was_copy = store.settle_in(Origin::of(file).unwrap(), since).unwrap();
+            (was_copy, store.last_counters([server].into_iter()).unwrap()[&server])
+        };
+        assert_eq!(floor(&home, 20), (false, 10));
+        assert_eq!(floor(&elsewhere, 20), (true, 20));
+        assert_eq!(floor(&elsewhere, 30), (false, 20), "at home now");
+        let third = memory();
+        io::copy(&mut File::open(format!("/proc/self/fd/{}", elsewhere.as_raw_fd())).unwrap(), &mut &third).unwrap();
+        assert_eq!(floor(&third, 15), (true, 20));
+    }
+}

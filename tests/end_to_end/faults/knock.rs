@@ -1,0 +1,75 @@
+//! Knocks that are sent more than once.
+
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, hex};
+use crate::{raw_socket, send_raw};
+
+/// A server that opens ssh for an hour, and to which the bytes of a knock are fresh for ten minutes: what refuses them until
+/// then is their counter.
+pub(super) fn lab() -> Lab {
+    let lab = Lab::with("open_for = \"1h\"");
+    lab.set("window = \"10m\"");
+    lab
+}
+
+/// A knock whose bytes are known, so that they can be sent again.
+pub(super) struct Knock {
+    pub(super) family: Family,
+    packet: Vec<u8>,
+}
+
+impl Knock {
+    /// Bound to its sender.
+    pub(super) fn new(lab: &Lab, family: Family) -> Self {
+        Self::with_source(lab, family, &family.alice().to_string())
+    }
+
+    pub(super) fn with_source(lab: &Lab, family: Family, source: &str) -> Self {
+        let hex = lab.print_knock(family, &["--source", source]);
+        let byte = |place| u8::from_str_radix(&hex[place..place + 2], 16).unwrap();
+        Self { family, packet: (0..hex.len()).step_by(2).map(byte).collect() }
+    }
+
+    pub(super) fn both(lab: &Lab) -> [Self; 2] {
+        FAMILIES.map(|family| Self::new(lab, family))
+    }
+
+    pub(super) fn send(&self, lab: &Lab) {
+        lab.alice.enter(|| send_raw(&raw_socket(self.family), self.family, &self.packet));
+    }
+
+    /// The same bytes, from another address than hers.
+    pub(super) fn send_as_mallory(&self, lab: &Lab) {
+        let from = self.family.mallory().to_string();
+        lab.mallory.oracle_says(&["replay", &hex(&self.packet), "--from", &from]);
+    }
+
+    /// The same bytes once more are told for what they are, and open nothing.
+    #[track_caller]
+    pub(super) fn is_spent(&self, lab: &Lab, daemon: &Daemon) {
+        self.is_spent_for("alice", lab, daemon);
+    }
+
+    /// The same, where alice's key has another name.
+    #[track_caller]
+    pub(super) fn is_spent_for(&self, user: &str, lab: &Lab, daemon: &Daemon) {
+        let refused = |reason| format!("refused reason={reason} user={user} source={}", self.family.alice());
+        let is_told = || ["replayed", "superseded"].iter().any(|reason| daemon.log().contains(&refused(reason)));
+        assert!(!is_told(), "{}", daemon.log());
+        self.send(lab);
+        eventually("a refusal", is_told);
+        assert_eq!(lab.door(self.family.alice(), 22), None);
+    }
+
+    /// Its door is open, to alice alone.
+    #[track_caller]
+    pub(super) fn has_opened(&self, lab: &Lab) {
+        lab.wait_for_door(self.family.alice(), 22);
+        assert!(lab.alice.reaches(self.family.server(), 22) && !lab.mallory.reaches(self.family.server(), 22));
+    }
+
+    #[track_caller]
+    pub(super) fn has_opened_nothing(&self, lab: &Lab) {
+        assert_eq!(lab.door(self.family.alice(), 22), None);
+        assert!(!lab.alice.reaches(self.family.server(), 22));
+    }
+}

@@ -1,0 +1,140 @@
+//! Grants outlive what happens to the daemon: a stop, a kill, a new version, an element that the kernel refuses.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+
+use super::knock;
+use crate::debugger::{SENDTO, Traced};
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq, succeeds};
+use crate::seconds_left;
+
+/// The one grant that is listed for alice's address and ssh: whose, and how many seconds are left of it.
+#[track_caller]
+fn listed(lab: &Lab, family: Family) -> (String, u64) {
+    let listed: serde_json::Value = serde_json::from_str(&lab.control(&["grants", "--json"])).unwrap();
+    let source = family.alice().to_string();
+    let grants = listed.as_array().unwrap().iter();
+    let grants: Vec<_> = grants.filter(|grant| grant["source"] == source && grant["port"] == "tcp/22").collect();
+    let [grant] = grants[..] else { panic!("{listed}") };
+    (grant["user"].as_str().unwrap().to_owned(), grant["seconds_left"].as_u64().unwrap())
+}
+
+/// Knocks for ssh from alice's address, whoever it is; the door has more time then.
+fn renew(lab: &Lab, user: &str, family: Family) {
+    let left = || lab.door(family.alice(), 22).map_or(0.0, |door| seconds_left(&door));
+    let before = left();
+    succeeds(&lab.knockq_as(user, &lab.alice, &["send", "server", "ssh", family.flag()]));
+    eventually("more time", || left() > before);
+}
+
+fn stop(daemon: Daemon) {
+    daemon.stop();
+}
+
+fn kill_all(mut daemon: Daemon) {
+    daemon.processes().iter().for_each(|(_, pid)| kill(*pid, Signal::SIGKILL).unwrap());
+    daemon.end();
+}
+
+#[test]
+fn grants_outlive_a_stop_and_a_kill_with_owner_and_time_and_are_renewed_and_revoked_as_before() {
+    let lab = knock::lab();
+    lab.add_user("bob", &["ssh"]);
+    let mut daemon = lab.start();
+    for end in [stop, kill_all] {
+        FAMILIES.into_iter().for_each(|family| renew(&lab, "alice", family));
+        let before = FAMILIES.map(|family| listed(&lab, family));
+        end(daemon);
+        thread::sleep(Duration::from_secs(2));
+        assert!(
+            FAMILIES.into_iter().all(|family| lab.alice.reaches(family.server(), 22)),
+            "nobody serves, and all is open"
+        );
+        daemon = lab.start();
+        for (family, (_, before)) in FAMILIES.into_iter().zip(before) {
+            let (user, left) = listed(&lab, family);
+            assert!(user == "alice" && left < before, "{user} {left} {before}");
+            renew(&lab, "bob", family);
+            assert_eq!(listed(&lab, family).0, "bob");
+            lab.revoke(&["--user", "bob"]);
+            let (user, hers) = listed(&lab, family);
+            assert!(user == "alice" && hers <= left, "her own time: {hers} {left}");
+            renew(&lab, "alice", family);
+            assert!(listed(&lab, family).1 > hers);
+        }
+        lab.revoke(&["--user", "alice"]);
+        assert!(FAMILIES.into_iter().all(|family| !lab.alice.reaches(family.server(), 22)));
+    }
+}
+
+/// Puts another file in the place of this one, which lives on without a name.
+fn replace(lab: &Lab, program: &Path, by: &str) {
+    lab.server.sh(&format!("{by} >{0}.new && chmod 755 {0}.new && mv {0}.new {0}", program.display()));
+}
+
+#[test]
+fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_its_doors_over() {
+    let lab = knock::lab();
+    let program = lab.directory.path.join("knockq");
+    let this_version = format!("cat {}", knockq().display());
+    replace(&lab, &program, &this_version);
+    let start = || {
+        let mut daemon = Daemon::spawn_program(&program, &lab, &[], &[]);
+        daemon.wait_for("knockq: ready");
+        daemon
+    };
+    let mut daemon = start();
+    FAMILIES.into_iter().for_each(|family| renew(&lab, "alice", family));
+
+    replace(&lab, &program, "printf '#!/bin/sh\\nexit 1\\n'");
+    let running = fs::read_link(format!("/proc/{}/exe", daemon.pid())).unwrap();
+    assert!(running.to_str().unwrap().ends_with(" (deleted)"), "{running:?}");
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for("knockq: reloaded");
+    lab.add_user("bob", &["mail"]);
+    for family in FAMILIES {
+        succeeds(&lab.knockq_as("bob", &lab.alice, &["send", "server", "mail", family.flag()]));
+        lab.wait_for_door(family.alice(), 25);
+    }
+
+    replace(&lab, &program, &this_version);
+    daemon.stop();
+    let _daemon = start();
+    for family in FAMILIES {
+        assert_eq!(listed(&lab, family).0, "alice");
+        assert!(lab.alice.reaches(family.server(), 22) && !lab.mallory.reaches(family.server(), 22));
+    }
+    lab.revoke(&["--user", "alice"]);
+    assert!(FAMILIES.into_iter().all(|family| lab.door(family.alice(), 22).is_none()));
+}
+
+#[test]
+fn a_renewal_that_the_kernel_refuses_leaves_the_grant_of_before() {
+    let lab = knock::lab();
+    let daemon = lab.start();
+    let (_, monitor) = daemon.processes()[1];
+    for family in FAMILIES {
+        renew(&lab, "alice", family);
+        let before = lab.door(family.alice(), 22).map(|door| seconds_left(&door)).unwrap();
+        let monitor = Traced::attach(monitor);
+        lab.knock(family, &[]);
+        monitor.run_to(&[SENDTO]); // the verdict
+        monitor.finish();
+        monitor.run_to(&[SENDTO]); // the element
+        monitor.refuse();
+        monitor.release();
+        let line = format!(
+            "not granted: netlink: Bad file descriptor (os error 9) user=alice service=ssh source={}",
+            family.alice()
+        );
+        eventually(&line, || daemon.log().contains(&line));
+        let (user, left) = listed(&lab, family);
+        assert!(user == "alice" && left as f64 <= before, "{user} {left} {before}");
+        lab.revoke(&["--user", "alice"]);
+        assert_eq!(lab.door(family.alice(), 22), None, "hers is known, and shut");
+    }
+}
