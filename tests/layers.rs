@@ -27,6 +27,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::handover",
             "super::policy",
             "super::rate",
+            "super::repeats",
             "super::sandbox",
             "super::terminal",
         ],
@@ -36,6 +37,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/control.rs", &["service", "nft", "super::book"]),
     ("serve/book.rs", &["service", "nft"]),
     ("serve/rate.rs", &[]),
+    ("serve/repeats.rs", &[]),
     ("serve/vocabulary.rs", &["super::channel"]),
     // Has no file and no way to the kernel's tables.
     (
@@ -48,7 +50,9 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::channel",
             "super::frames",
             "super::handover",
+            "super::log",
             "super::refusals",
+            "super::repeats",
             "super::sandbox",
             "super::store",
             "super::terminal",

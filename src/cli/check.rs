@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::failure::Failure;
 use super::{ConfigArg, note, print};
+use crate::client::clock::unix_now;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::serve::configuration::accounts;
@@ -39,7 +40,16 @@ impl Check {
 fn check_store(config: &ServerConfig) -> Result<(), Failure> {
     let path = config.store_path();
     let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
-    match Store::open(file.map_err(ServeError::Store)?, *config.private_key.public()) {
+    let floor = unix_now().saturating_add(config.window.0.into());
+    match Store::open(file.map_err(ServeError::Store)?, *config.private_key.public(), floor) {
+        Ok(store) if store.has_lost_a_commit() => {
+            note(&format!(
+                "warning: {}: its last write was not whole; to be safe, no knock of before is taken, \
+                 and users can knock again when the window has passed",
+                path.display()
+            ));
+            Ok(())
+        }
         Ok(_) | Err(StoreError::InUse) => Ok(()),
         Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }

@@ -7,8 +7,10 @@ use std::collections::HashMap;
 use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
+use rustix::fs::fstat;
 use thiserror::Error;
 
 use crate::crypto::PublicKey;
@@ -26,6 +28,12 @@ const SERVER: &str = "server_public";
 /// No n up to this one is accepted for any key, 8 bytes big-endian.
 const FLOOR: &str = "floor";
 
+/// What the tables mean, 4 bytes big-endian. A store that does not say is of version 1.
+const VERSION: &str = "version";
+
+/// The only version that there is.
+const KNOWN_VERSION: u32 = 1;
+
 /// Bytes of pages that redb keeps in memory.
 const CACHE: usize = 1 << 20;
 
@@ -41,9 +49,33 @@ pub enum StoreError {
     /// It belongs to another server key.
     #[error("belongs to the server key {0}")]
     OtherServer(String),
+    /// A newer knockq made it.
+    #[error("is of version {0}, and this knockq knows none above {KNOWN_VERSION}")]
+    Newer(u32),
+    /// Some of it is not what was written.
+    #[error("is damaged: {0}")]
+    Damaged(String),
     /// Reading or writing failed.
     #[error("{0}")]
-    Database(#[from] redb::Error),
+    Failed(io::Error),
+    /// The database refused something else.
+    #[error("{0}")]
+    Database(redb::Error),
+}
+
+/// From whichever of redb's errors.
+impl<E: Into<redb::Error>> From<E> for StoreError {
+    fn from(error: E) -> Self {
+        match error.into() {
+            redb::Error::Corrupted(what) => Self::Damaged(what),
+            redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => Self::NotAStore,
+            redb::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Self::Damaged("it is cut short".to_owned())
+            }
+            redb::Error::Io(error) => Self::Failed(error),
+            other => Self::Database(other),
+        }
+    }
 }
 
 /// An open store.
@@ -52,6 +84,7 @@ pub struct Store {
     database: Option<Database>,
     file: File,
     server: PublicKey,
+    has_lost: bool,
 }
 
 impl Store {
@@ -68,40 +101,57 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn create_after(remains: &Remains, file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
-        let database = open(file)?;
+        let database = open(file, &Arc::default())?;
         let floor = remains.floor.max(floor);
-        let transaction = database.begin_write().map_err(redb::Error::from)?;
+        let transaction = database.begin_write()?;
         {
-            let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
-            facts.insert(SERVER, server.as_bytes().as_slice()).map_err(redb::Error::from)?;
-            facts.insert(FLOOR, floor.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
-            let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+            let mut facts = transaction.open_table(FACTS)?;
+            facts.insert(SERVER, server.as_bytes().as_slice())?;
+            facts.insert(FLOOR, floor.to_be_bytes().as_slice())?;
+            facts.insert(VERSION, KNOWN_VERSION.to_be_bytes().as_slice())?;
+            let mut counters = transaction.open_table(COUNTERS)?;
             for (row, n) in &remains.rows {
-                counters.insert(row, n).map_err(redb::Error::from)?;
+                counters.insert(row, n)?;
             }
         }
-        transaction.commit().map_err(redb::Error::from)?;
+        transaction.commit()?;
         Ok(())
     }
 
-    /// Opens the store of this server.
+    /// Opens the store of this server, and checks every page of it.
+    ///
+    /// If its last commit is not whole, the one before stands in for it. The power may have failed before it was durable,
+    /// or the disk has lost it since, which nobody can tell apart: so no counter up to `floor` is accepted from then on.
+    /// That must be above all that can have been accepted.
     ///
     /// # Errors
-    /// When it is not one, or another server's.
-    pub fn open(file: File, server: PublicKey) -> Result<Self, StoreError> {
+    /// When it is not one, another server's, a newer knockq's, or damaged.
+    pub fn open(file: File, server: PublicKey, floor: u64) -> Result<Self, StoreError> {
         // redb would make a new, empty database of an empty file.
         if is_empty(&file) {
             return Err(StoreError::NotAStore);
         }
-        let mut store = Self { database: None, file, server };
-        match fact(store.database()?, SERVER)? {
-            Some(key) if key == *server.as_bytes() => Ok(store),
-            Some(key) => {
-                let key = <[u8; 32]>::try_from(key).ok().and_then(|key| PublicKey::try_from(key).ok());
-                Err(key.map_or(StoreError::NotAStore, |key| StoreError::OtherServer(key.to_string())))
-            }
-            None => Err(StoreError::NotAStore),
+        // On the disk nothing changes before the floor is where it belongs: who ends meanwhile finds the same again.
+        let (header, before) = (Arc::new(Header::held_back()), last_commit(&file));
+        let database = open(file.try_clone().map_err(StoreError::Failed)?, &header)?;
+        // Opening it ends with a commit, which takes the other place than the last one did.
+        let has_lost = header.last_commit() == before;
+        let settled = settle(&database, &server, has_lost.then_some(floor));
+        if let Err(error) = settled.and_then(|()| header.let_go(&file).map_err(StoreError::Failed)) {
+            header.close();
+            return Err(error);
         }
+        Ok(Self { database: Some(database), file, server, has_lost })
+    }
+
+    /// Whether its last commit was not whole.
+    pub const fn has_lost_a_commit(&self) -> bool {
+        self.has_lost
+    }
+
+    /// Whether nobody else can open it any more: its file has no name, or another file has it.
+    pub fn is_deleted(&self) -> bool {
+        fstat(&self.file).is_ok_and(|file| file.st_nlink == 0)
     }
 
     /// The last accepted counter of every key in `known`: what is written, or the floor where that is higher.
@@ -115,10 +165,10 @@ impl Store {
         let server = self.server;
         let database = self.database()?;
         let floor = floor(database)?;
-        let transaction = database.begin_read().map_err(redb::Error::from)?;
-        let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        let transaction = database.begin_read()?;
+        let counters = transaction.open_table(COUNTERS)?;
         let last = |client: PublicKey| {
-            let written = counters.get(row(&client, &server)).map_err(redb::Error::from)?;
+            let written = counters.get(row(&client, &server))?;
             Ok((client, written.map_or(0, |n| n.value()).max(floor)))
         };
         known.map(last).collect()
@@ -126,8 +176,8 @@ impl Store {
 
     fn database(&mut self) -> Result<&Database, StoreError> {
         if self.database.is_none() {
-            let file = self.file.try_clone().map_err(|error| StoreError::Database(redb::Error::Io(error)))?;
-            self.database = Some(open(file)?);
+            let file = self.file.try_clone().map_err(StoreError::Failed)?;
+            self.database = Some(open(file, &Arc::default())?);
         }
         self.database.as_ref().ok_or(StoreError::NotAStore)
     }
@@ -145,22 +195,20 @@ impl Remains {
     /// Reads a whole store, of whichever server key: its rows carry their server's.
     ///
     /// # Errors
-    /// When somebody has it open, or it is no store.
-    ///
-    /// # Panics
-    /// redb does, over some kinds of damage.
+    /// When somebody has it open, or it is no store, a newer knockq's, or damaged.
     pub fn read(file: File) -> Result<Self, StoreError> {
         if is_empty(&file) {
             return Err(StoreError::NotAStore);
         }
-        let mut database = open(file)?;
-        // Else redb believes what a damaged page says.
-        database.check_integrity().map_err(|error| StoreError::Database(error.into()))?;
+        let header = Arc::new(Header::held_back());
+        let database = open(file, &header)?;
+        header.close();
+        refuse_newer(&database)?;
         let floor = floor(&database)?;
-        let transaction = database.begin_read().map_err(redb::Error::from)?;
-        let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
-        let rows = counters.iter().map_err(redb::Error::from)?.map(|row| {
-            let (row, n) = row.map_err(redb::Error::from)?;
+        let transaction = database.begin_read()?;
+        let counters = transaction.open_table(COUNTERS)?;
+        let rows = counters.iter()?.map(|row| {
+            let (row, n) = row?;
             Ok((row.value(), n.value()))
         });
         let rows = rows.collect::<Result<_, StoreError>>()?;
@@ -211,19 +259,19 @@ fn write<'a>(
     server: &PublicKey,
     batch: impl Iterator<Item = &'a Reservation>,
 ) -> Result<(), StoreError> {
-    let mut transaction = database.begin_write().map_err(redb::Error::from)?;
-    transaction.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
+    let mut transaction = database.begin_write()?;
+    transaction.set_durability(Durability::Immediate)?;
     {
-        let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        let mut counters = transaction.open_table(COUNTERS)?;
         for reservation in batch {
             let row = row(reservation.client(), server);
-            let written = counters.get(row).map_err(redb::Error::from)?.map(|n| n.value());
+            let written = counters.get(row)?.map(|n| n.value());
             if written.is_none_or(|n| n < reservation.n()) {
-                counters.insert(row, reservation.n()).map_err(redb::Error::from)?;
+                counters.insert(row, reservation.n())?;
             }
         }
     }
-    transaction.commit().map_err(redb::Error::from)?;
+    transaction.commit()?;
     Ok(())
 }
 
@@ -232,27 +280,75 @@ fn floor(database: &Database) -> Result<u64, StoreError> {
     floor.map(u64::from_be_bytes).ok_or(StoreError::NotAStore)
 }
 
-fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
-    let transaction = database.begin_read().map_err(redb::Error::from)?;
-    let facts = transaction.open_table(FACTS).map_err(|_| StoreError::NotAStore)?;
-    let fact = facts.get(name).map_err(redb::Error::from)?;
-    Ok(fact.map(|value| value.value().to_vec()))
+/// Refuses a store that is not ours, and raises the floor of one that is.
+fn settle(database: &Database, server: &PublicKey, floor: Option<u64>) -> Result<(), StoreError> {
+    refuse_newer(database)?;
+    refuse_other(database, server)?;
+    floor.map_or(Ok(()), |floor| raise_floor(database, floor))
 }
 
-fn open(file: File) -> Result<Database, StoreError> {
-    let refuse = |error| match error {
-        DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
-            StoreError::NotAStore
+fn raise_floor(database: &Database, to: u64) -> Result<(), StoreError> {
+    let floor = floor(database)?.max(to);
+    let transaction = database.begin_write()?;
+    transaction.open_table(FACTS)?.insert(FLOOR, floor.to_be_bytes().as_slice())?;
+    transaction.commit()?;
+    Ok(())
+}
+
+fn refuse_newer(database: &Database) -> Result<(), StoreError> {
+    let Some(version) = fact(database, VERSION)? else { return Ok(()) };
+    match <[u8; 4]>::try_from(version).map(u32::from_be_bytes) {
+        Ok(version) if version > KNOWN_VERSION => Err(StoreError::Newer(version)),
+        Ok(_) => Ok(()),
+        Err(_) => Err(StoreError::NotAStore),
+    }
+}
+
+fn refuse_other(database: &Database, server: &PublicKey) -> Result<(), StoreError> {
+    let key = fact(database, SERVER)?.and_then(|key| <[u8; 32]>::try_from(key).ok());
+    match key.and_then(|key| PublicKey::try_from(key).ok()) {
+        Some(key) if key == *server => Ok(()),
+        Some(key) => Err(StoreError::OtherServer(key.to_string())),
+        None => Err(StoreError::NotAStore),
+    }
+}
+
+fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+    let facts = match database.begin_read()?.open_table(FACTS) {
+        Err(TableError::TableDoesNotExist(_) | TableError::TableTypeMismatch { .. }) => {
+            return Err(StoreError::NotAStore);
         }
-        other => StoreError::Database(other.into()),
+        facts => facts?,
     };
+    Ok(facts.get(name)?.map(|value| value.value().to_vec()))
+}
+
+fn open(file: File, header: &Arc<Header>) -> Result<Database, StoreError> {
     // The lock goes with the file, and is not taken twice by its duplicates.
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(StoreError::InUse),
-        Err(TryLockError::Error(error)) => return Err(StoreError::Database(redb::Error::Io(error))),
+        Err(TryLockError::Error(error)) => return Err(StoreError::Failed(error)),
     }
-    Database::builder().set_cache_size(CACHE).create_with_backend(Pages(file)).map_err(refuse)
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE);
+    builder.set_check_integrity_on_open(true); // else redb believes what a damaged page says, or panics over it
+    Ok(builder.create_with_backend(Pages { file, header: Arc::clone(header) })?)
+}
+
+/// In which of two places the last commit lies.
+fn last_commit(file: &File) -> Option<u8> {
+    let mut header = [0; LAST_COMMIT + 1];
+    file.read_exact_at(&mut header, 0).ok()?;
+    place(&header)
+}
+
+/// Where redb's header says so (its file format), and in which bit.
+const LAST_COMMIT: usize = 9;
+const PLACE: u8 = 1;
+
+fn place(header: &[u8]) -> Option<u8> {
+    header.get(LAST_COMMIT).map(|byte| byte & PLACE)
 }
 
 fn is_empty(mut file: &File) -> bool {
@@ -261,27 +357,102 @@ fn is_empty(mut file: &File) -> bool {
 
 /// The pages of the store, through a descriptor and by calls that cannot name a file: the verifier may make no others.
 #[derive(Debug)]
-struct Pages(File);
+struct Pages {
+    file: File,
+    header: Arc<Header>,
+}
 
 impl StorageBackend for Pages {
     fn len(&self) -> io::Result<u64> {
-        (&self.0).seek(SeekFrom::End(0))
+        (&self.file).seek(SeekFrom::End(0))
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(out, offset)
+        self.file.read_exact_at(out, offset)?;
+        if offset == 0 {
+            self.header.overlay(out);
+        }
+        Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.header.refuse_if_closed()?;
+        self.file.set_len(len)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.header.refuse_if_closed()?;
+        self.header.write_unless_held(&self.file)?;
+        self.file.sync_data()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(data, offset)
+        self.header.refuse_if_closed()?;
+        if offset == 0 {
+            self.header.keep(data);
+            return Ok(());
+        }
+        self.file.write_all_at(data, offset)
+    }
+}
+
+/// redb's header, which says which commit counts. It is kept back until all pages are written: whatever ends this process
+/// between two writes, or a disk that is full by then, leaves no half commit. Only a loss of power can.
+#[derive(Debug, Default)]
+struct Header(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    bytes: Option<Vec<u8>>,
+    /// Not written either when redb syncs.
+    is_held: bool,
+    /// Nothing is written any more.
+    is_closed: bool,
+}
+
+impl Header {
+    /// One that stays as it is on the disk until it is let go.
+    fn held_back() -> Self {
+        Self(Mutex::new(Kept { is_held: true, ..Kept::default() }))
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn keep(&self, bytes: &[u8]) {
+        self.kept().bytes = Some(bytes.to_vec());
+    }
+
+    fn overlay(&self, out: &mut [u8]) {
+        let kept = self.kept();
+        out.iter_mut().zip(kept.bytes.iter().flatten()).for_each(|(out, kept)| *out = *kept);
+    }
+
+    fn write_unless_held(&self, file: &File) -> io::Result<()> {
+        let mut kept = self.kept();
+        let bytes = if kept.is_held { None } else { kept.bytes.take() };
+        bytes.map_or(Ok(()), |bytes| file.write_all_at(&bytes, 0))
+    }
+
+    /// Writes what was held back: first the pages that it speaks of must be durable, then it.
+    fn let_go(&self, file: &File) -> io::Result<()> {
+        file.sync_data()?;
+        self.kept().is_held = false;
+        self.write_unless_held(file)?;
+        file.sync_data()
+    }
+
+    fn close(&self) {
+        self.kept().is_closed = true;
+    }
+
+    fn refuse_if_closed(&self) -> io::Result<()> {
+        if self.kept().is_closed { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
+    }
+
+    fn last_commit(&self) -> Option<u8> {
+        self.kept().bytes.as_deref().and_then(place)
     }
 }
 
