@@ -14,6 +14,7 @@ mod peer;
 mod queue_rule;
 #[path = "../../tests/support/persona.rs"]
 mod recorded;
+mod stopped;
 mod users;
 
 use std::time::Duration;
@@ -26,6 +27,8 @@ struct Scale {
     peer_knocks: u32,
     /// How long CPU is measured.
     flood: Duration,
+    /// How long a process stands still.
+    stopped: Duration,
     /// Runs of `send` and connect().
     connects: usize,
     /// Users of the daemons that are started.
@@ -40,6 +43,7 @@ const FULL: Scale = Scale {
     knocks: 500,
     peer_knocks: 100,
     flood: Duration::from_secs(20),
+    stopped: Duration::from_secs(10),
     connects: 500,
     users: &[1, 100, 10_000],
     indexes: &[(1, 0), (8, 61), (8_000, 61)],
@@ -50,6 +54,7 @@ const QUICK: Scale = Scale {
     knocks: 20,
     peer_knocks: 5,
     flood: Duration::from_secs(1),
+    stopped: Duration::from_secs(1),
     connects: 10,
     users: &[1, 100],
     indexes: &[(1, 0), (8, 61)],
@@ -65,9 +70,10 @@ pub struct Row(pub String, pub &'static str, pub String);
 type Measure = fn(&Scale) -> Vec<Row>;
 
 /// What is measured, by name, in the order of the table.
-const FIGURES: [(&str, Measure); 7] = [
+const FIGURES: [(&str, Measure); 8] = [
     ("latency", latency::rows),
     ("cpu", cpu::rows),
+    ("stopped", stopped::rows),
     ("connect", connect::rows),
     ("decision", index::decisions),
     ("advance", index::slices),
