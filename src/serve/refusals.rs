@@ -143,3 +143,103 @@ fn tell_count((Kind { reason, user }, count, since): (Kind, u64, Duration)) {
         None => info!(%reason, count, %since, "refused"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
+    use super::{Duration, Instant, IpAddr, PERIOD, Reason, Refusal, Refusals, Withdrawal};
+
+    /// Time between two ticks of the verifier's.
+    const TICK: Duration = Duration::from_millis(250);
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The lines that some work logs.
+    fn lines(work: impl FnOnce(&mut Refusals, Instant)) -> Vec<String> {
+        let (lines, now) = (Lines::default(), Instant::now());
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone());
+        tracing::subscriber::with_default(subscriber.finish(), || work(&mut Refusals::new(now), now));
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn replay(user: &str, source: u8) -> Refusal {
+        let source = Some(IpAddr::from([192, 0, 2, source]));
+        Refusal { reason: Reason::Replayed, user: Some(user.parse().unwrap()), source }
+    }
+
+    #[test]
+    fn refusals_of_one_reason_and_user_are_told_once_and_then_counted() {
+        let lines = lines(|refusals, now| {
+            (0..118).for_each(|source| refusals.count(&replay("alice", source), now));
+            refusals.tell(now + PERIOD);
+            refusals.count(&replay("alice", 1), now + PERIOD + TICK);
+            refusals.tell(now + 2 * PERIOD);
+        });
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert!(lines[0].contains("refused reason=replayed user=alice source=192.0.2.0 hint="), "{lines:?}");
+        assert!(lines[1].ends_with("refused reason=replayed user=alice count=118 since=60s"), "{lines:?}");
+        assert!(lines[2].contains("refused reason=replayed user=alice source=192.0.2.1 hint="), "{lines:?}");
+    }
+
+    #[test]
+    fn many_kinds_at_once_are_told_a_few_a_second_and_none_is_forgotten() {
+        let lines = lines(|refusals, now| {
+            for tick in 0..4 * 60 {
+                let now = now + TICK * tick;
+                for user in 0..60 {
+                    (0..2).for_each(|source| refusals.count(&replay(&format!("user{user}"), source), now));
+                }
+                refusals.tell(now);
+            }
+            (4 * 60..4 * 120).for_each(|tick| refusals.tell(now + TICK * tick));
+        });
+        let of = |user: usize| lines.iter().filter(move |line| line.contains(&format!("user=user{user} ")));
+        for user in 0..60 {
+            assert_eq!(of(user).count(), 2, "the first and the count of {user}: {lines:?}");
+        }
+        assert_eq!(lines.len(), 2 * 60);
+    }
+
+    #[test]
+    fn no_more_than_four_lines_a_second_come_of_any_refusals() {
+        for second in [0, 60] {
+            let lines = lines(|refusals, now| {
+                (0..60).for_each(|user| refusals.count(&replay(&format!("user{user}"), 1), now));
+                let from = now + Duration::from_secs(second);
+                let ticks = (0..4).map(|tick| from + TICK * tick);
+                ticks.for_each(|now| {
+                    (0..60).for_each(|user| refusals.count(&replay(&format!("other{user}"), 1), now));
+                    refusals.tell(now);
+                });
+            });
+            assert!((2..=1 + 4).contains(&lines.len()), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_withdrawal_names_both_addresses() {
+        let lines = lines(|refusals, now| {
+            let [source, elsewhere] = [1, 2].map(|host| IpAddr::from([192, 0, 2, host]));
+            let user = "alice".parse().unwrap();
+            refusals.count_withdrawal(&Withdrawal { user, source, elsewhere, ports: Vec::new() }, now);
+        });
+        assert!(
+            lines[0].contains("withdrawn reason=spent_twice user=alice source=192.0.2.1 elsewhere=192.0.2.2 hint=")
+        );
+    }
+}
