@@ -38,6 +38,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/book.rs", &["service", "nft"]),
     ("serve/rate.rs", &[]),
     ("serve/repeats.rs", &[]),
+    ("serve/clock.rs", &[]),
     ("serve/vocabulary.rs", &["super::channel"]),
     // Has no file and no way to the kernel's tables.
     (
@@ -48,6 +49,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "queue",
             "super::calls",
             "super::channel",
+            "super::clock",
             "super::frames",
             "super::handover",
             "super::log",

@@ -15,6 +15,7 @@ pub mod book;
 pub mod calls;
 pub mod channel;
 mod children;
+mod clock;
 pub mod configuration;
 pub mod control;
 pub mod ending;

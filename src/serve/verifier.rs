@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -18,6 +18,7 @@ use tokio::time::MissedTickBehavior;
 use tracing::{debug, error, info, warn};
 
 use super::channel::{Channel, Message};
+use super::clock::{Clock, Jump, unix_now};
 use super::frames::Frame;
 use super::refusals::Refusals;
 use super::repeats::Trouble;
@@ -125,6 +126,7 @@ pub fn run() -> Result<(), VerifierError> {
         refusals: Refusals::new(Instant::now()),
         waiting: 0,
         is_slow: Trouble::default(),
+        clock: Clock::new(SystemTime::now(), Instant::now()),
         was_narrowed: false,
         is_behind: false,
     };
@@ -263,6 +265,7 @@ struct Process {
     waiting: usize,
     /// More wait than may.
     is_slow: Trouble,
+    clock: Clock,
     was_narrowed: bool,
     /// The index has not yet reached the clock.
     is_behind: bool,
@@ -399,7 +402,22 @@ impl Process {
         }
     }
 
+    /// The index follows the clock by itself; this only tells.
+    fn watch_clock(&mut self) {
+        match self.clock.jump(SystemTime::now(), Instant::now()) {
+            Some(Jump::Forward(by)) => {
+                warn!(seconds = by.as_secs(), "the clock went forward: it was set, or this machine slept");
+            }
+            Some(Jump::Back(by)) => {
+                let hint = "who has knocked meanwhile can do so again when the clock has passed that time";
+                warn!(seconds = by.as_secs(), hint, "the clock was set back; what was spent stays spent");
+            }
+            None => {}
+        }
+    }
+
     fn tick(&mut self) {
+        self.watch_clock();
         let now = unix_now();
         self.is_behind = self.verifier.advance(now, SLICE);
         self.verifier.forget(now);
@@ -447,9 +465,4 @@ fn socket(descriptor: OwnedFd) -> io::Result<UnixDatagram> {
     let socket = StdSocket::from(descriptor);
     socket.set_nonblocking(true)?;
     UnixDatagram::from_std(socket)
-}
-
-/// Unix seconds; a clock before 1970 is 1970.
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
