@@ -219,17 +219,12 @@ fn recover_replaces_a_store_that_is_broken_or_of_another_server() {
     world.recover(&[]).succeeds();
     world.check().succeeds();
     assert_eq!(world.stores().len(), 5);
-    // redb panics over some of these.
     for page in 0..16 {
         let mut damaged = whole.clone();
         damaged[page * 4096..][..4096].fill(0x5a);
         fs::write(&store, damaged).unwrap();
-        let ran = world.recover(&[]);
-        if ran.0.status.success() {
-            world.check().succeeds();
-        } else {
-            ran.fails(1, &["is damaged so badly that it cannot be read", "Hint: move it away"]);
-        }
+        world.recover(&[]).succeeds();
+        world.check().succeeds();
     }
 }
 

@@ -15,6 +15,7 @@ const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
             "serve/book.rs",
             "serve/policy.rs",
             "serve/rate.rs",
+            "serve/repeats.rs",
             "serve/frames.rs",
             "serve/channel.rs",
             "serve/handover.rs",
@@ -77,7 +78,8 @@ fn no_call_of_the_verifier_names_a_file_makes_a_socket_or_a_process_or_reaches_a
         "landlock", "memfd", "shm", "ioctl", "dup",
     ];
     for call in VERIFIER {
-        assert!(!forbidden.iter().any(|word| call.name.contains(word)), "{}", call.name);
+        let names_nothing = call.name == "SYS_fstat"; // a descriptor, unlike all others that look at a file
+        assert!(names_nothing || !forbidden.iter().any(|word| call.name.contains(word)), "{}", call.name);
         assert!(!call.why.is_empty());
     }
     assert!(VERIFIER.len() > 20, "the list is looked at");

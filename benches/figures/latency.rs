@@ -27,7 +27,7 @@ use crate::{FLOODS, Row, Scale, machine, millis, percentile};
 const GROUP: u32 = 7;
 
 /// Time between two knocks.
-const PACE: Duration = Duration::from_millis(10);
+pub const PACE: Duration = Duration::from_millis(10);
 
 /// Time after which a knock counts as lost.
 const LOST: Duration = Duration::from_secs(2);

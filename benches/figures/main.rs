@@ -17,6 +17,7 @@ mod queue_rule;
 #[path = "../../tests/support/persona.rs"]
 mod recorded;
 mod restore;
+mod stopped;
 mod users;
 
 use std::time::Duration;
@@ -29,6 +30,8 @@ struct Scale {
     peer_knocks: u32,
     /// How long CPU is measured.
     flood: Duration,
+    /// How long a process stands still.
+    stopped: Duration,
     /// Runs of `send` and connect().
     connects: usize,
     /// Tables that are deleted, over each family.
@@ -45,6 +48,7 @@ const FULL: Scale = Scale {
     knocks: 500,
     peer_knocks: 100,
     flood: Duration::from_secs(20),
+    stopped: Duration::from_secs(10),
     connects: 500,
     restorations: 20,
     users: &[1, 100, 10_000],
@@ -56,6 +60,7 @@ const QUICK: Scale = Scale {
     knocks: 20,
     peer_knocks: 5,
     flood: Duration::from_secs(1),
+    stopped: Duration::from_secs(1),
     connects: 10,
     restorations: 2,
     users: &[1, 100],
@@ -72,9 +77,10 @@ pub struct Row(pub String, pub &'static str, pub String);
 type Measure = fn(&Scale) -> Vec<Row>;
 
 /// What is measured, by name, in the order of the table.
-const FIGURES: [(&str, Measure); 8] = [
+const FIGURES: [(&str, Measure); 9] = [
     ("latency", latency::rows),
     ("cpu", cpu::rows),
+    ("stopped", stopped::rows),
     ("connect", connect::rows),
     ("restore", restore::rows),
     ("decision", index::decisions),

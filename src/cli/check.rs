@@ -39,8 +39,16 @@ impl Check {
 fn check_store(config: &ServerConfig) -> Result<(), Failure> {
     let path = config.store_path();
     let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
-    match Store::open(file.map_err(ServeError::Store)?, *config.private_key.public()) {
-        Ok(_) | Err(StoreError::InUse) => Ok(()),
+    match Store::check(file.map_err(ServeError::Store)?, config.private_key.public()) {
+        Ok(Some(doubt)) => {
+            note(&format!(
+                "warning: {}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window \
+                 after the start",
+                path.display()
+            ));
+            Ok(())
+        }
+        Ok(None) | Err(StoreError::InUse) => Ok(()),
         Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }
 }

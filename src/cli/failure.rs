@@ -16,6 +16,7 @@ use crate::serve::ending::ServeError;
 use crate::serve::gate::GateError;
 use crate::serve::monitor::MonitorError;
 use crate::serve::sandbox::SandboxError;
+use crate::serve::store::StoreError;
 use crate::serve::verifier::VerifierError;
 
 /// Something did not work.
@@ -26,6 +27,9 @@ pub(super) const USAGE: u8 = 64;
 pub(super) const PERMISSION: u8 = 77;
 /// A configuration, key or profile is wrong (EX_CONFIG).
 pub(super) const CONFIGURATION: u8 = 78;
+
+/// What to do where counters cannot be written.
+const DISK: &str = "counters must be written before anything is opened: look at the disk, with `df` and `mount`";
 
 /// How a command ends when it does not succeed.
 pub(super) struct Failure {
@@ -137,6 +141,9 @@ impl From<ServeError> for Failure {
                     .hint("if it is lost for good, or comes from a backup: knockq recover")
                     .code(CONFIGURATION)
             }
+            ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                Self::new(format!("{}: {cause}", path.display())).hint(DISK)
+            }
             ServeError::Store(error) => error.into(),
             ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
             ServeError::Account(SandboxError::Step { .. } | SandboxError::NotGone(_)) => Self::new(message),
@@ -199,6 +206,11 @@ impl From<VerifierError> for Failure {
     fn from(error: VerifierError) -> Self {
         let failure = Self::new(error.to_string());
         match error {
+            // Another time it may work.
+            VerifierError::Store { cause: StoreError::Failed(_), .. } => failure.hint(DISK),
+            VerifierError::Store { cause: StoreError::Newer(_), .. } => failure
+                .hint("install the knockq that made it, or a newer one; or make a new store: move it away, and knockq recover")
+                .code(CONFIGURATION),
             VerifierError::Store { .. } => failure
                 .hint("put back the store that belongs to this server key, or make a new one: knockq recover")
                 .code(CONFIGURATION),

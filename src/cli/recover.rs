@@ -2,19 +2,19 @@
 
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
-use std::io::{self, ErrorKind, Write as _};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::{panic, process};
 
 use clap::Args;
 
-use super::failure::{FAILED, Failure};
+use super::failure::Failure;
 use super::{ConfigArg, note, print};
 use crate::client::clock::{is_synchronized, unix_now};
 use crate::config::secure_file::{self, Draft, Privacy};
 use crate::config::{Seconds, ServerConfig};
 use crate::serve::keeper;
 use crate::serve::store::{Remains, Store, StoreError};
+use crate::serve::verifier::VerifierError;
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  systemctl stop knockq && knockq recover && systemctl start knockq\n\n\
@@ -67,12 +67,12 @@ impl Old {
             Err(error) if error.kind() == Some(ErrorKind::NotFound) => return Ok(lost()),
             other => other?,
         };
-        exit_on_panic(path);
-        let read = Remains::read(file);
-        let _ = panic::take_hook();
-        match read {
+        match Remains::read(file) {
             Ok(remains) => Ok(Self { is_there: true, remains, damage: None }),
             Err(StoreError::InUse) => Err(is_running(&format!("{}: {}", path.display(), StoreError::InUse))),
+            Err(cause @ StoreError::Newer(_)) => {
+                Err(VerifierError::Store { path: path.display().to_string(), cause }.into())
+            }
             Err(damage) => Ok(Self { is_there: true, damage: Some(damage), ..lost() }),
         }
     }
@@ -87,16 +87,6 @@ impl Old {
         secure_file::link(path, &free)?;
         Ok(Some(free))
     }
-}
-
-/// redb panics over some kinds of damage; what is shown is to be a message of ours all the same.
-fn exit_on_panic(path: &Path) {
-    let failure = Failure::new(format!("{}: is damaged so badly that it cannot be read", path.display()))
-        .hint(format!("move it away and run this again: mv {0} {0}.damaged", path.display()));
-    panic::set_hook(Box::new(move |_| {
-        let _ = write!(io::stderr(), "{failure}");
-        process::exit(FAILED.into());
-    }));
 }
 
 fn is_running(cause: &str) -> Failure {

@@ -8,10 +8,10 @@ use libc::{
     AF_NETLINK, AF_UNIX, CLONE_NEWUSER, ENOSYS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_SETFD, NETLINK_NETFILTER,
     PROT_EXEC, SYS_add_key, SYS_bind, SYS_bpf, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3,
     SYS_close, SYS_connect, SYS_delete_module, SYS_epoll_ctl, SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl,
-    SYS_fdatasync, SYS_finit_module, SYS_flock, SYS_fsmount, SYS_ftruncate, SYS_futex, SYS_getrandom, SYS_getsockname,
-    SYS_init_module, SYS_io_uring_setup, SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek, SYS_madvise, SYS_mmap,
-    SYS_mount, SYS_mount_setattr, SYS_move_mount, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
-    SYS_open_by_handle_at, SYS_open_tree, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
+    SYS_fdatasync, SYS_finit_module, SYS_flock, SYS_fsmount, SYS_fstat, SYS_ftruncate, SYS_futex, SYS_getrandom,
+    SYS_getsockname, SYS_init_module, SYS_io_uring_setup, SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek,
+    SYS_madvise, SYS_mmap, SYS_mount, SYS_mount_setattr, SYS_move_mount, SYS_mprotect, SYS_mremap, SYS_munmap,
+    SYS_nanosleep, SYS_open_by_handle_at, SYS_open_tree, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
     SYS_process_vm_readv, SYS_process_vm_writev, SYS_ptrace, SYS_pwrite64, SYS_read, SYS_reboot, SYS_recvfrom,
     SYS_recvmsg, SYS_request_key, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield,
     SYS_sendmsg, SYS_sendto, SYS_setns, SYS_sigaltstack, SYS_socket, SYS_swapon, SYS_umount2, SYS_unshare,
@@ -79,6 +79,7 @@ pub const VERIFIER: &[Call] = calls! {
     SYS_ftruncate "the store: it grows"
     SYS_fdatasync "the store: durable before anything is opened"
     SYS_flock "the store: no other process has it open"
+    SYS_fstat "the store: whether it was deleted"
 
     SYS_epoll_pwait "waiting"
     #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,6 @@
 //! One line an event on standard error: text for people, with `<N>` priorities under systemd.
 
+use std::cell::Cell;
 use std::panic::{self, PanicHookInfo};
 use std::{fmt, io, process};
 
@@ -67,12 +68,26 @@ pub fn start(process: &'static str, style: Style) {
 /// The exit code of a process that panicked.
 const PANICKED: i32 = 101;
 
+thread_local! {
+    /// What is most likely at fault if this thread panics now.
+    static SUSPECT: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Does some work; if it panics, that is the most likely reason.
+pub fn suspect<T>(reason: &'static str, work: impl FnOnce() -> T) -> T {
+    SUSPECT.set(Some(reason));
+    let done = work();
+    SUSPECT.set(None);
+    done
+}
+
 /// From here on a panic is a line like any other, and the end of this process by a call that it may make: the standard
 /// library would first ask the kernel for the thread's number, and die of that without a word.
 pub fn end_on_panic() {
     panic::set_hook(Box::new(|panic: &PanicHookInfo<'_>| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        error!(place, "a fault in knockq: {}; stopping", panic.payload_as_str().unwrap_or("it panicked"));
+        let reason = SUSPECT.get().unwrap_or("a fault in knockq");
+        error!(place, "{reason}: {}; stopping", panic.payload_as_str().unwrap_or("it panicked"));
         process::exit(PANICKED);
     }));
 }

@@ -29,6 +29,7 @@ pub mod policy;
 mod process;
 pub mod rate;
 pub mod refusals;
+pub mod repeats;
 pub mod sandbox;
 pub mod store;
 mod terminal;

@@ -18,6 +18,7 @@ use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
 use super::rate::Rate;
+use super::repeats::Tally;
 use super::sandbox::{self, SandboxError};
 use super::{calls, handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Loss, OpenDoor, Ownership, Watch};
@@ -94,6 +95,8 @@ pub fn run() -> Result<(), MonitorError> {
         rate: Rate::new(policy.grants_per_minute, Instant::now()),
         policy,
         next_policy: None,
+        not_opened: Tally::default(),
+        not_shut: Tally::default(),
         doors,
         book: Book::default(),
     };
@@ -128,6 +131,8 @@ struct Monitor {
     policy: Policy,
     /// What comes into force when the verifier has its new settings.
     next_policy: Option<Policy>,
+    not_opened: Tally,
+    not_shut: Tally,
     doors: Doors,
     book: Book,
 }
@@ -266,7 +271,9 @@ impl Monitor {
         let doors = if loss == Loss::Doors { self.book.standing(now) } else { Vec::new() };
         for doors in doors.chunks(BURST) {
             for door in doors {
-                if let Err(error) = self.put(door, now) {
+                if let Err(error) = self.put(door, now)
+                    && self.not_opened.is_first()
+                {
                     warn!(source = %door.source, port = %door.port, "not opened again: {error}");
                 }
             }
@@ -373,14 +380,18 @@ impl Monitor {
                 let until = now + Duration::from_secs(seconds.into());
                 let grant = Grant { user: user.clone(), service: service.clone(), until };
                 let Some(replaced) = self.book.note(door, grant, now) else {
-                    warn!(%user, %service, %source, %port, "not granted: too many doors are open");
+                    if self.not_opened.is_first() {
+                        warn!(%user, %service, %source, %port, "not granted: too many doors are open");
+                    }
                     return;
                 };
                 match self.put(&door, now) {
                     Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
                     Err(error) => {
                         self.book.take_back(&door, &user, replaced);
-                        warn!(%user, %service, %source, %port, "not granted: {error}");
+                        if self.not_opened.is_first() {
+                            warn!(%user, %service, %source, %port, "not granted: {error}");
+                        }
                     }
                 }
             }
@@ -388,6 +399,7 @@ impl Monitor {
                 for door in [false, true].map(|once| Door { source, port, once }) {
                     if self.book.strike(&door, &user)
                         && let Err(error) = self.put(&door, now)
+                        && self.not_shut.is_first()
                     {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
@@ -409,6 +421,12 @@ impl Monitor {
         match self.relay.take_lost() {
             0 => {}
             lost => warn!(lost, "the verifier is slower than the SYNs come: some were dropped unseen"),
+        }
+        for (tally, what) in [(&mut self.not_opened, "opened"), (&mut self.not_shut, "shut")] {
+            match tally.take_untold() {
+                0 => {}
+                doors => warn!(doors, "more could not be {what}, like the one before"),
+            }
         }
         match self.rate.take_refused() {
             0 => {}

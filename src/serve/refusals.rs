@@ -1,13 +1,14 @@
-//! Refusals in the log: the first of its kind at once, the rest counted and told together.
+//! Refusals in the log: the first of its kind at once, the rest counted and told together; never more than a few lines a
+//! second, whatever comes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 
 use crate::service::Name;
-use crate::verify::{Reason, Refusal};
+use crate::verify::{Reason, Refusal, Withdrawal};
 
 /// Time after which counts are told.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -15,60 +16,230 @@ const PERIOD: Duration = Duration::from_secs(60);
 /// Kinds that are told apart within a period; more are counted under their reason alone.
 const MAX_KINDS: usize = 64;
 
+/// Time after which another first one, or another count, is told.
+const PAUSE: Duration = Duration::from_millis(500);
+
 /// What was refused since the last telling.
 pub struct Refusals {
-    counts: HashMap<Kind, u64>,
+    counts: HashMap<Kind, Count>,
     strangers: u64,
     since: Instant,
+    /// Counts of the period before, to be told one after the other.
+    over: VecDeque<(Kind, u64, Duration)>,
+    first: Pace,
+    count: Pace,
 }
 
 /// What is told together.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Kind {
     reason: Reason,
-    of: Option<(Name, IpAddr)>,
+    user: Option<Name>,
+}
+
+/// How often, and what the first was like.
+#[derive(Clone, Copy)]
+struct Count {
+    count: u64,
+    is_told: bool,
+    source: Option<IpAddr>,
+    /// Where a token that is taken back came from then.
+    elsewhere: Option<IpAddr>,
+}
+
+/// Lines with a pause between them.
+#[derive(Default)]
+struct Pace(Option<Instant>);
+
+impl Pace {
+    /// Whether it is time for another.
+    fn is_time(&mut self, now: Instant) -> bool {
+        let is_time = self.0.is_none_or(|last| now.duration_since(last) >= PAUSE);
+        if is_time {
+            self.0 = Some(now);
+        }
+        is_time
+    }
 }
 
 impl Refusals {
     /// Starts counting.
     pub fn new(now: Instant) -> Self {
-        Self { counts: HashMap::new(), strangers: 0, since: now }
+        Self {
+            counts: HashMap::new(),
+            strangers: 0,
+            since: now,
+            over: VecDeque::new(),
+            first: Pace::default(),
+            count: Pace::default(),
+        }
     }
 
     /// Counts a refusal. One that the operator could do something about is told if it is the first of its kind.
-    pub fn count(&mut self, refusal: &Refusal) {
-        let Some(hint) = refusal.reason.explanation() else {
+    pub fn count(&mut self, refusal: &Refusal, now: Instant) {
+        if refusal.reason.explanation().is_none() {
             self.strangers = self.strangers.saturating_add(1);
             return;
-        };
-        let mut kind = Kind { reason: refusal.reason, of: refusal.user.clone().zip(refusal.source) };
-        if self.counts.len() >= MAX_KINDS && !self.counts.contains_key(&kind) {
-            kind.of = None;
         }
-        let count = self.counts.entry(kind.clone()).or_default();
-        *count = count.saturating_add(1);
-        match (*count, kind.of) {
-            (1, Some((user, source))) => warn!(reason = %kind.reason, %user, %source, hint, "refused"),
-            (1, None) => warn!(reason = %kind.reason, hint, "refused"),
-            _ => {}
+        self.add(Kind { reason: refusal.reason, user: refusal.user.clone() }, refusal.source, None, now);
+    }
+
+    /// Counts a grant that is taken back.
+    pub fn count_withdrawal(&mut self, withdrawal: &Withdrawal, now: Instant) {
+        let kind = Kind { reason: Reason::SpentTwice, user: Some(withdrawal.user.clone()) };
+        self.add(kind, Some(withdrawal.source), Some(withdrawal.elsewhere), now);
+    }
+
+    fn add(&mut self, mut kind: Kind, source: Option<IpAddr>, elsewhere: Option<IpAddr>, now: Instant) {
+        if self.counts.len() >= MAX_KINDS && !self.counts.contains_key(&kind) {
+            kind.user = None;
+        }
+        let first = Count { count: 0, is_told: false, source, elsewhere };
+        let count = self.counts.entry(kind.clone()).or_insert(first);
+        count.count = count.count.saturating_add(1);
+        if !count.is_told && self.first.is_time(now) {
+            count.is_told = true;
+            tell_first(&kind, count);
         }
     }
 
-    /// Tells what came more than once, if the period is over.
+    /// Tells what is still to be told of this period, or of the one before; call it a few times a second.
     pub fn tell(&mut self, now: Instant) {
+        if let Some((kind, count)) = self.counts.iter_mut().find(|(_, count)| !count.is_told)
+            && self.first.is_time(now)
+        {
+            count.is_told = true;
+            tell_first(kind, count);
+        }
         let since = now.duration_since(self.since);
-        if since < PERIOD {
-            return;
+        if since >= PERIOD {
+            let repeated = self.counts.drain().filter(|(_, count)| count.count > 1 || !count.is_told);
+            self.over = repeated.map(|(kind, count)| (kind, count.count, since)).collect();
+            debug!(count = self.strangers, ?since, "SYNs of strangers");
+            (self.strangers, self.since) = (0, now);
         }
-        let since = format!("{}s", since.as_secs());
-        for (Kind { reason, of }, count) in self.counts.drain().filter(|(_, count)| *count > 1) {
-            match of {
-                Some((user, source)) => info!(%reason, %user, %source, count, %since, "refused"),
-                None => info!(%reason, count, %since, "refused"),
+        if !self.over.is_empty() && self.count.is_time(now) {
+            self.over.pop_front().into_iter().for_each(tell_count);
+        }
+    }
+}
+
+fn tell_first(Kind { reason, user }: &Kind, Count { source, elsewhere, .. }: &Count) {
+    let hint = reason.explanation();
+    match (user, source, elsewhere) {
+        (Some(user), Some(source), Some(elsewhere)) => {
+            warn!(%reason, %user, %source, %elsewhere, hint, "withdrawn");
+        }
+        (Some(user), Some(source), None) => warn!(%reason, %user, %source, hint, "refused"),
+        (None, Some(source), _) => warn!(%reason, %source, hint, "refused"),
+        _ => warn!(%reason, hint, "refused"),
+    }
+}
+
+fn tell_count((Kind { reason, user }, count, since): (Kind, u64, Duration)) {
+    let since = format!("{}s", since.as_secs());
+    match user {
+        Some(user) => info!(%reason, %user, count, %since, "refused"),
+        None => info!(%reason, count, %since, "refused"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
+    use super::{Duration, Instant, IpAddr, PERIOD, Reason, Refusal, Refusals, Withdrawal};
+
+    /// Time between two ticks of the verifier's.
+    const TICK: Duration = Duration::from_millis(250);
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The lines that some work logs.
+    fn lines(work: impl FnOnce(&mut Refusals, Instant)) -> Vec<String> {
+        let (lines, now) = (Lines::default(), Instant::now());
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone());
+        tracing::subscriber::with_default(subscriber.finish(), || work(&mut Refusals::new(now), now));
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn replay(user: &str, source: u8) -> Refusal {
+        let source = Some(IpAddr::from([192, 0, 2, source]));
+        Refusal { reason: Reason::Replayed, user: Some(user.parse().unwrap()), source }
+    }
+
+    #[test]
+    fn refusals_of_one_reason_and_user_are_told_once_and_then_counted() {
+        let lines = lines(|refusals, now| {
+            (0..118).for_each(|source| refusals.count(&replay("alice", source), now));
+            refusals.tell(now + PERIOD);
+            refusals.count(&replay("alice", 1), now + PERIOD + TICK);
+            refusals.tell(now + 2 * PERIOD);
+        });
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert!(lines[0].contains("refused reason=replayed user=alice source=192.0.2.0 hint="), "{lines:?}");
+        assert!(lines[1].ends_with("refused reason=replayed user=alice count=118 since=60s"), "{lines:?}");
+        assert!(lines[2].contains("refused reason=replayed user=alice source=192.0.2.1 hint="), "{lines:?}");
+    }
+
+    #[test]
+    fn many_kinds_at_once_are_told_a_few_a_second_and_none_is_forgotten() {
+        let lines = lines(|refusals, now| {
+            for tick in 0..4 * 60 {
+                let now = now + TICK * tick;
+                for user in 0..60 {
+                    (0..2).for_each(|source| refusals.count(&replay(&format!("user{user}"), source), now));
+                }
+                refusals.tell(now);
             }
+            (4 * 60..4 * 120).for_each(|tick| refusals.tell(now + TICK * tick));
+        });
+        let of = |user: usize| lines.iter().filter(move |line| line.contains(&format!("user=user{user} ")));
+        for user in 0..60 {
+            assert_eq!(of(user).count(), 2, "the first and the count of {user}: {lines:?}");
         }
-        debug!(count = self.strangers, %since, "SYNs of strangers");
-        self.strangers = 0;
-        self.since = now;
+        assert_eq!(lines.len(), 2 * 60);
+    }
+
+    #[test]
+    fn no_more_than_four_lines_a_second_come_of_any_refusals() {
+        for second in [0, 60] {
+            let lines = lines(|refusals, now| {
+                (0..60).for_each(|user| refusals.count(&replay(&format!("user{user}"), 1), now));
+                let from = now + Duration::from_secs(second);
+                let ticks = (0..4).map(|tick| from + TICK * tick);
+                ticks.for_each(|now| {
+                    (0..60).for_each(|user| refusals.count(&replay(&format!("other{user}"), 1), now));
+                    refusals.tell(now);
+                });
+            });
+            assert!((2..=1 + 4).contains(&lines.len()), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_withdrawal_names_both_addresses() {
+        let lines = lines(|refusals, now| {
+            let [source, elsewhere] = [1, 2].map(|host| IpAddr::from([192, 0, 2, host]));
+            let user = "alice".parse().unwrap();
+            refusals.count_withdrawal(&Withdrawal { user, source, elsewhere, ports: Vec::new() }, now);
+        });
+        assert!(
+            lines[0].contains("withdrawn reason=spent_twice user=alice source=192.0.2.1 elsewhere=192.0.2.2 hint=")
+        );
     }
 }

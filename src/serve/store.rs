@@ -5,18 +5,21 @@
 
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::{fmt, io};
 
-use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
+use rustix::fs::fstat;
 use thiserror::Error;
 
 use crate::crypto::PublicKey;
 use crate::verify::{Ledger, Reservation};
 
 mod origin;
+mod pages;
 
 pub use origin::Origin;
+use pages::{Header, HeaderLast, Pages};
 
 /// client_public || server_public -> last accepted n.
 const COUNTERS: TableDefinition<'_, [u8; 64], u64> = TableDefinition::new("counters");
@@ -27,8 +30,17 @@ const FACTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("facts");
 /// The server's public key.
 const SERVER: &str = "server_public";
 
+/// The file that the store was made in, as [`Origin`] names it.
+const ORIGIN: &str = "origin";
+
 /// No n up to this one is accepted for any key, 8 bytes big-endian.
 const FLOOR: &str = "floor";
+
+/// What the tables mean, 4 bytes big-endian. A store that does not say is of version 1.
+const VERSION: &str = "version";
+
+/// The only version that there is.
+const KNOWN_VERSION: u32 = 1;
 
 /// Bytes of pages that redb keeps in memory.
 const CACHE: usize = 1 << 20;
@@ -45,9 +57,33 @@ pub enum StoreError {
     /// It belongs to another server key.
     #[error("belongs to the server key {0}")]
     OtherServer(String),
+    /// A newer knockq made it.
+    #[error("is of version {0}, and this knockq knows none above {KNOWN_VERSION}")]
+    Newer(u32),
+    /// Some of it is not what was written.
+    #[error("is damaged: {0}")]
+    Damaged(String),
     /// Reading or writing failed.
     #[error("{0}")]
-    Database(#[from] redb::Error),
+    Failed(io::Error),
+    /// The database refused something else.
+    #[error("{0}")]
+    Database(redb::Error),
+}
+
+/// From whichever of redb's errors.
+impl<E: Into<redb::Error>> From<E> for StoreError {
+    fn from(error: E) -> Self {
+        match error.into() {
+            redb::Error::Corrupted(what) => Self::Damaged(what),
+            redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => Self::NotAStore,
+            redb::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Self::Damaged("it is cut short".to_owned())
+            }
+            redb::Error::Io(error) => Self::Failed(error),
+            other => Self::Database(other),
+        }
+    }
 }
 
 /// An open store.
@@ -56,6 +92,26 @@ pub struct Store {
     database: Option<Database>,
     file: File,
     server: PublicKey,
+    doubt: Option<Doubt>,
+}
+
+/// Why a store may have forgotten what it once knew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Doubt {
+    /// Its last commit is not whole, so the one before stands in for it. The power may have failed before it was durable, or
+    /// the disk has lost it since, which nobody can tell apart.
+    Shortened,
+    /// It was made in another file: a backup that was restored, say.
+    Copy,
+}
+
+impl fmt::Display for Doubt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Shortened => "its last write was not whole",
+            Self::Copy => "is a copy of a counter store, restored or moved",
+        })
+    }
 }
 
 impl Store {
@@ -72,42 +128,63 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn create_after(remains: &Remains, file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
-        let origin = Origin::of(&file).map_err(redb::Error::Io)?;
-        let database = open(file)?;
+        let origin = Origin::of(&file)?;
+        let database = database(locked(file)?, &Arc::default())?;
         let floor = remains.floor.max(floor);
-        let transaction = database.begin_write().map_err(redb::Error::from)?;
+        let transaction = database.begin_write()?;
         {
-            let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
-            facts.insert(SERVER, server.as_bytes().as_slice()).map_err(redb::Error::from)?;
-            facts.insert(FLOOR, floor.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
-            facts.insert(origin::ORIGIN, origin.as_bytes()).map_err(redb::Error::from)?;
-            let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+            let mut facts = transaction.open_table(FACTS)?;
+            facts.insert(SERVER, server.as_bytes().as_slice())?;
+            facts.insert(ORIGIN, origin.as_bytes())?;
+            facts.insert(FLOOR, floor.to_be_bytes().as_slice())?;
+            facts.insert(VERSION, KNOWN_VERSION.to_be_bytes().as_slice())?;
+            let mut counters = transaction.open_table(COUNTERS)?;
             for (row, n) in &remains.rows {
-                counters.insert(row, n).map_err(redb::Error::from)?;
+                counters.insert(row, n)?;
             }
         }
-        transaction.commit().map_err(redb::Error::from)?;
+        transaction.commit()?;
         Ok(())
     }
 
-    /// Opens the store of this server.
+    /// Opens the store of this server, and checks every page of it.
+    ///
+    /// If that leaves a [`Doubt`], no counter up to `floor` is accepted from then on. It must be above all that can have been
+    /// accepted. `origin` is that of `file`.
     ///
     /// # Errors
-    /// When it is not one, or another server's.
-    pub fn open(file: File, server: PublicKey) -> Result<Self, StoreError> {
-        // redb would make a new, empty database of an empty file.
-        if is_empty(&file) {
-            return Err(StoreError::NotAStore);
+    /// When it is not one, another server's, a newer knockq's, or damaged.
+    pub fn open(file: File, server: PublicKey, origin: Origin, floor: u64) -> Result<Self, StoreError> {
+        let pages = locked(file.try_clone()?)?;
+        // On the disk nothing changes before the floor is where it belongs: who ends meanwhile finds the same again.
+        let (opened, doubt) = examine(pages.clone(), &server, &origin)?;
+        let settled = doubt.map_or(Ok(()), |_| settle(&opened.database, &origin, floor));
+        if let Err(error) = settled.and_then(|()| Ok(opened.header.let_go(&pages)?)) {
+            opened.header.close();
+            return Err(error);
         }
-        let mut store = Self { database: None, file, server };
-        match fact(store.database()?, SERVER)? {
-            Some(key) if key == *server.as_bytes() => Ok(store),
-            Some(key) => {
-                let key = <[u8; 32]>::try_from(key).ok().and_then(|key| PublicKey::try_from(key).ok());
-                Err(key.map_or(StoreError::NotAStore, |key| StoreError::OtherServer(key.to_string())))
-            }
-            None => Err(StoreError::NotAStore),
-        }
+        Ok(Self { database: Some(opened.database), file, server, doubt })
+    }
+
+    /// Looks at the store of this server as [`Store::open`] would, and changes nothing.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn check(file: File, server: &PublicKey) -> Result<Option<Doubt>, StoreError> {
+        let origin = Origin::of(&file)?;
+        let (opened, doubt) = examine(locked(file)?, server, &origin)?;
+        opened.header.close();
+        Ok(doubt)
+    }
+
+    /// Why it may have forgotten what it once knew, if so.
+    pub const fn doubt(&self) -> Option<Doubt> {
+        self.doubt
+    }
+
+    /// Whether nobody else can open it any more: its file has no name, or another file has it.
+    pub fn is_deleted(&self) -> bool {
+        fstat(&self.file).is_ok_and(|file| file.st_nlink == 0)
     }
 
     /// The last accepted counter of every key in `known`: what is written, or the floor where that is higher.
@@ -121,10 +198,10 @@ impl Store {
         let server = self.server;
         let database = self.database()?;
         let floor = floor(database)?;
-        let transaction = database.begin_read().map_err(redb::Error::from)?;
-        let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        let transaction = database.begin_read()?;
+        let counters = transaction.open_table(COUNTERS)?;
         let last = |client: PublicKey| {
-            let written = counters.get(row(&client, &server)).map_err(redb::Error::from)?;
+            let written = counters.get(row(&client, &server))?;
             Ok((client, written.map_or(0, |n| n.value()).max(floor)))
         };
         known.map(last).collect()
@@ -132,8 +209,10 @@ impl Store {
 
     fn database(&mut self) -> Result<&Database, StoreError> {
         if self.database.is_none() {
-            let file = self.file.try_clone().map_err(|error| StoreError::Database(redb::Error::Io(error)))?;
-            self.database = Some(open(file)?);
+            let pages = locked(self.file.try_clone()?)?;
+            let Opened { database, header } = unchanged(pages.clone())?;
+            header.let_go(&pages)?;
+            self.database = Some(database);
         }
         self.database.as_ref().ok_or(StoreError::NotAStore)
     }
@@ -151,22 +230,16 @@ impl Remains {
     /// Reads a whole store, of whichever server key: its rows carry their server's.
     ///
     /// # Errors
-    /// When somebody has it open, or it is no store.
-    ///
-    /// # Panics
-    /// redb does, over some kinds of damage.
+    /// When somebody has it open, or it is no store, a newer knockq's, or damaged.
     pub fn read(file: File) -> Result<Self, StoreError> {
-        if is_empty(&file) {
-            return Err(StoreError::NotAStore);
-        }
-        let mut database = open(file)?;
-        // Else redb believes what a damaged page says.
-        database.check_integrity().map_err(|error| StoreError::Database(error.into()))?;
+        let Opened { database, header } = unchanged(locked(file)?)?;
+        header.close();
+        refuse_newer(&database)?;
         let floor = floor(&database)?;
-        let transaction = database.begin_read().map_err(redb::Error::from)?;
-        let counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
-        let rows = counters.iter().map_err(redb::Error::from)?.map(|row| {
-            let (row, n) = row.map_err(redb::Error::from)?;
+        let transaction = database.begin_read()?;
+        let counters = transaction.open_table(COUNTERS)?;
+        let rows = counters.iter()?.map(|row| {
+            let (row, n) = row?;
             Ok((row.value(), n.value()))
         });
         let rows = rows.collect::<Result<_, StoreError>>()?;
@@ -217,19 +290,19 @@ fn write<'a>(
     server: &PublicKey,
     batch: impl Iterator<Item = &'a Reservation>,
 ) -> Result<(), StoreError> {
-    let mut transaction = database.begin_write().map_err(redb::Error::from)?;
-    transaction.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
+    let mut transaction = database.begin_write()?;
+    transaction.set_durability(Durability::Immediate)?;
     {
-        let mut counters = transaction.open_table(COUNTERS).map_err(redb::Error::from)?;
+        let mut counters = transaction.open_table(COUNTERS)?;
         for reservation in batch {
             let row = row(reservation.client(), server);
-            let written = counters.get(row).map_err(redb::Error::from)?.map(|n| n.value());
+            let written = counters.get(row)?.map(|n| n.value());
             if written.is_none_or(|n| n < reservation.n()) {
-                counters.insert(row, reservation.n()).map_err(redb::Error::from)?;
+                counters.insert(row, reservation.n())?;
             }
         }
     }
-    transaction.commit().map_err(redb::Error::from)?;
+    transaction.commit()?;
     Ok(())
 }
 
@@ -238,57 +311,98 @@ fn floor(database: &Database) -> Result<u64, StoreError> {
     floor.map(u64::from_be_bytes).ok_or(StoreError::NotAStore)
 }
 
-fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
-    let transaction = database.begin_read().map_err(redb::Error::from)?;
-    let facts = transaction.open_table(FACTS).map_err(|_| StoreError::NotAStore)?;
-    let fact = facts.get(name).map_err(redb::Error::from)?;
-    Ok(fact.map(|value| value.value().to_vec()))
+/// A database whose header on the disk is still as it was.
+struct Opened {
+    database: Database,
+    header: Arc<Header>,
 }
 
-fn open(file: File) -> Result<Database, StoreError> {
-    let refuse = |error| match error {
-        DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
-            StoreError::NotAStore
-        }
-        other => StoreError::Database(other.into()),
+/// Opens a database, and checks every page of it.
+fn unchanged(pages: impl StorageBackend) -> Result<Opened, StoreError> {
+    // redb would make a new, empty database of an empty file.
+    if pages.len()? == 0 {
+        return Err(StoreError::NotAStore);
+    }
+    let header = Arc::new(Header::held_back());
+    Ok(Opened { database: database(pages, &header)?, header })
+}
+
+/// Refuses a store that is not this server's, and tells whether it may have forgotten something.
+fn examine(
+    pages: impl StorageBackend,
+    server: &PublicKey,
+    origin: &Origin,
+) -> Result<(Opened, Option<Doubt>), StoreError> {
+    let before = pages::last_commit(&pages);
+    let opened = unchanged(pages)?;
+    let is_copy = || {
+        refuse_newer(&opened.database)?;
+        refuse_other(&opened.database, server)?;
+        Ok(fact(&opened.database, ORIGIN)?.is_none_or(|known| known != origin.as_bytes()))
     };
+    let is_copy = is_copy().inspect_err(|_: &StoreError| opened.header.close())?;
+    // Opening it ends with a commit, which takes the other place than the last one did.
+    let is_shortened = opened.header.last_commit() == before;
+    let doubt = if is_shortened { Some(Doubt::Shortened) } else { is_copy.then_some(Doubt::Copy) };
+    Ok((opened, doubt))
+}
+
+/// From here on it takes no counter up to `floor`, and is at home in its file.
+fn settle(database: &Database, origin: &Origin, to: u64) -> Result<(), StoreError> {
+    let floor = floor(database)?.max(to);
+    let transaction = database.begin_write()?;
+    {
+        let mut facts = transaction.open_table(FACTS)?;
+        facts.insert(FLOOR, floor.to_be_bytes().as_slice())?;
+        facts.insert(ORIGIN, origin.as_bytes())?;
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+fn refuse_newer(database: &Database) -> Result<(), StoreError> {
+    let Some(version) = fact(database, VERSION)? else { return Ok(()) };
+    match <[u8; 4]>::try_from(version).map(u32::from_be_bytes) {
+        Ok(version) if version > KNOWN_VERSION => Err(StoreError::Newer(version)),
+        Ok(_) => Ok(()),
+        Err(_) => Err(StoreError::NotAStore),
+    }
+}
+
+fn refuse_other(database: &Database, server: &PublicKey) -> Result<(), StoreError> {
+    let key = fact(database, SERVER)?.and_then(|key| <[u8; 32]>::try_from(key).ok());
+    match key.and_then(|key| PublicKey::try_from(key).ok()) {
+        Some(key) if key == *server => Ok(()),
+        Some(key) => Err(StoreError::OtherServer(key.to_string())),
+        None => Err(StoreError::NotAStore),
+    }
+}
+
+fn fact(database: &Database, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+    let facts = match database.begin_read()?.open_table(FACTS) {
+        Err(TableError::TableDoesNotExist(_) | TableError::TableTypeMismatch { .. }) => {
+            return Err(StoreError::NotAStore);
+        }
+        facts => facts?,
+    };
+    Ok(facts.get(name)?.map(|value| value.value().to_vec()))
+}
+
+/// The pages of a file that nobody else has open.
+fn locked(file: File) -> Result<Pages, StoreError> {
     // The lock goes with the file, and is not taken twice by its duplicates.
     match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse),
-        Err(TryLockError::Error(error)) => return Err(StoreError::Database(redb::Error::Io(error))),
+        Ok(()) => Ok(Pages::of(file)),
+        Err(TryLockError::WouldBlock) => Err(StoreError::InUse),
+        Err(TryLockError::Error(error)) => Err(StoreError::Failed(error)),
     }
-    Database::builder().set_cache_size(CACHE).create_with_backend(Pages(file)).map_err(refuse)
 }
 
-fn is_empty(mut file: &File) -> bool {
-    file.seek(SeekFrom::End(0)).is_ok_and(|length| length == 0)
-}
-
-/// The pages of the store, through a descriptor and by calls that cannot name a file: the verifier may make no others.
-#[derive(Debug)]
-struct Pages(File);
-
-impl StorageBackend for Pages {
-    fn len(&self) -> io::Result<u64> {
-        (&self.0).seek(SeekFrom::End(0))
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(out, offset)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(data, offset)
-    }
+fn database(pages: impl StorageBackend, header: &Arc<Header>) -> Result<Database, StoreError> {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE);
+    builder.set_check_integrity_on_open(true); // else redb believes what a damaged page says, or panics over it
+    Ok(builder.create_with_backend(HeaderLast::new(pages, Arc::clone(header)))?)
 }
 
 fn row(client: &PublicKey, server: &PublicKey) -> [u8; 64] {

@@ -15,15 +15,16 @@ use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::sync::mpsc as channel;
 use tokio::time::MissedTickBehavior;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use super::channel::{Channel, Message};
 use super::clock::{Clock, Jump, unix_now};
 use super::frames::Frame;
 use super::refusals::Refusals;
+use super::repeats::Trouble;
 use super::sandbox::{self, Identity, SandboxError};
 use super::store::{Origin, Store, StoreError};
-use super::{calls, handover, terminal};
+use super::{calls, handover, log, terminal};
 use crate::crypto::PublicKey;
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Registry, Verifier, Withdrawal};
@@ -39,6 +40,9 @@ const WAITING: usize = 1024;
 
 /// Claims that one commit takes.
 const BATCH: usize = 64;
+
+/// Why the database may panic. It keeps its own order, and checks it when the store is opened.
+const CHANGED: &str = "the counter store does not hold what was written to it";
 
 /// Time that the keeper has to say that it is time to go, when the monitor has gone.
 const GRACE: Duration = Duration::from_secs(2);
@@ -103,11 +107,12 @@ pub fn run() -> Result<(), VerifierError> {
     unprivileged.allow_only(calls::VERIFIER)?;
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
-    let mut store = Store::open(store, server).map_err(fail)?;
-    if store.settle_in(origin, unix_now().saturating_add(registry.window)).map_err(fail)? {
+    let floor = unix_now().saturating_add(registry.window);
+    let mut store = Store::open(store, server, origin, floor).map_err(fail)?;
+    if let Some(doubt) = store.doubt() {
         let seconds = registry.window.saturating_add(1);
-        let hint = "it was restored or moved, so it may have forgotten knocks: none of before counts, and for so long none at all";
-        warn!(seconds, hint, "{store_path} is a copy of a counter store");
+        let hint = "so long users cannot knock";
+        warn!(seconds, hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
     }
     let verifier = prepare(&mut store, registry).map_err(fail)?;
     writer.send(store).map_err(|_| VerifierError::WriterGone)?;
@@ -122,6 +127,8 @@ pub fn run() -> Result<(), VerifierError> {
         verifier,
         next: None,
         refusals: Refusals::new(Instant::now()),
+        waiting: 0,
+        is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
         was_narrowed: false,
         is_behind: false,
@@ -166,7 +173,8 @@ fn start_writer() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>
     let is_started = Arc::clone(&started);
     let write = move || {
         is_started.wait();
-        let Ok(mut store) = store.recv() else { return };
+        let Ok(store) = store.recv() else { return };
+        let mut writer = Writer { store, cannot_write: Trouble::default(), is_deleted: false };
         let mut next = None;
         while let Some(first) = next.take().or_else(|| waiting.recv().ok()) {
             let outcome = match first {
@@ -179,10 +187,10 @@ fn start_writer() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>
                             Err(_) => break,
                         }
                     }
-                    Done::Recorded(record(&mut store, batch))
+                    Done::Recorded(writer.record(batch))
                 }
                 Work::Prepare(settings) => Done::Prepared(
-                    prepare_anew(&mut store, settings)
+                    prepare_anew(&mut writer.store, settings)
                         .inspect_err(|cause| error!("the new settings cannot be put in force: {cause}"))
                         .ok()
                         .map(Box::new),
@@ -198,11 +206,40 @@ fn start_writer() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>
     Ok((writer, work, done))
 }
 
-fn record(store: &mut Store, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {
-    Claim::record(batch, store).map_err(|(refusals, cause)| {
-        error!("the counters cannot be written, so nothing is opened: {cause}");
-        refusals
-    })
+/// What the thread beside the lookups has.
+struct Writer {
+    store: Store,
+    cannot_write: Trouble,
+    is_deleted: bool,
+}
+
+impl Writer {
+    fn record(&mut self, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {
+        match log::suspect(CHANGED, || Claim::record(batch, &mut self.store)) {
+            Ok(recorded) => {
+                if self.cannot_write.is_over() {
+                    info!("the counters can be written again, and knocks open what they should");
+                }
+                self.look_whether_it_is_deleted();
+                Ok(recorded)
+            }
+            Err((refusals, cause)) => {
+                if self.cannot_write.is_news(Instant::now()) {
+                    error!("the counters cannot be written, so nothing is opened until they can: {cause}");
+                }
+                Err(refusals)
+            }
+        }
+    }
+
+    /// What is written to a file without a name is durable only as long as somebody has it open.
+    fn look_whether_it_is_deleted(&mut self) {
+        if !self.is_deleted && self.store.is_deleted() {
+            self.is_deleted = true;
+            let hint = "stop the daemon, run `knockq recover`, and start it again";
+            error!(hint, "the counter store was deleted: what is written to it ends with this daemon");
+        }
+    }
 }
 
 fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
@@ -227,6 +264,10 @@ struct Process {
     /// What is to take its place.
     next: Option<Box<Verifier>>,
     refusals: Refusals,
+    /// Claims whose counters are being written, or wait for it.
+    waiting: usize,
+    /// More wait than may.
+    is_slow: Trouble,
     clock: Clock,
     was_narrowed: bool,
     /// The index has not yet reached the clock.
@@ -271,7 +312,7 @@ impl Process {
     async fn carry_out(&mut self, decisions: Vec<Decision>) -> Result<(), VerifierError> {
         for decision in decisions {
             match decision {
-                Decision::Refused(refusal) => self.refusals.count(&refusal),
+                Decision::Refused(refusal) => self.refusals.count(&refusal, Instant::now()),
                 Decision::Claimed(claim) => self.claim(claim)?,
                 Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal).await,
             }
@@ -304,20 +345,25 @@ impl Process {
 
     fn claim(&mut self, claim: Claim) -> Result<(), VerifierError> {
         match self.work.try_send(Work::Record(claim)) {
+            Ok(()) => self.waiting = self.waiting.saturating_add(1),
             Err(mpsc::TrySendError::Full(Work::Record(claim))) => {
-                error!("the counters are written more slowly than knocks come");
-                self.refusals.count(&claim.refuse(Reason::NotDurable));
-                Ok(())
+                if self.is_slow.is_news(Instant::now()) {
+                    warn!("the counters are written more slowly than knocks come: those beyond {WAITING} are refused");
+                }
+                self.refusals.count(&claim.refuse(Reason::NotDurable), Instant::now());
             }
-            Err(mpsc::TrySendError::Disconnected(_)) => Err(VerifierError::WriterGone),
-            _ => Ok(()),
+            Err(_) => return Err(VerifierError::WriterGone),
         }
+        Ok(())
     }
 
     async fn take(&mut self, done: Done) -> Result<(), VerifierError> {
         match done {
             Done::Recorded(Ok(recorded)) => self.settle(recorded).await,
-            Done::Recorded(Err(refusals)) => refusals.iter().for_each(|refusal| self.refusals.count(refusal)),
+            Done::Recorded(Err(refusals)) => {
+                self.waiting = self.waiting.saturating_sub(refusals.len());
+                refusals.iter().for_each(|refusal| self.refusals.count(refusal, Instant::now()));
+            }
             Done::Prepared(next) => {
                 let outcome = if next.is_some() { Message::Ready } else { Message::Unable };
                 self.next = next;
@@ -328,10 +374,11 @@ impl Process {
     }
 
     async fn settle(&mut self, recorded: Vec<Recorded>) {
+        self.waiting = self.waiting.saturating_sub(recorded.len());
         for recorded in recorded {
             match self.verifier.settle(&recorded, unix_now()) {
                 Ok(grant) => self.open(grant).await,
-                Err(refusal) => self.refusals.count(&refusal),
+                Err(refusal) => self.refusals.count(&refusal, Instant::now()),
             }
         }
     }
@@ -344,10 +391,9 @@ impl Process {
         }
     }
 
-    async fn withdraw(&self, withdrawal: Withdrawal) {
-        let Withdrawal { user, source, elsewhere, ports } = withdrawal;
-        let hint = Reason::SpentTwice.explanation();
-        warn!(reason = %Reason::SpentTwice, %user, %source, %elsewhere, hint, "withdrawn");
+    async fn withdraw(&mut self, withdrawal: Withdrawal) {
+        self.refusals.count_withdrawal(&withdrawal, Instant::now());
+        let Withdrawal { user, source, ports, .. } = withdrawal;
         for port in ports {
             self.ask(&Frame::Close { source, port, user: user.clone() }).await;
         }
@@ -379,6 +425,9 @@ impl Process {
         self.is_behind = self.verifier.advance(now, SLICE);
         self.verifier.forget(now);
         self.refusals.tell(Instant::now());
+        if self.waiting == 0 && self.is_slow.is_over() {
+            info!("the counters of all knocks that waited are written");
+        }
         let is_narrowed = self.verifier.is_narrowed(now);
         if is_narrowed && !self.was_narrowed {
             warn!("many wrong tags: for a minute only knocks with a clock within 5 s are looked up");
@@ -400,14 +449,14 @@ async fn hear(keeper: &Channel, keeper_speaks: &UnixDatagram) -> io::Result<Opti
 
 /// Decides on a block of packets. Strangers' SYNs, which are nearly all, end here.
 fn decide(verifier: &mut Verifier, refusals: &mut Refusals, block: &[u8]) -> Vec<Decision> {
-    let now = unix_now();
+    let (now, told_at) = (unix_now(), Instant::now());
     verifier.advance(now, SLICE);
     let mut decisions = Vec::new();
     for packet in records(block) {
         match verifier.handle(packet, now) {
             Decision::Refused(refusal) => {
                 debug!(reason = %refusal.reason, source = ?refusal.source, "packet");
-                refusals.count(&refusal);
+                refusals.count(&refusal, told_at);
             }
             decision => decisions.push(decision),
         }

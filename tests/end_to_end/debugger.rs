@@ -4,6 +4,7 @@
 use std::time::Duration;
 use std::{fs, thread};
 
+use nix::errno::Errno;
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -54,14 +55,14 @@ impl Traced {
         self.next_stop().rax.cast_signed()
     }
 
-    /// Has the call that it is about to make name no descriptor, so that the kernel refuses it.
-    pub(crate) fn refuse(&self) {
-        let mut registers = ptrace::getregs(self.thread).unwrap();
-        let descriptor = std::mem::replace(&mut registers.rdi, u64::MAX);
-        ptrace::setregs(self.thread, registers).unwrap();
-        let mut registers = self.next_stop();
-        registers.rdi = descriptor; // which its code may still hold there
-        ptrace::setregs(self.thread, registers).unwrap();
+    /// Has the call that it is about to make fail as if the kernel had refused it.
+    pub(crate) fn refuse(&self, error: Errno) {
+        let mut asked = ptrace::getregs(self.thread).unwrap();
+        asked.orig_rax = SCHED_YIELD; // which does nothing, and no list of calls forbids
+        ptrace::setregs(self.thread, asked).unwrap();
+        let mut answered = self.next_stop();
+        answered.rax = (-i64::from(error as i32)).cast_unsigned();
+        ptrace::setregs(self.thread, answered).unwrap();
     }
 
     /// Lets it run freely again.
@@ -85,6 +86,8 @@ impl Traced {
         waitpid(self.thread, Some(WaitPidFlag::__WALL)).unwrap()
     }
 }
+
+const SCHED_YIELD: u64 = 24;
 
 /// The kernel has this result in store for a call that it has not made.
 fn is_entry(registers: &user_regs_struct) -> bool {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use crate::lab::{Daemon, FAMILIES, Lab, succeeds};
+use crate::lab::{FAMILIES, Lab, succeeds};
 use crate::unix_now;
 
 /// Seconds of the default window. A shorter one would let the clock refuse a replay before the new store can.
@@ -90,19 +90,4 @@ fn recover_is_refused_while_the_daemon_runs_even_if_its_store_is_deleted() {
     assert!(!lab.store().exists());
     daemon.stop();
     succeeds(&lab.knockq(&lab.server, &["recover", "--config", &config]));
-}
-
-/// redb panics over some kinds of damage.
-#[test]
-fn a_panic_over_a_damaged_store_is_told_in_a_line_that_says_where() {
-    let lab = Lab::new();
-    let mut bytes = fs::read(lab.store()).unwrap();
-    let name = bytes.windows(8).position(|name| name == b"counters").unwrap();
-    bytes[name] = 0xff;
-    fs::write(lab.store(), bytes).unwrap();
-    let mut daemon = Daemon::spawn(&lab, &[]);
-    assert!(daemon.end().is_some_and(|code| code != 0));
-    let log = daemon.log();
-    assert!(log.contains("verifier: error: a fault in knockq: ") && log.contains("place="), "{log}");
-    assert!(!log.contains("a system call that it never makes"), "{log}");
 }

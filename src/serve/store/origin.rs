@@ -6,11 +6,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::time::UNIX_EPOCH;
 
-use super::{FACTS, FLOOR, Store, StoreError, fact, floor};
-
-/// The file that the store was made in.
-pub(super) const ORIGIN: &str = "origin";
-
 /// A file, told from all others: no tool makes another one that is the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Origin([u8; 24]);
@@ -35,29 +30,6 @@ impl Origin {
     }
 }
 
-impl Store {
-    /// Makes a store that was copied at home in its file, and takes no counter up to `since` any more: whatever it has
-    /// forgotten stays spent. Tells whether it was a copy.
-    ///
-    /// # Errors
-    /// When it cannot be read or written.
-    pub fn settle_in(&mut self, origin: Origin, since: u64) -> Result<bool, StoreError> {
-        let database = self.database()?;
-        if fact(database, ORIGIN)?.is_some_and(|known| known == origin.as_bytes()) {
-            return Ok(false);
-        }
-        let since = floor(database)?.max(since);
-        let transaction = database.begin_write().map_err(redb::Error::from)?;
-        {
-            let mut facts = transaction.open_table(FACTS).map_err(redb::Error::from)?;
-            facts.insert(FLOOR, since.to_be_bytes().as_slice()).map_err(redb::Error::from)?;
-            facts.insert(ORIGIN, origin.as_bytes()).map_err(redb::Error::from)?;
-        }
-        transaction.commit().map_err(redb::Error::from)?;
-        Ok(true)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -66,7 +38,7 @@ mod tests {
 
     use rustix::fs::{MemfdFlags, memfd_create};
 
-    use super::{Origin, Store};
+    use super::super::{Doubt, Origin, Store};
     use crate::crypto::PrivateKey;
 
     fn memory() -> File {
@@ -82,10 +54,12 @@ mod tests {
         io::copy(&mut File::open(format!("/proc/self/fd/{}", home.as_raw_fd())).unwrap(), &mut &elsewhere).unwrap();
 
         let floor = |file: &File, since| {
-            let mut store = Store::open(file.try_clone().unwrap(), server).unwrap();
-            let was_copy = store.settle_in(Origin::of(file).unwrap(), since).unwrap();
-            (was_copy, store.last_counters([server].into_iter()).unwrap()[&server])
+            let origin = Origin::of(file).unwrap();
+            let mut store = Store::open(file.try_clone().unwrap(), server, origin, since).unwrap();
+            let is_copy = store.doubt() == Some(Doubt::Copy);
+            (is_copy, store.last_counters([server].into_iter()).unwrap()[&server])
         };
+        assert_eq!(Store::check(elsewhere.try_clone().unwrap(), &server).unwrap(), Some(Doubt::Copy), "and stays one");
         assert_eq!(floor(&home, 20), (false, 10));
         assert_eq!(floor(&elsewhere, 20), (true, 20));
         assert_eq!(floor(&elsewhere, 30), (false, 20), "at home now");

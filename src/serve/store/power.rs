@@ -6,10 +6,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
-use redb::{Database, StorageBackend};
+use redb::StorageBackend;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{CACHE, Pages, Store};
+use super::{Origin, Pages, Store, examine};
 use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, PublicKey, Side};
 use crate::verify::{Counters, Ledger, Reservation};
 
@@ -49,7 +49,7 @@ impl Step {
 }
 
 /// The pages of a store, and all that was asked of them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Recorder {
     pages: Pages,
     steps: Arc<Mutex<Vec<Step>>>,
@@ -162,12 +162,13 @@ fn server() -> PublicKey {
     key(usize::MAX >> 1)
 }
 
-/// A store over a disk of these bytes that is recorded.
+/// A store over a disk of these bytes that is recorded, from when it is opened.
 fn recorded(begin: &[u8]) -> (Store, Arc<Mutex<Vec<Step>>>) {
     let (file, steps) = (memory(begin), Arc::default());
-    let recorder = Recorder { pages: Pages(file.try_clone().unwrap()), steps: Arc::clone(&steps) };
-    let database = Database::builder().set_cache_size(CACHE).create_with_backend(recorder).unwrap();
-    (Store { database: Some(database), file, server: server() }, steps)
+    let recorder = Recorder { pages: Pages::of(file.try_clone().unwrap()), steps: Arc::clone(&steps) };
+    let (opened, doubt) = examine(recorder.clone(), &server(), &Origin::of(&file).unwrap()).unwrap();
+    opened.header.let_go(&recorder).unwrap();
+    (Store { database: Some(opened.database), file, server: server(), doubt }, steps)
 }
 
 /// Each batch of clients spends the next counter, until the power fails.
@@ -190,7 +191,11 @@ fn new_store() -> Vec<u8> {
 
 /// It opens, knows what had taken effect, and takes what comes next.
 fn is_recovered(image: &[u8], effects: &[(usize, usize, u64)]) {
-    let mut store = Store::open(memory(image), server()).unwrap();
+    let mut store = {
+        let file = memory(image);
+        let origin = Origin::of(&file).unwrap();
+        Store::open(file, server(), origin, 0).unwrap()
+    };
     let clients = effects.iter().map(|(_, clients, _)| *clients).max().unwrap_or(1);
     let last = store.last_counters((0..clients).map(key)).unwrap();
     for (_, clients, n) in effects {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 
 use super::knock;
@@ -125,7 +126,7 @@ fn a_renewal_that_the_kernel_refuses_leaves_the_grant_of_before() {
         monitor.run_to(&[SENDTO]); // the verdict
         monitor.finish();
         monitor.run_to(&[SENDTO]); // the element
-        monitor.refuse();
+        monitor.refuse(Errno::EBADF);
         monitor.release();
         let line = format!(
             "not granted: netlink: Bad file descriptor (os error 9) user=alice service=ssh source={}",

@@ -1,0 +1,151 @@
+//! A process stands still for a time, and then goes on.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{count, send};
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, resident};
+use crate::recorded::persona;
+use crate::{flow, raw_socket};
+
+const STOPPED: Duration = Duration::from_secs(10);
+
+/// KiB that a process may have grown by, in buffers that fill once.
+const GROWTH: u64 = 3_072;
+
+#[test]
+fn what_was_sent_to_a_process_that_stands_still_opens_when_it_goes_on() {
+    let lab = Lab::with("open_for = \"3s\"");
+    let daemon = lab.start();
+    for (role, process) in &daemon.processes()[1..] {
+        for family in FAMILIES {
+            kill(*process, Signal::SIGSTOP).unwrap();
+            lab.knock(family, &[]);
+            lab.stays_shut(family);
+            kill(*process, Signal::SIGCONT).unwrap();
+            lab.wait_for_door(family.alice(), 22);
+            eventually(role, || lab.door(family.alice(), 22).is_none());
+        }
+    }
+    daemon.stop();
+}
+
+#[test]
+fn a_verifier_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once() {
+    stands_still(2, |daemon, _| {
+        let told = "the verifier is slower than the SYNs come: some were dropped unseen";
+        eventually("the count of what it did not see", || count(daemon, told) > 0);
+    });
+}
+
+#[test]
+fn a_monitor_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once() {
+    stands_still(1, |_, dropped| assert!(dropped > 0, "the kernel dropped nothing"));
+}
+
+/// Stops a process by its place, for ten seconds, while mallory sends SYNs as fast as she can.
+fn stands_still(place: usize, is_counted: impl Fn(&Daemon, u64)) {
+    let lab = Lab::with("open_for = \"3s\"");
+    let daemon = lab.start();
+    let processes = daemon.processes();
+    let (role, process) = processes[place];
+    flood(&lab, || thread::sleep(Duration::from_secs(1))); // what is allocated once is there
+    let (before, dropped) = (memory(&processes), dropped_by_the_kernel(&lab));
+    flood(&lab, || {
+        kill(process, Signal::SIGSTOP).unwrap();
+        thread::sleep(STOPPED / 2);
+        for family in FAMILIES {
+            lab.knock(family, &[]); // which is lost among the others, most likely
+        }
+        thread::sleep(STOPPED / 2);
+        for family in FAMILIES {
+            assert_eq!(lab.door(family.alice(), 22), None);
+            assert!(!lab.mallory.reaches(family.server(), 22));
+        }
+        has_not_grown(&before, &memory(&processes));
+        kill(process, Signal::SIGCONT).unwrap();
+    });
+    for family in FAMILIES {
+        eventually("closing", || lab.door(family.alice(), 22).is_none());
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        assert_eq!(lab.door(family.mallory(), 22), None, "{role}");
+    }
+    has_not_grown(&before, &memory(&processes));
+    is_counted(&daemon, dropped_by_the_kernel(&lab) - dropped);
+    daemon.stop();
+}
+
+#[test]
+fn while_the_keeper_stands_still_knocks_go_on_and_a_reload_waits() {
+    let lab = Lab::with("open_for = \"3s\"");
+    let daemon = lab.start();
+    kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    kill(daemon.pid(), Signal::SIGHUP).unwrap();
+    thread::sleep(STOPPED);
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        eventually("closing", || lab.door(family.alice(), 22).is_none());
+    }
+    assert_eq!(count(&daemon, "knockq: reloaded"), 0);
+    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    eventually("the reload", || count(&daemon, "knockq: reloaded") == 1);
+    daemon.stop();
+}
+
+fn memory(processes: &[(&str, Pid)]) -> Vec<u64> {
+    processes.iter().map(|(_, process)| resident(*process)).collect()
+}
+
+#[track_caller]
+fn has_not_grown(before: &[u64], now: &[u64]) {
+    assert!(before.iter().zip(now).all(|(before, now)| *now <= before + GROWTH), "from {before:?} to {now:?} KiB");
+}
+
+/// Does something while mallory sends SYNs to knock ports, as fast as she can.
+fn flood(lab: &Lab, work: impl FnOnce()) {
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _over = Over(&is_over);
+        scope.spawn(|| {
+            lab.mallory.enter(|| {
+                let sockets = FAMILIES.map(|family| (family, raw_socket(family), syns(family)));
+                for number in (0..).take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                    for (family, socket, syns) in &sockets {
+                        send(socket, *family, &syns[number % syns.len()]);
+                    }
+                }
+            });
+        });
+        work();
+    });
+}
+
+/// Ends the flood, also when what goes on meanwhile fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn syns(family: Family) -> Vec<Vec<u8>> {
+    let syn = |number: u16| {
+        let flow = flow(family.mallory(), family.server(), 20_000 + number);
+        persona(family == Family::V4).syn(&flow, u32::from(number).wrapping_mul(0x9e37_79b9), 7).unwrap()
+    };
+    (0..1_024).map(syn).collect()
+}
+
+/// Packets that found the queue or its socket full (net/netfilter/nfnetlink_queue.c, `seq_show`).
+fn dropped_by_the_kernel(lab: &Lab) -> u64 {
+    let text = lab.server.enter(|| fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue")).unwrap();
+    text.split_whitespace().skip(5).take(2).map(|field| field.parse::<u64>().unwrap()).sum()
+}
