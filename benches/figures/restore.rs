@@ -33,7 +33,7 @@ fn window(family: Family) -> Duration {
     lab.server.serve(22);
     lab.server.nft(&["add table inet knockq"]); // a plain table, which a daemon cannot own
     let daemon = lab.start();
-    let prober = Prober::with_pauses(&lab, family, PAUSE);
+    let prober = Prober::start(&lab, family, PAUSE);
     thread::sleep(Duration::from_millis(100));
     let start = Instant::now();
     lab.server.nft(&["delete table inet knockq"]);

@@ -1,4 +1,4 @@
-//! A stranger who tries the guarded port without a pause.
+//! A stranger who tries the guarded port again and again.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,12 +35,8 @@ pub struct Probed {
 }
 
 impl Prober {
-    pub fn start(lab: &Lab, family: Family) -> Self {
-        Self::with_pauses(lab, family, Duration::ZERO)
-    }
-
-    /// The same with a pause after each SYN, so that others have the processor too.
-    pub fn with_pauses(lab: &Lab, family: Family, pause: Duration) -> Self {
+    /// With a pause after each SYN, so that others have the processor too, or with none.
+    pub fn start(lab: &Lab, family: Family, pause: Duration) -> Self {
         let namespace = fs::File::open(format!("/run/netns/{}", lab.mallory.name)).unwrap();
         let is_over = Arc::new(AtomicBool::new(false));
         let is_told = Arc::clone(&is_over);

@@ -56,7 +56,7 @@ fn whatever_is_taken_from_the_table_an_owned_one_answers_no_stranger_and_another
         lines
     };
     let right = rules();
-    let probers = FAMILIES.map(|family| Prober::start(&lab, family));
+    let probers = FAMILIES.map(|family| Prober::start(&lab, family, Duration::ZERO));
     let mut windows = Vec::new();
     for (number, (what, edit)) in (1..).zip(FAULTS) {
         let start = Instant::now();
@@ -92,7 +92,7 @@ fn whatever_is_taken_from_the_table_an_owned_one_answers_no_stranger_and_another
 fn no_stranger_is_answered_while_the_daemon_is_killed_started_and_reloaded() {
     let lab = Lab::with("open_for = \"1h\"");
     let mut daemon = lab.start();
-    let probers = FAMILIES.map(|family| Prober::start(&lab, family));
+    let probers = FAMILIES.map(|family| Prober::start(&lab, family, Duration::ZERO));
     for place in [0, 1, 2] {
         kill(daemon.processes()[place].1, Signal::SIGKILL).unwrap();
         daemon.end();
@@ -165,7 +165,7 @@ fn tables_of_others_come_and_go_and_ours_is_not_touched() {
         )
     });
     fs::write(&rules, text.concat()).unwrap();
-    let probers = FAMILIES.map(|family| Prober::start(&lab, family));
+    let probers = FAMILIES.map(|family| Prober::start(&lab, family, Duration::ZERO));
     for _ in 0..8 {
         lab.server.nft(&["-f", rules.to_str().unwrap()]);
         lab.server.nft(&["flush table ip filter; delete table inet firewall; delete table inet knockq_of_others"]);
