@@ -203,7 +203,7 @@ fn a_store_that_was_damaged_is_refused_at_the_start_and_recover_keeps_spent_what
         without_names,
         whole.iter().map(|byte| byte ^ 0x10).collect(),
         [&whole[..4096], &vec![0; whole.len() - 4096][..]].concat(),
-        whole[..whole.len() / 2].to_vec(),
+        whole[..5000].to_vec(),
     ] {
         fs::write(store(&lab), damaged).unwrap();
         let mut daemon = Daemon::spawn(&lab, &[]);
