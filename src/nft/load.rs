@@ -65,10 +65,10 @@ pub(super) fn list_table(table: &str) -> Result<String, NftError> {
     run(&["-j", "list", "table", "inet", table], "").map_err(missing)
 }
 
-/// Whether a table is there but looks at no packet, which nft's JSON does not tell.
-pub(super) fn is_dormant(table: &str) -> Result<bool, NftError> {
-    let listing = run(&["-t", "list", "table", "inet", table], "").map_err(missing)?;
-    Ok(listing.lines().any(|line| line.starts_with("\tflags ") && line.contains("dormant")))
+/// The same as text and without elements. It has what nft's JSON leaves out: the table's flags, and in nft 0.9.8 what limits
+/// a set.
+pub(super) fn list_frame(table: &str) -> Result<String, NftError> {
+    run(&["-t", "list", "table", "inet", table], "").map_err(missing)
 }
 
 /// One of our sets, as JSON.
