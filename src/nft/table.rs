@@ -94,6 +94,7 @@ fn content(mut object: Value) -> Option<Value> {
     let about = about.as_object_mut()?;
     about.remove("handle");
     about.remove("table");
+    about.remove("count"); // the elements, as nft 1.1.7 tells
     if is_of_doors {
         about.remove("elem");
     } else if let Some(elements) = about.get_mut("elem").and_then(Value::as_array_mut) {
