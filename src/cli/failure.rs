@@ -109,7 +109,12 @@ impl From<NftError> for Failure {
         let failure = Self::new(error.to_string());
         match error {
             NftError::Missing => failure.hint("apt-get install nftables"),
-            NftError::NoQueueStatement => failure.hint("modprobe nft_queue, or boot a distribution's kernel"),
+            NftError::Lacks(word) => failure
+                .hint(format!(
+                    "modprobe {}; else boot a distribution's kernel, or install nftables 0.9.8 or newer",
+                    word.module
+                ))
+                .code(CONFIGURATION),
             NftError::NotPermitted(_) => failure.hint("run this as root").code(PERMISSION),
             NftError::Refused(_) => failure.hint("see the table with `nft list table inet knockq`"),
             NftError::NoTable => failure.hint("the gate does not stand: start `knockq serve`"),
@@ -147,6 +152,9 @@ impl From<ServeError> for Failure {
             ServeError::Store(error) => error.into(),
             ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
             ServeError::Account(SandboxError::Step { .. } | SandboxError::NotGone(_)) => Self::new(message),
+            ServeError::Account(SandboxError::Unprovable) => Self::new(message)
+                .hint("boot Linux 5.9 or newer, with CONFIG_SECCOMP_FILTER as every distribution has it")
+                .code(CONFIGURATION),
             ServeError::Account(_) => Self::new(message).code(CONFIGURATION),
             ServeError::QueueTaken { .. } => {
                 Self::new(message).hint("is another knockq running? Else set `queue = N` in [server]")

@@ -10,8 +10,50 @@ use super::TABLE;
 /// Where every distribution has it; never looked up by name, for this runs as root.
 const NFT: &str = "/usr/sbin/nft";
 
-/// A table that holds a queue statement and nothing else: if nft refuses this, the kernel lacks `nft_queue`.
-const PROBE: &str = "table inet knockq_probe {\n chain c {\n queue num 65535\n }\n}\n";
+/// A word of the ruleset that kernels may lack, and nft too where it is old.
+#[derive(Debug)]
+pub struct Word {
+    name: &'static str,
+    /// The kernel's module for it, and its option.
+    pub module: &'static str,
+    option: &'static str,
+    /// What stands in a ruleset that needs it.
+    sign: &'static str,
+    /// The contents of a table that needs it and nothing else.
+    probe: &'static str,
+}
+
+/// Each is tried by itself, because no version number tells: distributions add to old kernels and leave out of new ones.
+const WORDS: [Word; 4] = [
+    Word {
+        name: "`queue` statement",
+        module: "nft_queue",
+        option: "CONFIG_NFT_QUEUE",
+        sign: "queue num",
+        probe: "chain c { queue num 65535; };",
+    },
+    Word {
+        name: "`limit` in a set",
+        module: "nft_limit",
+        option: "CONFIG_NFT_LIMIT",
+        sign: "limit rate",
+        probe: "set s { type ipv4_addr; size 1; flags dynamic,timeout; limit rate 1/week burst 1 packets; };",
+    },
+    Word {
+        name: "`fib` expression",
+        module: "nft_fib_inet",
+        option: "CONFIG_NFT_FIB_INET",
+        sign: "fib daddr",
+        probe: "chain c { type filter hook prerouting priority 0; fib daddr type local; };",
+    },
+    Word {
+        name: "`reject` before routing",
+        module: "nft_reject_inet",
+        option: "CONFIG_NFT_REJECT_INET",
+        sign: "reject with",
+        probe: "chain c { type filter hook prerouting priority 0; reject with icmpx type port-unreachable; };",
+    },
+];
 
 /// Why nft did not do it.
 #[derive(Debug, Error)]
@@ -22,9 +64,9 @@ pub enum NftError {
     /// It could not be run.
     #[error("{NFT}: {0}")]
     Run(#[from] io::Error),
-    /// The kernel has no queue statement for nft.
-    #[error("nft: this kernel has no `queue` statement (CONFIG_NFT_QUEUE)")]
-    NoQueueStatement,
+    /// The kernel has no such word for nft, or nft itself does not know it.
+    #[error("nft: this kernel has no {} ({}), or this nft is too old for it", .0.name, .0.option)]
+    Lacks(&'static Word),
     /// The table is not there.
     #[error("nft: there is no table inet {TABLE}")]
     NoTable,
@@ -49,7 +91,7 @@ pub enum NftError {
 /// # Errors
 /// With what nft said.
 pub fn load(ruleset: &str) -> Result<(), NftError> {
-    run(&["-f", "-"], ruleset).map(drop).map_err(explain)
+    run(&["-f", "-"], ruleset).map(drop).map_err(|error| explain(error, ruleset))
 }
 
 /// Lets nft and the kernel check a ruleset without applying it.
@@ -57,7 +99,7 @@ pub fn load(ruleset: &str) -> Result<(), NftError> {
 /// # Errors
 /// With what nft said.
 pub fn check(ruleset: &str) -> Result<(), NftError> {
-    run(&["-c", "-f", "-"], ruleset).map(drop).map_err(explain)
+    run(&["-c", "-f", "-"], ruleset).map(drop).map_err(|error| explain(error, ruleset))
 }
 
 /// A table of family inet, as JSON.
@@ -65,10 +107,10 @@ pub(super) fn list_table(table: &str) -> Result<String, NftError> {
     run(&["-j", "list", "table", "inet", table], "").map_err(missing)
 }
 
-/// Whether a table is there but looks at no packet, which nft's JSON does not tell.
-pub(super) fn is_dormant(table: &str) -> Result<bool, NftError> {
-    let listing = run(&["-t", "list", "table", "inet", table], "").map_err(missing)?;
-    Ok(listing.lines().any(|line| line.starts_with("\tflags ") && line.contains("dormant")))
+/// The same as text and without elements. It has what nft's JSON leaves out: the table's flags, and in nft 0.9.8 what limits
+/// a set.
+pub(super) fn list_frame(table: &str) -> Result<String, NftError> {
+    run(&["-t", "list", "table", "inet", table], "").map_err(missing)
 }
 
 /// One of our sets, as JSON.
@@ -83,12 +125,25 @@ fn missing(error: NftError) -> NftError {
     }
 }
 
-/// nft says only `No such file or directory` when a statement's module is missing, so ask it about that alone.
-fn explain(error: NftError) -> NftError {
-    match error {
-        NftError::Refused(_) if run(&["-c", "-f", "-"], PROBE).is_err() => NftError::NoQueueStatement,
-        other => other,
+/// nft says only `No such file or directory` when a module is missing, and points to lines that nobody has seen, so ask it
+/// about each word alone.
+fn explain(error: NftError, ruleset: &str) -> NftError {
+    let NftError::Refused(said) = &error else { return error };
+    let is_lacking = |word: &&Word| {
+        let table = format!("table inet knockq_probe {{ {} }}\n", word.probe);
+        ruleset.contains(word.sign) && run(&["-c", "-f", "-"], &table).is_err()
+    };
+    match WORDS.iter().find(is_lacking) {
+        Some(word) => NftError::Lacks(word),
+        None => NftError::Refused(with_its_line(said, ruleset)),
     }
+}
+
+/// What nft said, with the line that it is about, which nft 0.9.8 does not show.
+fn with_its_line(said: &str, ruleset: &str) -> String {
+    let number = said.split(':').nth(1).and_then(|number| number.parse::<usize>().ok());
+    let line = number.and_then(|number| ruleset.lines().nth(number.checked_sub(1)?));
+    line.filter(|line| !said.contains(line)).map_or_else(|| said.to_owned(), |line| format!("{said}\n{line}"))
 }
 
 fn run(arguments: &[&str], input: &str) -> Result<String, NftError> {

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use thiserror::Error;
 
-use super::load::{NftError, is_dormant, list_table, load};
+use super::load::{NftError, list_frame, list_table, load};
 use super::{Doors, ElementError, Ownership, Ruleset, TABLE};
 
 /// Name of the table that is made for comparison only: dormant, so that it touches no packet.
@@ -53,7 +53,8 @@ pub fn remove() -> Result<(), TableError> {
 /// When nft cannot make the ruleset, or list it. That there is no table is no error.
 pub fn is_live(ruleset: &Ruleset) -> Result<bool, NftError> {
     let Ok(live) = list_table(TABLE) else { return Ok(false) };
-    if is_dormant(TABLE)? {
+    let live_frame = list_frame(TABLE)?;
+    if live_frame.lines().any(|line| is_flags(line) && line.contains("dormant")) {
         return Ok(false);
     }
     let fresh = format!("add table inet {SHADOW}\ndelete table inet {SHADOW}\n");
@@ -61,9 +62,20 @@ pub fn is_live(ruleset: &Ruleset) -> Result<bool, NftError> {
         .render(SHADOW)
         .replace(&format!("add table inet {SHADOW}\n"), &format!("add table inet {SHADOW} {{ flags dormant; }}\n"));
     load(&(fresh.clone() + &dormant))?;
-    let shadow = list_table(SHADOW);
+    let (shadow, shadow_frame) = (list_table(SHADOW), list_frame(SHADOW));
     load(&fresh)?;
-    Ok(contents(&live) == contents(&shadow?))
+    Ok(contents(&live) == contents(&shadow?) && frame(&live_frame).eq(frame(&shadow_frame?)))
+}
+
+/// Whether a line says what kind of table this is; those of sets are further in.
+fn is_flags(line: &str) -> bool {
+    line.starts_with("\tflags ")
+}
+
+/// What a table says but for its name, its flags, and nft's remarks: newer ones tell the number of elements.
+fn frame(listing: &str) -> impl Iterator<Item = &str> {
+    let lines = listing.lines().skip(1).filter(|line| !is_flags(line) && !line.is_empty());
+    lines.map(|line| line.split_once('#').map_or(line, |(said, _)| said).trim_end())
 }
 
 /// What a table is made of, as far as the ruleset says it.
@@ -82,6 +94,7 @@ fn content(mut object: Value) -> Option<Value> {
     let about = about.as_object_mut()?;
     about.remove("handle");
     about.remove("table");
+    about.remove("count"); // the elements, as nft 1.1.7 tells
     if is_of_doors {
         about.remove("elem");
     } else if let Some(elements) = about.get_mut("elem").and_then(Value::as_array_mut) {

@@ -27,7 +27,8 @@ use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq, resident};
 const BOUND: Duration = Duration::from_secs(60);
 
 /// Lines of a start.
-const AT_START: [&str; 4] = ["knockq: ready", "there is no user", "the table is owned", "others can flush the gate"];
+const AT_START: [&str; 5] =
+    ["knockq: ready", "there is no user", "has no Landlock", "the table is owned", "others can flush the gate"];
 
 /// A daemon, one process of which is played here.
 struct Owned {
@@ -197,7 +198,8 @@ impl World {
         for line in listing.lines() {
             is_door |= line.contains("expires");
             if !is_door && !line.contains("flags owner") {
-                rules.push(line.split(" # ").next().unwrap().to_owned()); // whose table it is, changes with the daemon
+                // nft's remarks change: whose table it is, and in newer ones how many doors are open.
+                rules.push(line.split('#').next().unwrap().trim_end().to_owned());
             }
             is_door &= !line.contains('}');
         }

@@ -154,8 +154,8 @@ fn with_timestamps_off_a_knock_is_refused_with_a_hint_and_nothing_leaves() {
 #[test]
 fn where_loopback_is_shut_a_knock_is_refused_with_a_hint_and_nothing_leaves() {
     let lab = Lab::new();
-    lab.alice.nft(&["add table inet shut; add chain inet shut in { type filter hook input priority 0; }"]);
-    lab.alice.nft(&["add rule inet shut in iif lo drop"]);
+    lab.alice.nft(&["add table inet shut; add chain inet shut arriving { type filter hook input priority 0; }"]);
+    lab.alice.nft(&["add rule inet shut arriving iif lo drop"]);
     for family in FAMILIES {
         let said = is_refused(&lab, family, &[]);
         assert!(said.contains("cannot see this kernel's own SYN over loopback: timed out"), "{said}");
