@@ -455,7 +455,7 @@ fn decide(verifier: &mut Verifier, refusals: &mut Refusals, block: &[u8]) -> Vec
     for packet in records(block) {
         match verifier.handle(packet, now) {
             Decision::Refused(refusal) => {
-                debug!(reason = %refusal.reason, source = ?refusal.source, "packet");
+                debug!(reason = %refusal.reason, user = ?refusal.user, source = ?refusal.source, "packet");
                 refusals.count(&refusal, told_at);
             }
             decision => decisions.push(decision),

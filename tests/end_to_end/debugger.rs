@@ -58,9 +58,10 @@ impl Traced {
     /// Has the call that it is about to make fail as if the kernel had refused it.
     pub(crate) fn refuse(&self, error: Errno) {
         let mut asked = ptrace::getregs(self.thread).unwrap();
-        asked.orig_rax = SCHED_YIELD; // which does nothing, and no list of calls forbids
+        let descriptor = std::mem::replace(&mut asked.rdi, u64::MAX); // with which it does nothing
         ptrace::setregs(self.thread, asked).unwrap();
         let mut answered = self.next_stop();
+        answered.rdi = descriptor; // which its code may still hold there
         answered.rax = (-i64::from(error as i32)).cast_unsigned();
         ptrace::setregs(self.thread, answered).unwrap();
     }
@@ -86,8 +87,6 @@ impl Traced {
         waitpid(self.thread, Some(WaitPidFlag::__WALL)).unwrap()
     }
 }
-
-const SCHED_YIELD: u64 = 24;
 
 /// The kernel has this result in store for a call that it has not made.
 fn is_entry(registers: &user_regs_struct) -> bool {

@@ -13,7 +13,7 @@ use rustix::net::{SendFlags, sendto};
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, resident};
 use crate::recorded::persona;
-use crate::{flow, raw_socket, tcp_offset};
+use crate::{UntilDropped, flow, raw_socket, tcp_offset};
 
 /// What the sender does, at least.
 const FLOOD: Duration = Duration::from_secs(2);
@@ -252,9 +252,10 @@ fn packets(lab: &Lab, family: Family) -> Vec<Vec<u8>> {
 fn flood(lab: &Lab, packets: &[Vec<Vec<u8>>; 2], work: impl FnOnce()) {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let until_dropped = UntilDropped(&is_over);
         scope.spawn(|| lab.mallory.enter(|| send_all(packets, &is_over)));
         work();
-        is_over.store(true, Ordering::Relaxed);
+        drop(until_dropped);
     });
 }
 

@@ -24,6 +24,7 @@ mod wire;
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -93,6 +94,15 @@ impl Lab {
         let used =
             files.flat_map(|text| text.lines().filter_map(|line| line.parse::<u64>().ok()).collect::<Vec<_>>()).max();
         unix_now().max(used.unwrap_or(0) + 1)
+    }
+}
+
+/// Until this is dropped, also because something failed, other threads of a test go on.
+pub(crate) struct UntilDropped<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for UntilDropped<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{SendFlags, send};
 
+use crate::UntilDropped;
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq, resident};
 
 /// Time after which all must be gone. Two children that are killed take 5 s each, but an emulated machine is slow.
@@ -365,15 +366,6 @@ fn frames_that_come_again_or_out_of_order_do_what_they_say_and_no_more() {
     }
     verifier.stop();
     nothing_else_changed(&lab, &world, 0);
-}
-
-/// Whatever happens, a flood must end with its test.
-struct UntilDropped<'a>(&'a AtomicBool);
-
-impl Drop for UntilDropped<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Requests of all kinds that are permitted, as fast as they go: doors for ever new sources of both families, the same door

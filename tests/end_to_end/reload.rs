@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, refused, succeeds};
 use crate::recorded::persona;
-use crate::{daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
+use crate::{UntilDropped, daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
 
 impl Lab {
     pub(crate) fn edit(&self, file: &str, from: &str, to: &str) {
@@ -158,6 +158,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
         let sent = thread::scope(|scope| {
             let next = &mut next;
             let is_over = &is_over;
+            let until_dropped = UntilDropped(is_over);
             let (lab, key, ports) = (&lab, &key, &ports);
             let knocking = scope.spawn(move || {
                 lab.alice.enter(|| {
@@ -181,7 +182,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
                 lab.trust(&format!("192.0.2.{network}"));
                 reload(&mut daemon);
             }
-            is_over.store(true, Ordering::Relaxed);
+            drop(until_dropped);
             knocking.join().unwrap()
         });
         let grants = || daemon.log().matches(&format!("source={} ", family.alice())).count();
@@ -265,6 +266,7 @@ fn the_gate_stands_after_reloads_during_which_others_flush_it() {
     let daemon = lab.start();
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let until_dropped = UntilDropped(&is_over);
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 lab.server.sh("nft flush ruleset 2>/dev/null || true");
@@ -277,7 +279,7 @@ fn the_gate_stands_after_reloads_during_which_others_flush_it() {
             daemon.signal(Signal::SIGHUP);
             eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
         }
-        is_over.store(true, Ordering::Relaxed);
+        drop(until_dropped);
     });
     eventually("the gate", || lab.server.sh("nft list tables").contains("inet knockq"));
     for family in FAMILIES {

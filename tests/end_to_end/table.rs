@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 use crate::recorded::persona;
-use crate::{daemon_owned_the_table, raw_socket, seconds_left, send_raw, unix_now};
+use crate::{UntilDropped, daemon_owned_the_table, raw_socket, seconds_left, send_raw, unix_now};
 
 #[test]
 fn the_include_file_applied_again_doubles_no_rule_and_keeps_open_doors() {
@@ -97,6 +97,7 @@ fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_o
     eventually("all doors", || open() == usize::from(doors));
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let until_dropped = UntilDropped(&is_over);
         // bounded: 50,000 SYNs at most, so that some are queued whenever the table goes
         scope.spawn(|| {
             lab.mallory.enter(|| {
@@ -114,7 +115,7 @@ fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_o
                 listing.matches("expires").count() == usize::from(doors)
             });
         }
-        is_over.store(true, Ordering::Relaxed);
+        drop(until_dropped);
     });
     thread::sleep(Duration::from_secs(1));
     assert!(!lab.mallory.reaches(Family::V4.server(), 22), "the gate stands");

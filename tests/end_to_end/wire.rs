@@ -10,7 +10,7 @@ use knockq::packet::Flow;
 
 use crate::lab::{Capture, FAMILIES, Family, Lab, eventually, hex, refused};
 use crate::recorded::persona;
-use crate::{raw_socket, send_raw, source, tcp_offset, unix_now};
+use crate::{UntilDropped, raw_socket, send_raw, source, tcp_offset, unix_now};
 
 #[test]
 fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {
@@ -165,6 +165,7 @@ fn knocks_under_a_flood_of_syns_are_all_honoured() {
         };
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
+            let until_dropped = UntilDropped(&is_over);
             // bounded: 20,000 SYNs of a stranger at most
             scope.spawn(|| {
                 lab.mallory.enter(|| {
@@ -187,7 +188,7 @@ fn knocks_under_a_flood_of_syns_are_all_honoured() {
             });
             let grants = || daemon.log().matches(&format!("source={} ", family.alice())).count();
             eventually("fifty grants", || grants() == 50);
-            is_over.store(true, Ordering::Relaxed);
+            drop(until_dropped);
         });
     }
     assert_eq!(daemon.log().matches("granted").count(), 100);

@@ -24,7 +24,7 @@ fn spend(lab: &Lab) -> [Knock; 2] {
 #[test]
 fn a_user_who_is_removed_and_comes_back_or_is_renamed_finds_every_knock_spent() {
     let lab = knock::lab();
-    let daemon = lab.start();
+    let daemon = knock::start(&lab);
     let knocks = spend(&lab);
     let config = lab.config().display().to_string();
     let user = |what: &[&str]| lab.control(&[&["user"], what, &["--config", &config]].concat());
@@ -38,7 +38,7 @@ fn a_user_who_is_removed_and_comes_back_or_is_renamed_finds_every_knock_spent() 
     knocks.iter().for_each(|knock| knock.is_spent_for("carol", &lab, &daemon));
 
     daemon.stop();
-    let daemon = lab.start();
+    let daemon = knock::start(&lab);
     knocks.iter().for_each(|knock| knock.is_spent_for("carol", &lab, &daemon));
     for family in FAMILIES {
         lab.knock(family, &[]);
@@ -55,7 +55,7 @@ fn a_store_that_is_restored_from_a_copy_makes_no_knock_of_before_fresh_and_the_l
         lab.set(&format!("window = \"{WINDOW}s\""));
         let backup = lab.directory.path.join("state/backup");
         fs::copy(lab.store(), &backup).unwrap();
-        let daemon = lab.start();
+        let daemon = knock::start(&lab);
         let knocks = spend(&lab);
         if runs {
             fs::rename(&backup, lab.store()).unwrap();
@@ -66,13 +66,13 @@ fn a_store_that_is_restored_from_a_copy_makes_no_knock_of_before_fresh_and_the_l
             fs::remove_file(lab.store()).unwrap();
             fs::copy(&backup, lab.store()).unwrap();
         }
-        let daemon = lab.start();
+        let daemon = knock::start(&lab);
         let fresh_again = unix_now() + WINDOW + 1;
         knocks.iter().for_each(|knock| knock.is_spent(&lab, &daemon));
         let log = daemon.stop();
         assert_eq!(log.matches("counters.redb: is a copy of a counter store, restored or moved; to be safe, no knock of before is taken seconds=41").count(), 1, "{log}");
 
-        let daemon = lab.start();
+        let daemon = knock::start(&lab);
         thread::sleep(Duration::from_secs(fresh_again.saturating_sub(unix_now())));
         for family in FAMILIES {
             lab.knock(family, &[]);
@@ -85,7 +85,7 @@ fn a_store_that_is_restored_from_a_copy_makes_no_knock_of_before_fresh_and_the_l
 #[test]
 fn a_store_that_is_deleted_or_anothers_forgets_nothing_and_the_next_start_asks_for_recover() {
     let lab = knock::lab();
-    let daemon = lab.start();
+    let daemon = knock::start(&lab);
     let knocks = spend(&lab);
     fs::remove_file(lab.store()).unwrap();
     knocks.iter().for_each(|knock| knock.is_spent(&lab, &daemon));
@@ -112,35 +112,38 @@ fn a_store_that_is_deleted_or_anothers_forgets_nothing_and_the_next_start_asks_f
 #[test]
 fn a_copy_that_comes_during_the_write_of_the_first_opens_no_second_door() {
     let lab = knock::lab();
-    let daemon = lab.start();
-    let (_, verifier) = daemon.processes()[2];
-    let granted = |family: Family| {
-        daemon.log().matches(&format!("granted user=alice service=ssh source={} ", family.alice())).count()
-    };
-    let says = |line: &str| eventually(line, || daemon.log().contains(line));
     for family in FAMILIES {
-        let source = format!("user=alice source={}", family.alice());
-        let writer = Traced::attach(other_thread(verifier));
-        let knock = Knock::new(&lab, family);
-        knock.send(&lab);
-        writer.run_to(&[FDATASYNC]);
-        knock.send(&lab);
-        says(&format!("refused reason=replayed {source}"));
-        assert_eq!(lab.door(family.alice(), 22), None, "its counter is not on the disk");
-        writer.release();
-        knock.has_opened(&lab);
-        assert_eq!(granted(family), 1);
-        lab.revoke(&["--all"]);
-
-        let writer = Traced::attach(other_thread(verifier));
-        let knock = Knock::with_source(&lab, family, "none");
-        knock.send(&lab);
-        writer.run_to(&[FDATASYNC]);
-        knock.send_as_mallory(&lab);
-        says(&format!("withdrawn reason=spent_twice {source} elsewhere={}", family.mallory()));
-        writer.release();
-        says(&format!("refused reason=spent_twice {source}"));
-        lab.stays_shut(family);
-        assert_eq!(granted(family), 1);
+        a_copy_comes(&lab, family);
     }
+}
+
+fn a_copy_comes(lab: &Lab, family: Family) {
+    let daemon = knock::start(lab);
+    let (_, verifier) = daemon.processes()[2];
+    let granted =
+        || daemon.log().matches(&format!("granted user=alice service=ssh source={} ", family.alice())).count();
+    let says = |line: &str| eventually(line, || daemon.log().contains(line));
+    let source = format!("user=alice source={}", family.alice());
+    let writer = Traced::attach(other_thread(verifier));
+    let knock = Knock::new(lab, family);
+    knock.send(lab);
+    writer.run_to(&[FDATASYNC]);
+    knock.send(lab);
+    says(&format!("refused reason=replayed {source}"));
+    assert_eq!(lab.door(family.alice(), 22), None, "its counter is not on the disk");
+    writer.release();
+    knock.has_opened(lab);
+    assert_eq!(granted(), 1);
+    lab.revoke(&["--all"]);
+
+    let writer = Traced::attach(other_thread(verifier));
+    let knock = Knock::with_source(lab, family, "none");
+    knock.send(lab);
+    writer.run_to(&[FDATASYNC]);
+    knock.send_as_mallory(lab);
+    says(&format!("withdrawn reason=spent_twice {source} elsewhere={}", family.mallory()));
+    writer.release();
+    lab.stays_shut(family);
+    assert_eq!(granted(), 1);
+    daemon.stop();
 }

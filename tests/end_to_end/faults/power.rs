@@ -35,13 +35,13 @@ fn a_daemon_that_begins_with_what_a_loss_of_power_left_knows_what_was_spent() {
     let lab = knock::lab();
     for [first, second] in [[Family::V4, Family::V6], [Family::V6, Family::V4]] {
         let [first, second] = [first, second].map(|family| Knock::new(&lab, family));
-        let mut states = cut_short(&lab, &mut lab.start(), &first, &second);
+        let mut states = cut_short(&lab, &mut knock::start(&lab), &first, &second);
         assert!(states.len() > 2, "the writes are not seen");
         let last = states.pop().unwrap();
         for state in [states.swap_remove(0), states.swap_remove(states.len() / 2), last] {
             lab.server.nft(&["delete", "table", "inet", "knockq"]);
             fs::write(lab.store(), state).unwrap();
-            let daemon = lab.start();
+            let daemon = knock::start(&lab);
             first.is_spent(&lab, &daemon);
             lab.knock(second.family, &[]);
             second.has_opened(&lab);

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use crate::debugger::{Traced, other_thread};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 use crate::recorded::persona;
-use crate::{daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
+use crate::{UntilDropped, daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
 
 const FDATASYNC: u64 = 75;
 
@@ -97,6 +97,7 @@ fn a_hundred_hangups_while_all_else_goes_wrong_too_lose_no_knock_and_no_grant() 
     let config = fs::read_to_string(lab.config()).unwrap();
     thread::scope(|scope| {
         let is_over = &knocks.is_over;
+        let until_dropped = UntilDropped(is_over);
         scope.spawn(|| lab.alice.enter(|| knocks.send_until_over(unix_now() - 40)));
         for family in FAMILIES {
             let lab = &lab;
@@ -129,7 +130,7 @@ fn a_hundred_hangups_while_all_else_goes_wrong_too_lose_no_knock_and_no_grant() 
             }
         }
         drop(knocks.all_granted(&daemon));
-        is_over.store(true, Ordering::Relaxed);
+        drop(until_dropped);
     });
     assert!(knocks.sent.into_inner() > 20);
     let before = reloads(&daemon);

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use super::{count, send};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, resident};
 use crate::recorded::persona;
-use crate::{flow, raw_socket};
+use crate::{UntilDropped, flow, raw_socket};
 
 const STOPPED: Duration = Duration::from_secs(10);
 
@@ -54,7 +54,13 @@ fn stands_still(place: usize, is_counted: impl Fn(&Daemon, u64)) {
     let daemon = lab.start();
     let processes = daemon.processes();
     let (role, process) = processes[place];
-    flood(&lab, || thread::sleep(Duration::from_secs(1))); // what is allocated once is there
+    flood(&lab, || {
+        // What is allocated once, for as much as the pipe between them holds, is there.
+        kill(process, Signal::SIGSTOP).unwrap();
+        thread::sleep(STOPPED / 5);
+        kill(process, Signal::SIGCONT).unwrap();
+        thread::sleep(STOPPED / 5);
+    });
     let (before, dropped) = (memory(&processes), dropped_by_the_kernel(&lab));
     flood(&lab, || {
         kill(process, Signal::SIGSTOP).unwrap();
@@ -112,7 +118,7 @@ fn has_not_grown(before: &[u64], now: &[u64]) {
 fn flood(lab: &Lab, work: impl FnOnce()) {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
-        let _over = Over(&is_over);
+        let _until_dropped = UntilDropped(&is_over);
         scope.spawn(|| {
             lab.mallory.enter(|| {
                 let sockets = FAMILIES.map(|family| (family, raw_socket(family), syns(family)));
@@ -125,15 +131,6 @@ fn flood(lab: &Lab, work: impl FnOnce()) {
         });
         work();
     });
-}
-
-/// Ends the flood, also when what goes on meanwhile fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn syns(family: Family) -> Vec<Vec<u8>> {

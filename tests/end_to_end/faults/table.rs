@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
 use crate::prober::{Probed, Prober};
-use crate::{daemon_owned_the_table, seconds_left};
+use crate::{UntilDropped, daemon_owned_the_table, seconds_left};
 
 /// What somebody with the privilege may do to the table, each in one transaction.
 const FAULTS: [(&str, &str); 7] = [
@@ -226,6 +226,7 @@ fn a_table_that_is_flushed_without_end_is_back_when_that_ends() {
     }
     let is_over = AtomicBool::new(false);
     let flushes = thread::scope(|scope| {
+        let until_dropped = UntilDropped(&is_over);
         let flushing = scope.spawn(|| {
             let mut flushes = 0;
             while !is_over.load(Ordering::Relaxed) {
@@ -235,7 +236,7 @@ fn a_table_that_is_flushed_without_end_is_back_when_that_ends() {
             flushes
         });
         thread::sleep(Duration::from_secs(3));
-        is_over.store(true, Ordering::Relaxed);
+        drop(until_dropped);
         flushing.join().unwrap()
     });
     eventually("the table", || lab.server.sh("nft list tables").contains("table inet knockq"));
