@@ -60,7 +60,7 @@ impl Knock {
     #[track_caller]
     pub(super) fn is_spent_for(&self, user: &str, lab: &Lab, daemon: &Daemon) {
         let refused =
-            |reason| format!("packet reason={reason} user=Some(\"{user}\") source=Some({})", self.family.alice());
+            |reason| format!("packet reason={reason} user=Some(Name(\"{user}\")) source=Some({})", self.family.alice());
         let count = || ["replayed", "superseded"].map(|reason| daemon.log().matches(&refused(reason)).count());
         let before = count();
         self.send(lab);

@@ -54,8 +54,12 @@ fn stands_still(place: usize, is_counted: impl Fn(&Daemon, u64)) {
     let daemon = lab.start();
     let processes = daemon.processes();
     let (role, process) = processes[place];
+    // What is allocated once, for the first commit and for as much as the pipe holds, is there.
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
     flood(&lab, || {
-        // What is allocated once, for as much as the pipe between them holds, is there.
         kill(process, Signal::SIGSTOP).unwrap();
         thread::sleep(STOPPED / 5);
         kill(process, Signal::SIGCONT).unwrap();
