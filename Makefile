@@ -51,8 +51,9 @@ test-kernels:
 test-newer-kernel:
 	KERNEL_SUITE=trixie RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end
 
-# The rows of docs/faults.md alone. `make test` runs them too.
+# What docs/faults.md says, as far as it is about faults alone. `make test` runs it too.
 test-faults:
+	$(CARGO) test --target $(TARGET) --lib --test damaged_store --test clock
 	RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end -- faults::
 
 # The table of docs/performance.md, from the binary that `cargo build --release` makes; needs root and a quiet machine.

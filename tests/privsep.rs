@@ -30,6 +30,8 @@ const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
         "keeper",
         &[
             "serve/keeper.rs",
+            "serve/start.rs",
+            "serve/manager.rs",
             "serve/children.rs",
             "serve/process.rs",
             "serve/vocabulary.rs",

@@ -247,10 +247,18 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
         assert!(!machine.run(&format!("{within} touch {path}/x")).status.success(), "{path}");
     }
 
-    machine.says(&format!("kill -9 {keeper}"));
-    eventually("starting again", || {
-        machine.property("knockq", "NRestarts") == "1" && machine.property("knockq", "ActiveState") == "active"
-    });
+    for (restarts, role) in ["keeper", "monitor", "verifier"].into_iter().enumerate() {
+        let process = match role {
+            "keeper" => machine.property("knockq", "MainPID"),
+            _ => machine.says(&format!("pgrep -f '^knockq: {role}'")),
+        };
+        machine.says(&format!("kill -9 {process}"));
+        let restarts = (restarts + 1).to_string();
+        eventually("starting again", || {
+            machine.property("knockq", "NRestarts") == restarts
+                && machine.property("knockq", "ActiveState") == "active"
+        });
+    }
     machine.says("systemctl stop knockq");
     assert_eq!(machine.property("knockq", "Result"), "success", "{}", machine.log());
     assert!(machine.says("nft list table inet knockq").contains("tcp . 22"), "the gate stays");

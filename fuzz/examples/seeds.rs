@@ -14,7 +14,7 @@ use knockq::serve::control::{Reply, Request, Selection};
 use knockq::serve::frames::Frame;
 use knockq::serve::policy::{Opening, Policy};
 use knockq::serve::sandbox::Identity;
-use knockq::serve::verifier::Settings;
+use knockq::serve::settings::Settings;
 use knockq::service::{Answer, Name, Port};
 use knockq::verify::{Registry, Service, SourcePolicy, User};
 use knockq_fuzz::recorded::persona;

@@ -10,7 +10,7 @@ use knockq::serve::configuration::Plan;
 use knockq::serve::control::Selection;
 use knockq::serve::handover::{seal, unseal};
 use knockq::serve::policy::Policy;
-use knockq::serve::verifier::Settings;
+use knockq::serve::settings::Settings;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
 

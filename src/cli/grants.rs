@@ -13,7 +13,7 @@ use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{Network, ServerConfig};
 use crate::nft::{self, Doors, OpenDoor};
 use crate::serve::control::{self, ControlError, Reply, Request, Selection};
-use crate::serve::keeper;
+use crate::serve::start;
 use crate::service::{Name, Port};
 
 #[derive(Args)]
@@ -216,7 +216,7 @@ fn runtime(config: &Path) -> (PathBuf, u16) {
 
 /// Fails if a daemon runs although nobody listens for commands: it would know nothing of what is done without it.
 pub(super) fn must_not_run(runtime: &Path, queue: u16) -> Result<(), Failure> {
-    keeper::refuse_taken_queue(queue).map_err(|error| {
+    start::refuse_taken_queue(queue).map_err(|error| {
         let runtime = runtime.display();
         Failure::new(format!("the daemon runs, but does not listen in {runtime}: {error}"))
             .hint("name its configuration with --config; if its socket was deleted: systemctl restart knockq")

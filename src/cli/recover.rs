@@ -12,7 +12,7 @@ use super::{ConfigArg, note, print};
 use crate::client::clock::{is_synchronized, unix_now};
 use crate::config::secure_file::{self, Draft, Privacy};
 use crate::config::{Seconds, ServerConfig};
-use crate::serve::keeper;
+use crate::serve::start;
 use crate::serve::store::{Remains, Store, StoreError};
 use crate::serve::verifier::VerifierError;
 
@@ -34,7 +34,7 @@ impl Recover {
     pub(super) fn run(self) -> Result<(), Failure> {
         let config = ServerConfig::load(&self.config.config)?;
         // A daemon whose store was deleted goes on with a file that has no name any more, and so no lock to be seen.
-        keeper::refuse_taken_queue(config.queue).map_err(|error| is_running(&error.to_string()))?;
+        start::refuse_taken_queue(config.queue).map_err(|error| is_running(&error.to_string()))?;
         let path = config.store_path();
         let old = Old::find(&path)?;
         let now = unix_now();

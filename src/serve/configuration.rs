@@ -1,17 +1,19 @@
 //! The child that reads the configuration and its keys, at the start and at each reload, and hands on what each process
 //! needs of it. A file that cannot be read or understood ends this child, and nothing else.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::channel::{Channel, Message};
+use super::children::CONFIGURATION;
 use super::ending::ServeError;
 use super::handover;
 use super::policy::{Opening, Policy};
 use super::sandbox::{self, Identity, SandboxError};
-use super::verifier::Settings;
+use super::settings::Settings;
+use super::vocabulary::Breach;
 use crate::config::ServerConfig;
 use crate::config::server::RulesetMode;
 use crate::crypto::PublicKey;
@@ -56,6 +58,16 @@ pub struct Fixed {
     pub ruleset_mode: RulesetMode,
     /// Whom verifier and monitor become.
     pub accounts: [Identity; 2],
+}
+
+/// What this child has handed to the keeper: its plan, and what is for the verifier and for the monitor.
+///
+/// # Errors
+/// When it is anything else.
+pub fn take(handed: Vec<OwnedFd>) -> Result<(Plan, OwnedFd, OwnedFd), ServeError> {
+    let breach = || ServeError::Breach { process: CONFIGURATION, breach: Breach::Unreadable };
+    let [plan, settings, policy] = handed.try_into().map_err(|_| breach())?;
+    Ok((handover::unseal(plan).map_err(|_| breach())?, settings, policy))
 }
 
 impl Fixed {

@@ -1,37 +1,27 @@
 //! The keeper: root, but it sees no packet and no frame. It has the configuration read, starts the others, tends the table,
 //! does what root asks, and stops all when one of the others dies.
 
-use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{self, Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability};
-use sd_notify::NotifyState;
 use signal_hook::consts::SIGHUP;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
-use super::channel::{Message, message_pair};
+use super::channel::Message;
 use super::children::{CONFIGURATION, Children, Event};
-use super::configuration::{Fixed, Plan};
+use super::configuration::{self, Fixed, Plan};
 use super::control::{self, Control, Reply, Request};
 use super::ending::{Ended, ServeError};
-use super::gate::{Gate, GateError};
+use super::gate::Gate;
 use super::log::{self, Style};
+use super::manager::{self, NotifyState};
+use super::start::{self, Raised, TO_START, TO_WORK, take_gate_away};
 use super::vocabulary::Breach;
 use super::{calls, handover, sandbox, terminal};
-use crate::config::secure_file::{self, Privacy};
-use crate::config::server::RulesetMode;
-use crate::nft::{self, OpenDoor};
-use crate::queue::relay;
-
-/// What the keeper needs as long as it lives: for nft, and to end a child that does not end.
-const TO_WORK: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_KILL];
-
-/// What its children need until they have become others, with less.
-const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
 
 /// Time between two looks at a table that others have to load.
 const LOOK: Duration = Duration::from_secs(1);
@@ -45,15 +35,6 @@ const MAX_ASKERS: usize = 64;
 /// Why a configuration cannot be put in force while the disk does not answer, and what to do.
 const WAITS_FOR_DISK: &str = "the counters of its users cannot be read, for the disk does not answer";
 const DISK_HINT: &str = "look after the disk; the configuration is read again when it answers";
-
-/// What the service manager shows while the table is not what it should be.
-const OPEN: &str = "table inet knockq is not what it should be, so guarded ports may be open: see the log";
-
-/// Where the users are, beside the configuration.
-const USERS: &str = "users.d";
-
-/// Where the kernel lists who has which queue.
-const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
 
 /// Runs the daemon until it is told to stop; with `trial`, for so long at most unless it is confirmed.
 ///
@@ -71,7 +52,7 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
     sandbox::keep_only(&[TO_WORK, TO_START].concat())?;
     sandbox::forbid(calls::NEVER, calls::MISSING)?;
     let config_path = path::absolute(config_path)?;
-    let ended = match bring_up(&mut children, &config_path, trial) {
+    let ended = match start::bring_up(&mut children, &config_path, trial) {
         Ok(raised) => {
             let (mut keeper, control) = Keeper::new(children, config_path, raised, trial);
             let Err(ended) = keeper.watch(&control);
@@ -90,90 +71,6 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
         }
         Ended::Unconfirmed => Err(ServeError::NotConfirmed),
     }
-}
-
-/// What stands when everything is started.
-struct Raised {
-    fixed: Fixed,
-    control: Control,
-    gate: Gate,
-    /// What is ready, in one line.
-    summary: String,
-    /// Users have come or gone since they were read, when nobody could say so yet.
-    is_outdated: bool,
-}
-
-/// Starts everything. The order matters: the verifier understands knocks, then the queue is bound, then the table sends it
-/// packets.
-fn bring_up(children: &mut Children, config_path: &Path, trial: Option<Duration>) -> Result<Raised, Ended> {
-    let changed = last_change(config_path);
-    children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
-    let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
-    let [plan, settings, policy] = three(read)?;
-    children.dismiss(CONFIGURATION);
-    let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = unseal_plan(plan)?;
-    for account in missing_accounts {
-        let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
-        warn!(hint, "there is no user `{account}`, so a user id that nobody has stands in for it");
-    }
-    if trial.is_some() && fixed.ruleset_mode == RulesetMode::External {
-        return Err(ServeError::NothingToUndo.into());
-    }
-    let store = open_store(&fixed.store)?;
-    refuse_taken_queue(fixed.queue)?;
-    let control = Control::listen(&fixed.runtime)?;
-    let is_outdated = last_change(config_path) != changed; // from here on, who changes a user tells us
-    let include_file = config_path.with_file_name("knockq.nft");
-    let own = [fixed.runtime.as_path(), config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
-    if !sandbox::write_only_to(&own)? {
-        let hint = "boot with `lsm=landlock,...`, or a kernel with CONFIG_SECURITY_LANDLOCK";
-        warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
-    }
-    start_both(children, &settings, &policy, &store)?;
-    sandbox::keep_only(TO_WORK)?;
-
-    let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
-    gate.raise()?;
-    if let Err(ended) = show_doors(children) {
-        children.end();
-        return Err(if trial.is_some() { take_gate_away(ended) } else { ended });
-    }
-    gate.say_who_can_flush_it();
-    info!(users, services, knock_ports, queue = fixed.queue, "ready");
-    let summary = summary(users, services, &knock_ports);
-    notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
-    Ok(Raised { fixed, control, gate, summary, is_outdated })
-}
-
-/// When a user's file last came, went or was replaced.
-fn last_change(config_path: &Path) -> Option<SystemTime> {
-    fs::metadata(config_path.with_file_name(USERS)).and_then(|directory| directory.modified()).ok()
-}
-
-/// What is ready, as the service manager shows it.
-fn summary(users: usize, services: usize, knock_ports: &str) -> String {
-    format!("ready: users {users}, services {services}, knock ports {knock_ports}")
-}
-
-/// Starts verifier and monitor, and hands each what is its own.
-fn start_both(children: &mut Children, settings: &OwnedFd, policy: &OwnedFd, store: &OwnedFd) -> Result<(), Ended> {
-    let (relay_reader, relay_writer) = relay::pipe()?;
-    let (frames_of_verifier, frames_of_monitor) = message_pair()?;
-    children.start("verifier", &[])?;
-    children.tell("verifier", Message::Start, &[&relay_reader, &frames_of_verifier, settings, store])?;
-    children.wait_for("verifier", &[Message::Ready], |_, _| Ok(()))?;
-    children.start("monitor", &[])?;
-    children.tell("monitor", Message::Start, &[&relay_writer, &frames_of_monitor, policy])?;
-    children.wait_for("monitor", &[Message::Bound], |_, _| Ok(()))?;
-    Ok(())
-}
-
-/// Tells the monitor that the table is loaded, and which doors were open before.
-fn show_doors(children: &mut Children) -> Result<(), Ended> {
-    let doors: Vec<OpenDoor> = nft::open_doors()?;
-    children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
-    children.wait_for("monitor", &[Message::Ready], |_, _| Ok(()))?;
-    Ok(())
 }
 
 /// The daemon, once all of it works.
@@ -279,8 +176,8 @@ impl Keeper {
 
     /// Tells the service manager what there is to see.
     fn tell_status(&self) {
-        let status = if self.look.is_some() { OPEN } else { &self.summary };
-        notify(&[NotifyState::Status(status)]);
+        let status = if self.look.is_some() { manager::OPEN } else { &self.summary };
+        manager::notify(&[NotifyState::Status(status)]);
     }
 
     fn answer(&mut self, request: Option<(Request, UnixStream)>) -> Result<(), Ended> {
@@ -326,7 +223,7 @@ impl Keeper {
         }
         self.askers.extend(asker);
         if let Ok(now) = NotifyState::monotonic_usec_now() {
-            notify(&[NotifyState::Reloading, now]);
+            manager::notify(&[NotifyState::Reloading, now]);
         }
         match self.children.start(CONFIGURATION, &["--config".as_ref(), self.config_path.as_os_str()]) {
             Ok(()) => {
@@ -358,7 +255,7 @@ impl Keeper {
 
     fn end_reload(&mut self, reply: impl Fn() -> Reply) -> Result<(), Ended> {
         self.askers.drain(..).for_each(|stream| control::reply(stream, &reply()));
-        notify(&[NotifyState::Ready]);
+        manager::notify(&[NotifyState::Ready]);
         self.reload_once_more()
     }
 
@@ -373,8 +270,8 @@ impl Keeper {
     /// prepares beside its work, and the table changes in one transaction.
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
         self.dismiss_reader();
-        let [plan, settings, policy] = three(read)?;
-        let Plan { fixed, ruleset, users, services, knock_ports, .. } = unseal_plan(plan)?;
+        let (plan, settings, policy) = configuration::take(read)?;
+        let Plan { fixed, ruleset, users, services, knock_ports, .. } = plan;
         if self.is_preparing {
             return self.refuse(WAITS_FOR_DISK, DISK_HINT);
         }
@@ -410,7 +307,7 @@ impl Keeper {
             }
         }
         info!(users, services, knock_ports, "reloaded");
-        self.summary = summary(users, services, &knock_ports);
+        self.summary = manager::summary(users, services, &knock_ports);
         self.tell_status();
         self.end_reload(|| Reply::Done)
     }
@@ -453,7 +350,7 @@ impl Keeper {
 
     /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
     fn stop(mut self, ended: Ended) -> Ended {
-        notify(&[NotifyState::Stopping]);
+        manager::notify(&[NotifyState::Stopping]);
         if self.trial.is_none() && matches!(ended, Ended::Failed(_)) {
             self.gate.leave_shut();
         }
@@ -462,56 +359,6 @@ impl Keeper {
     }
 }
 
-/// Nobody has confirmed it.
-fn take_gate_away(ended: Ended) -> Ended {
-    match (nft::remove(), ended) {
-        (Err(error), _) => Ended::Failed(GateError::from(error).into()),
-        (Ok(()), Ended::Asked) => Ended::Unconfirmed,
-        (Ok(()), ended) => ended,
-    }
-}
-
-/// The service manager may have gone, or never have been there: that is no reason to stop.
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        warn!("the service manager does not listen: {error}");
-    }
-}
-
 fn busy(why: &str) -> Reply {
     Reply::Refused { message: format!("the daemon cannot do this now: {why}"), hint: "try again".to_owned() }
-}
-
-fn unseal_plan(plan: OwnedFd) -> Result<Plan, ServeError> {
-    handover::unseal(plan).map_err(|_| ServeError::Breach { process: CONFIGURATION, breach: Breach::Unreadable })
-}
-
-fn three(descriptors: Vec<OwnedFd>) -> io::Result<[OwnedFd; 3]> {
-    descriptors.try_into().map_err(|_| io::ErrorKind::InvalidData.into())
-}
-
-fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {
-    let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true).write(true));
-    Ok(file.map_err(ServeError::Store)?.into())
-}
-
-/// The kernel would only say that it is not permitted.
-///
-/// # Errors
-/// When a process has the queue, most likely a daemon that runs.
-pub fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
-    let queues = fs::read_to_string(QUEUES).unwrap_or_default();
-    for line in queues.lines() {
-        let mut fields = line.split_whitespace();
-        if fields.next().and_then(|field| field.parse().ok()) == Some(number) {
-            let port = fields.next().unwrap_or("?");
-            let name = fs::read_to_string(format!("/proc/{port}/comm")).unwrap_or_default();
-            let owner = match name.trim_end() {
-                "" => format!("netlink port {port}"),
-                name => format!("process {port} ({name})"),
-            };
-            return Err(ServeError::QueueTaken { number, owner });
-        }
-    }
-    Ok(())
 }

@@ -5,29 +5,29 @@ use std::hint::black_box;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
-use std::sync::{Arc, Barrier, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::sync::mpsc as channel;
 use tokio::time::MissedTickBehavior;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::channel::{Channel, Message};
 use super::clock::{Clock, Jump, unix_now};
 use super::frames::Frame;
 use super::refusals::Refusals;
 use super::repeats::Trouble;
-use super::sandbox::{self, Identity, SandboxError};
+use super::sandbox::{self, SandboxError};
+use super::settings::Settings;
 use super::store::{Origin, Store, StoreError};
-use super::{calls, handover, log, terminal};
-use crate::crypto::PublicKey;
+use super::writer::{self, Done, WAITING, Work};
+use super::{calls, handover, terminal};
 use crate::queue::{RelayReader, records};
-use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Registry, Verifier, Withdrawal};
+use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Verifier, Withdrawal};
 
 /// Keys that the index moves on by at one go: about a third of a millisecond.
 pub const SLICE: usize = 1_000;
@@ -35,30 +35,8 @@ pub const SLICE: usize = 1_000;
 /// Time between two looks at the clock.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Claims that wait for the disk at most; one more is refused.
-const WAITING: usize = 1024;
-
-/// Claims that one commit takes.
-const BATCH: usize = 64;
-
-/// Why the database may panic. It keeps its own order, and checks it when the store is opened.
-const CHANGED: &str = "the counter store does not hold what was written to it";
-
 /// Time that the keeper has to say that it is time to go, when the monitor has gone.
 const GRACE: Duration = Duration::from_secs(2);
-
-/// The verifier's settings.
-#[derive(Serialize, Deserialize)]
-pub struct Settings {
-    /// Whom it becomes.
-    pub identity: Identity,
-    /// The server's key, which the store must carry.
-    pub server: PublicKey,
-    /// What the store is called in messages.
-    pub store_path: String,
-    /// Who may what.
-    pub registry: Registry,
-}
 
 /// Why the verifier stops.
 #[derive(Debug, Error)]
@@ -101,7 +79,7 @@ pub fn run() -> Result<(), VerifierError> {
     let _inside = runtime.enter();
     let keeper_speaks = socket(keeper.as_fd().try_clone_to_owned()?)?;
     let (relay, frames) = (RelayReader::new(relay)?, socket(frames)?);
-    let (writer, work, done) = start_writer()?;
+    let (counters, work, done) = writer::start()?;
     let store = File::from(store);
     let origin = Origin::of(&store)?;
     unprivileged.allow_only(calls::VERIFIER)?;
@@ -114,8 +92,8 @@ pub fn run() -> Result<(), VerifierError> {
         let hint = "so long users cannot knock";
         warn!(seconds, hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
     }
-    let verifier = prepare(&mut store, registry).map_err(fail)?;
-    writer.send(store).map_err(|_| VerifierError::WriterGone)?;
+    let verifier = writer::prepare(&mut store, registry).map_err(fail)?;
+    counters.send(store).map_err(|_| VerifierError::WriterGone)?;
     keeper.send(Message::Ready, &[])?;
     let process = Process {
         keeper,
@@ -145,111 +123,6 @@ fn give_memory_back() -> io::Result<()> {
     let take_and_free = || drop(black_box((0..BLOCKS).map(|_| Vec::<u8>::with_capacity(BLOCK)).collect::<Vec<_>>()));
     let freed = thread::Builder::new().spawn(take_and_free)?.join();
     freed.map_err(|_| io::Error::other("the thread that frees memory is gone"))
-}
-
-/// What the thread beside the lookups does, for it would hold them up.
-enum Work {
-    /// Make a counter durable.
-    Record(Claim),
-    /// Understand new settings.
-    Prepare(OwnedFd),
-}
-
-/// What came of it.
-enum Done {
-    /// The disk took a batch of claims, or did not.
-    Recorded(Result<Vec<Recorded>, Vec<Refusal>>),
-    /// A verifier by the new settings, which knows no more of the past than the store does; or there can be none.
-    Prepared(Option<Box<Verifier>>),
-}
-
-/// Starts the thread beside the lookups, which then waits for the store: no thread can be started once the system calls are
-/// limited, and nothing is read from the disk before.
-fn start_writer() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>, channel::Receiver<Done>)> {
-    let (writer, store) = mpsc::sync_channel::<Store>(1);
-    let (work, waiting) = mpsc::sync_channel::<Work>(WAITING);
-    let (outcomes, done) = channel::channel(WAITING);
-    let started = Arc::new(Barrier::new(2));
-    let is_started = Arc::clone(&started);
-    let write = move || {
-        is_started.wait();
-        let Ok(store) = store.recv() else { return };
-        let mut writer = Writer { store, cannot_write: Trouble::default(), is_deleted: false };
-        let mut next = None;
-        while let Some(first) = next.take().or_else(|| waiting.recv().ok()) {
-            let outcome = match first {
-                Work::Record(first) => {
-                    let mut batch = vec![first];
-                    while batch.len() < BATCH && next.is_none() {
-                        match waiting.try_recv() {
-                            Ok(Work::Record(claim)) => batch.push(claim),
-                            Ok(other) => next = Some(other),
-                            Err(_) => break,
-                        }
-                    }
-                    Done::Recorded(writer.record(batch))
-                }
-                Work::Prepare(settings) => Done::Prepared(
-                    prepare_anew(&mut writer.store, settings)
-                        .inspect_err(|cause| error!("the new settings cannot be put in force: {cause}"))
-                        .ok()
-                        .map(Box::new),
-                ),
-            };
-            if outcomes.blocking_send(outcome).is_err() {
-                return;
-            }
-        }
-    };
-    thread::Builder::new().name("counters".to_owned()).spawn(write)?;
-    started.wait(); // what a thread does to start is no call that it may make later
-    Ok((writer, work, done))
-}
-
-/// What the thread beside the lookups has.
-struct Writer {
-    store: Store,
-    cannot_write: Trouble,
-    is_deleted: bool,
-}
-
-impl Writer {
-    fn record(&mut self, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {
-        match log::suspect(CHANGED, || Claim::record(batch, &mut self.store)) {
-            Ok(recorded) => {
-                if self.cannot_write.is_over() {
-                    info!("the counters can be written again, and knocks open what they should");
-                }
-                self.look_whether_it_is_deleted();
-                Ok(recorded)
-            }
-            Err((refusals, cause)) => {
-                if self.cannot_write.is_news(Instant::now()) {
-                    error!("the counters cannot be written, so nothing is opened until they can: {cause}");
-                }
-                Err(refusals)
-            }
-        }
-    }
-
-    /// What is written to a file without a name is durable only as long as somebody has it open.
-    fn look_whether_it_is_deleted(&mut self) {
-        if !self.is_deleted && self.store.is_deleted() {
-            self.is_deleted = true;
-            let hint = "stop the daemon, run `knockq recover`, and start it again";
-            error!(hint, "the counter store was deleted: what is written to it ends with this daemon");
-        }
-    }
-}
-
-fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
-    let Settings { registry, .. } = handover::unseal(settings)?;
-    prepare(store, registry).map_err(io::Error::other)
-}
-
-fn prepare(store: &mut Store, registry: Registry) -> Result<Verifier, StoreError> {
-    let last = store.last_counters(registry.users.iter().map(|user| user.public_key))?;
-    Ok(Verifier::new(registry, last, unix_now()))
 }
 
 struct Process {

@@ -1,0 +1,148 @@
+//! How the daemon starts: what is read, who is started with what, and the gate that stands at the end of it.
+
+use std::fs::{self, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use caps::Capability;
+use tracing::{info, warn};
+
+use super::channel::{Message, message_pair};
+use super::children::{CONFIGURATION, Children};
+use super::configuration::{self, Fixed, Plan};
+use super::control::Control;
+use super::ending::{Ended, ServeError};
+use super::gate::{Gate, GateError};
+use super::manager::{self, NotifyState};
+use super::{handover, sandbox};
+use crate::config::secure_file::{self, Privacy};
+use crate::config::server::RulesetMode;
+use crate::nft::{self, OpenDoor};
+use crate::queue::relay;
+
+/// What the keeper needs as long as it lives: for nft, and to end a child that does not end.
+pub(super) const TO_WORK: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_KILL];
+
+/// What its children need until they have become others, with less.
+pub(super) const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
+
+/// Where the users are, beside the configuration.
+const USERS: &str = "users.d";
+
+/// Where the kernel lists who has which queue.
+const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
+
+/// What stands when everything is started.
+pub(super) struct Raised {
+    pub(super) fixed: Fixed,
+    pub(super) control: Control,
+    pub(super) gate: Gate,
+    /// What is ready, in one line.
+    pub(super) summary: String,
+    /// Users have come or gone since they were read, when nobody could say so yet.
+    pub(super) is_outdated: bool,
+}
+
+/// Starts everything. The order matters: the verifier understands knocks, then the queue is bound, then the table sends it
+/// packets.
+pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Option<Duration>) -> Result<Raised, Ended> {
+    let changed = last_change(config_path);
+    children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
+    let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
+    children.dismiss(CONFIGURATION);
+    let (plan, settings, policy) = configuration::take(read)?;
+    let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = plan;
+    for account in missing_accounts {
+        let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
+        warn!(hint, "there is no user `{account}`, so a user id that nobody has stands in for it");
+    }
+    if trial.is_some() && fixed.ruleset_mode == RulesetMode::External {
+        return Err(ServeError::NothingToUndo.into());
+    }
+    let store = open_store(&fixed.store)?;
+    refuse_taken_queue(fixed.queue)?;
+    let control = Control::listen(&fixed.runtime)?;
+    let is_outdated = last_change(config_path) != changed; // from here on, who changes a user tells us
+    let include_file = config_path.with_file_name("knockq.nft");
+    let own = [fixed.runtime.as_path(), config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
+    if !sandbox::write_only_to(&own)? {
+        let hint = "boot with `lsm=landlock,...`, or a kernel with CONFIG_SECURITY_LANDLOCK";
+        warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
+    }
+    start_both(children, &settings, &policy, &store)?;
+    sandbox::keep_only(TO_WORK)?;
+
+    let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
+    gate.raise()?;
+    if let Err(ended) = show_doors(children) {
+        children.end();
+        return Err(if trial.is_some() { take_gate_away(ended) } else { ended });
+    }
+    gate.say_who_can_flush_it();
+    info!(users, services, knock_ports, queue = fixed.queue, "ready");
+    let summary = manager::summary(users, services, &knock_ports);
+    manager::notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
+    Ok(Raised { fixed, control, gate, summary, is_outdated })
+}
+
+/// When a user's file last came, went or was replaced.
+fn last_change(config_path: &Path) -> Option<SystemTime> {
+    fs::metadata(config_path.with_file_name(USERS)).and_then(|directory| directory.modified()).ok()
+}
+
+/// Starts verifier and monitor, and hands each what is its own.
+fn start_both(children: &mut Children, settings: &OwnedFd, policy: &OwnedFd, store: &OwnedFd) -> Result<(), Ended> {
+    let (relay_reader, relay_writer) = relay::pipe()?;
+    let (frames_of_verifier, frames_of_monitor) = message_pair()?;
+    children.start("verifier", &[])?;
+    children.tell("verifier", Message::Start, &[&relay_reader, &frames_of_verifier, settings, store])?;
+    children.wait_for("verifier", &[Message::Ready], |_, _| Ok(()))?;
+    children.start("monitor", &[])?;
+    children.tell("monitor", Message::Start, &[&relay_writer, &frames_of_monitor, policy])?;
+    children.wait_for("monitor", &[Message::Bound], |_, _| Ok(()))?;
+    Ok(())
+}
+
+/// Tells the monitor that the table is loaded, and which doors were open before.
+fn show_doors(children: &mut Children) -> Result<(), Ended> {
+    let doors: Vec<OpenDoor> = nft::open_doors()?;
+    children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
+    children.wait_for("monitor", &[Message::Ready], |_, _| Ok(()))?;
+    Ok(())
+}
+
+/// Nobody has confirmed it.
+pub(super) fn take_gate_away(ended: Ended) -> Ended {
+    match (nft::remove(), ended) {
+        (Err(error), _) => Ended::Failed(GateError::from(error).into()),
+        (Ok(()), Ended::Asked) => Ended::Unconfirmed,
+        (Ok(()), ended) => ended,
+    }
+}
+
+fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {
+    let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true).write(true));
+    Ok(file.map_err(ServeError::Store)?.into())
+}
+
+/// The kernel would only say that it is not permitted.
+///
+/// # Errors
+/// When a process has the queue, most likely a daemon that runs.
+pub fn refuse_taken_queue(number: u16) -> Result<(), ServeError> {
+    let queues = fs::read_to_string(QUEUES).unwrap_or_default();
+    for line in queues.lines() {
+        let mut fields = line.split_whitespace();
+        if fields.next().and_then(|field| field.parse().ok()) == Some(number) {
+            let port = fields.next().unwrap_or("?");
+            let name = fs::read_to_string(format!("/proc/{port}/comm")).unwrap_or_default();
+            let owner = match name.trim_end() {
+                "" => format!("netlink port {port}"),
+                name => format!("process {port} ({name})"),
+            };
+            return Err(ServeError::QueueTaken { number, owner });
+        }
+    }
+    Ok(())
+}

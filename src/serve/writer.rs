@@ -1,0 +1,132 @@
+//! The thread beside the lookups, which waits for the disk so that they never do.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Barrier, mpsc};
+use std::thread;
+use std::time::Instant;
+
+use tokio::sync::mpsc as channel;
+use tracing::{error, info};
+
+use super::clock::unix_now;
+use super::repeats::Trouble;
+use super::settings::Settings;
+use super::store::{Store, StoreError};
+use super::{handover, log};
+use crate::verify::{Claim, Recorded, Refusal, Registry, Verifier};
+
+/// Claims that wait for the disk at most; one more is refused.
+pub(super) const WAITING: usize = 1024;
+
+/// Claims that one commit takes.
+const BATCH: usize = 64;
+
+/// Why the database may panic. It keeps its own order, and checks it when the store is opened.
+const CHANGED: &str = "the counter store does not hold what was written to it";
+
+/// What the thread beside the lookups does, for it would hold them up.
+pub(super) enum Work {
+    /// Make a counter durable.
+    Record(Claim),
+    /// Understand new settings.
+    Prepare(OwnedFd),
+}
+
+/// What came of it.
+pub(super) enum Done {
+    /// The disk took a batch of claims, or did not.
+    Recorded(Result<Vec<Recorded>, Vec<Refusal>>),
+    /// A verifier by the new settings, which knows no more of the past than the store does; or there can be none.
+    Prepared(Option<Box<Verifier>>),
+}
+
+/// Starts the thread beside the lookups, which then waits for the store: no thread can be started once the system calls are
+/// limited, and nothing is read from the disk before.
+pub(super) fn start() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>, channel::Receiver<Done>)> {
+    let (writer, store) = mpsc::sync_channel::<Store>(1);
+    let (work, waiting) = mpsc::sync_channel::<Work>(WAITING);
+    let (outcomes, done) = channel::channel(WAITING);
+    let started = Arc::new(Barrier::new(2));
+    let is_started = Arc::clone(&started);
+    let write = move || {
+        is_started.wait();
+        let Ok(store) = store.recv() else { return };
+        let mut writer = Writer { store, cannot_write: Trouble::default(), is_deleted: false };
+        let mut next = None;
+        while let Some(first) = next.take().or_else(|| waiting.recv().ok()) {
+            let outcome = match first {
+                Work::Record(first) => {
+                    let mut batch = vec![first];
+                    while batch.len() < BATCH && next.is_none() {
+                        match waiting.try_recv() {
+                            Ok(Work::Record(claim)) => batch.push(claim),
+                            Ok(other) => next = Some(other),
+                            Err(_) => break,
+                        }
+                    }
+                    Done::Recorded(writer.record(batch))
+                }
+                Work::Prepare(settings) => Done::Prepared(
+                    prepare_anew(&mut writer.store, settings)
+                        .inspect_err(|cause| error!("the new settings cannot be put in force: {cause}"))
+                        .ok()
+                        .map(Box::new),
+                ),
+            };
+            if outcomes.blocking_send(outcome).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("counters".to_owned()).spawn(write)?;
+    started.wait(); // what a thread does to start is no call that it may make later
+    Ok((writer, work, done))
+}
+
+/// What the thread beside the lookups has.
+struct Writer {
+    store: Store,
+    cannot_write: Trouble,
+    is_deleted: bool,
+}
+
+impl Writer {
+    fn record(&mut self, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {
+        match log::suspect(CHANGED, || Claim::record(batch, &mut self.store)) {
+            Ok(recorded) => {
+                if self.cannot_write.is_over() {
+                    info!("the counters can be written again, and knocks open what they should");
+                }
+                self.look_whether_it_is_deleted();
+                Ok(recorded)
+            }
+            Err((refusals, cause)) => {
+                if self.cannot_write.is_news(Instant::now()) {
+                    error!("the counters cannot be written, so nothing is opened until they can: {cause}");
+                }
+                Err(refusals)
+            }
+        }
+    }
+
+    /// What is written to a file without a name is durable only as long as somebody has it open.
+    fn look_whether_it_is_deleted(&mut self) {
+        if !self.is_deleted && self.store.is_deleted() {
+            self.is_deleted = true;
+            let hint = "stop the daemon, run `knockq recover`, and start it again";
+            error!(hint, "the counter store was deleted: what is written to it ends with this daemon");
+        }
+    }
+}
+
+fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
+    let Settings { registry, .. } = handover::unseal(settings)?;
+    prepare(store, registry).map_err(io::Error::other)
+}
+
+/// A verifier by these settings, with the counters that the store knows.
+pub(super) fn prepare(store: &mut Store, registry: Registry) -> Result<Verifier, StoreError> {
+    let last = store.last_counters(registry.users.iter().map(|user| user.public_key))?;
+    Ok(Verifier::new(registry, last, unix_now()))
+}
