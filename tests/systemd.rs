@@ -255,8 +255,7 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
         machine.says(&format!("kill -9 {process}"));
         let restarts = (restarts + 1).to_string();
         eventually("starting again", || {
-            machine.property("knockq", "NRestarts") == restarts
-                && machine.property("knockq", "ActiveState") == "active"
+            machine.property("knockq", "NRestarts") == restarts && machine.property("knockq", "ActiveState") == "active"
         });
     }
     machine.says("systemctl stop knockq");

@@ -13,6 +13,10 @@ use crate::verify::{Reason, Refusal, Withdrawal};
 /// Time after which counts are told.
 const PERIOD: Duration = Duration::from_secs(60);
 
+/// Sources that are told apart within a period: enough to see what is wrong with somebody's, too few for an observer who
+/// copies a knock to many. More are counted under their reason and user.
+const MAX_SOURCES: usize = 8;
+
 /// Kinds that are told apart within a period; more are counted under their reason alone.
 const MAX_KINDS: usize = 64;
 
@@ -35,6 +39,7 @@ pub struct Refusals {
 struct Kind {
     reason: Reason,
     user: Option<Name>,
+    source: Option<IpAddr>,
 }
 
 /// How often, and what the first was like.
@@ -81,16 +86,20 @@ impl Refusals {
             self.strangers = self.strangers.saturating_add(1);
             return;
         }
-        self.add(Kind { reason: refusal.reason, user: refusal.user.clone() }, refusal.source, None, now);
+        self.add(Kind { reason: refusal.reason, user: refusal.user.clone(), source: refusal.source }, None, now);
     }
 
     /// Counts a grant that is taken back.
     pub fn count_withdrawal(&mut self, withdrawal: &Withdrawal, now: Instant) {
-        let kind = Kind { reason: Reason::SpentTwice, user: Some(withdrawal.user.clone()) };
-        self.add(kind, Some(withdrawal.source), Some(withdrawal.elsewhere), now);
+        let (user, source) = (Some(withdrawal.user.clone()), Some(withdrawal.source));
+        self.add(Kind { reason: Reason::SpentTwice, user, source }, Some(withdrawal.elsewhere), now);
     }
 
-    fn add(&mut self, mut kind: Kind, source: Option<IpAddr>, elsewhere: Option<IpAddr>, now: Instant) {
+    fn add(&mut self, mut kind: Kind, elsewhere: Option<IpAddr>, now: Instant) {
+        let source = kind.source;
+        if self.counts.len() >= MAX_SOURCES && !self.counts.contains_key(&kind) {
+            kind.source = None;
+        }
         if self.counts.len() >= MAX_KINDS && !self.counts.contains_key(&kind) {
             kind.user = None;
         }
@@ -124,7 +133,7 @@ impl Refusals {
     }
 }
 
-fn tell_first(Kind { reason, user }: &Kind, Count { source, elsewhere, .. }: &Count) {
+fn tell_first(Kind { reason, user, .. }: &Kind, Count { source, elsewhere, .. }: &Count) {
     let hint = reason.explanation();
     match (user, source, elsewhere) {
         (Some(user), Some(source), Some(elsewhere)) => {
@@ -136,11 +145,13 @@ fn tell_first(Kind { reason, user }: &Kind, Count { source, elsewhere, .. }: &Co
     }
 }
 
-fn tell_count((Kind { reason, user }, count, since): (Kind, u64, Duration)) {
+fn tell_count((Kind { reason, user, source }, count, since): (Kind, u64, Duration)) {
     let since = format!("{}s", since.as_secs());
-    match user {
-        Some(user) => info!(%reason, %user, count, %since, "refused"),
-        None => info!(%reason, count, %since, "refused"),
+    match (user, source) {
+        (Some(user), Some(source)) => info!(%reason, %user, %source, count, %since, "refused"),
+        (Some(user), None) => info!(%reason, %user, count, %since, "refused"),
+        (None, Some(source)) => info!(%reason, %source, count, %since, "refused"),
+        (None, None) => info!(%reason, count, %since, "refused"),
     }
 }
 
@@ -149,7 +160,7 @@ mod tests {
     use std::io::{self, Write};
     use std::sync::{Arc, Mutex};
 
-    use super::{Duration, Instant, IpAddr, PERIOD, Reason, Refusal, Refusals, Withdrawal};
+    use super::{Duration, Instant, IpAddr, MAX_SOURCES, PERIOD, Reason, Refusal, Refusals, Withdrawal};
 
     /// Time between two ticks of the verifier's.
     const TICK: Duration = Duration::from_millis(250);
@@ -183,17 +194,32 @@ mod tests {
     }
 
     #[test]
-    fn refusals_of_one_reason_and_user_are_told_once_and_then_counted() {
+    fn refusals_of_one_kind_are_told_once_and_then_counted() {
         let lines = lines(|refusals, now| {
-            (0..118).for_each(|source| refusals.count(&replay("alice", source), now));
+            (0..118).for_each(|_| refusals.count(&replay("alice", 1), now));
             refusals.tell(now + PERIOD);
             refusals.count(&replay("alice", 1), now + PERIOD + TICK);
             refusals.tell(now + 2 * PERIOD);
         });
         assert_eq!(lines.len(), 3, "{lines:?}");
-        assert!(lines[0].contains("refused reason=replayed user=alice source=192.0.2.0 hint="), "{lines:?}");
-        assert!(lines[1].ends_with("refused reason=replayed user=alice count=118 since=60s"), "{lines:?}");
+        assert!(lines[0].contains("refused reason=replayed user=alice source=192.0.2.1 hint="), "{lines:?}");
+        assert!(
+            lines[1].ends_with("refused reason=replayed user=alice source=192.0.2.1 count=118 since=60s"),
+            "{lines:?}"
+        );
         assert!(lines[2].contains("refused reason=replayed user=alice source=192.0.2.1 hint="), "{lines:?}");
+    }
+
+    #[test]
+    fn a_few_sources_are_told_apart_and_all_others_are_counted_together() {
+        let lines = lines(|refusals, now| {
+            (0..118).for_each(|source| refusals.count(&replay("alice", source), now));
+            (0..=4 * 61).for_each(|tick| refusals.tell(now + TICK * tick));
+        });
+        let first = |line: &&String| line.contains("user=alice source=192.0.2.") && line.contains("hint=");
+        assert_eq!(lines.iter().filter(first).count(), MAX_SOURCES + 1, "{lines:?}");
+        assert!(lines.last().unwrap().ends_with("refused reason=replayed user=alice count=110 since=60s"), "{lines:?}");
+        assert_eq!(lines.len(), MAX_SOURCES + 2, "{lines:?}");
     }
 
     #[test]
@@ -202,7 +228,7 @@ mod tests {
             for tick in 0..4 * 60 {
                 let now = now + TICK * tick;
                 for user in 0..60 {
-                    (0..2).for_each(|source| refusals.count(&replay(&format!("user{user}"), source), now));
+                    (0..2).for_each(|_| refusals.count(&replay(&format!("user{user}"), 1), now));
                 }
                 refusals.tell(now);
             }
