@@ -151,6 +151,12 @@ impl Machine {
         self.says(&format!("systemctl show --value -p {property} {unit}"))
     }
 
+    /// The ids of processes whose command lines begin like this, a regular expression.
+    fn processes(&self, begin: &str) -> String {
+        let listed = self.run(&format!("grep -alsE '^({begin})' /proc/[0-9]*/cmdline | cut -d / -f 3"));
+        String::from_utf8(listed.stdout).unwrap().trim_end().to_owned()
+    }
+
     /// What a connection to the guarded port meets.
     fn is_open(&self, server: &str) -> bool {
         let connected = self.run(&format!("ip netns exec client busybox nc -w 1 {server} 22 </dev/null"));
@@ -250,8 +256,9 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
     for (restarts, role) in ["keeper", "monitor", "verifier"].into_iter().enumerate() {
         let process = match role {
             "keeper" => machine.property("knockq", "MainPID"),
-            _ => machine.says(&format!("pgrep -f '^knockq: {role}'")),
+            _ => machine.processes(&format!("knockq: {role}")),
         };
+        assert!(!process.is_empty(), "{role}");
         machine.says(&format!("kill -9 {process}"));
         let restarts = (restarts + 1).to_string();
         eventually("starting again", || {
@@ -266,13 +273,15 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
 #[test]
 fn uninstall_stops_what_runs_and_says_what_stays() {
     let machine = Machine::boot("uninstall", "");
+    const OURS: &str = "knockq: |/usr/local/bin/knockq";
+    assert_ne!(machine.processes(OURS), "");
     let said = machine.says(&format!("{PLACES} {}/dist/uninstall 2>&1", env!("CARGO_MANIFEST_DIR")));
     assert!(said.contains("nft delete table inet knockq") && said.contains("/etc/knockq"), "{said}");
     for unit in ["knockq", "knockq-gate"] {
         assert_eq!(machine.property(unit, "LoadState"), "not-found", "{unit}");
     }
     assert_eq!(machine.says("find /etc/systemd /usr/local -name '*knockq*'"), "");
-    assert!(!machine.run("pgrep knockq").status.success());
+    assert_eq!(machine.processes(OURS), "");
     machine.says("test -e /etc/knockq/server.key; test -e /var/lib/knockq/counters.redb; nft list table inet knockq");
 }
 
