@@ -64,6 +64,14 @@ impl Lab {
         }
     }
 
+    /// What an administrator does where `ruleset = "external"`: writes the include file, and loads it.
+    pub(crate) fn load_include_file(&self) {
+        let config = self.config();
+        let include_file = config.with_file_name("knockq.nft");
+        fs::write(&include_file, self.control(&["ruleset", "--config", config.to_str().unwrap()])).unwrap();
+        self.server.nft(&["-f", include_file.to_str().unwrap()]);
+    }
+
     /// No door opens, to anyone, in the time that one would take.
     #[track_caller]
     pub(crate) fn stays_shut(&self, family: Family) {

@@ -154,12 +154,7 @@ fn a_table_that_nft_cannot_fill_stops_the_start_and_changes_nothing() {
 fn an_external_table_is_checked_and_never_touched() {
     let lab = Lab::with("open_for = \"1h\"");
     lab.set("ruleset = \"external\"");
-    let config = lab.config().display().to_string();
     let include_file = lab.config().with_file_name("knockq.nft");
-    let load = || {
-        fs::write(&include_file, lab.control(&["ruleset", "--config", &config])).unwrap();
-        lab.server.nft(&["-f", include_file.to_str().unwrap()]);
-    };
 
     let mut daemon = Daemon::spawn(&lab, &[]);
     assert_eq!(daemon.end(), Some(1));
@@ -170,7 +165,7 @@ fn an_external_table_is_checked_and_never_touched() {
     );
     assert_eq!(lab.server.nft(&["list", "ruleset"]), "", "it is for others to load");
 
-    load();
+    lab.load_include_file();
     let mut daemon = lab.start();
     for family in FAMILIES {
         assert!(!lab.alice.reaches(family.server(), 22));
@@ -193,14 +188,14 @@ fn an_external_table_is_checked_and_never_touched() {
     daemon.wait_for("until it is loaded, guarded ports may be open");
     thread::sleep(Duration::from_secs(3));
     assert_eq!(daemon.log().matches("guarded ports may be open").count(), 1, "{}", daemon.log());
-    load();
+    lab.load_include_file();
     daemon.wait_for("table inet knockq is as it should be again");
 
     // A changed configuration waits for its table.
     lab.set("trusted = [\"192.0.2.0/24\"]");
     daemon.signal(Signal::SIGHUP);
     daemon.wait_for("not reloaded: table inet knockq is not there, or not that of this configuration");
-    load();
+    lab.load_include_file();
     daemon.signal(Signal::SIGHUP);
     daemon.wait_for("knockq: reloaded");
     for family in FAMILIES {

@@ -180,13 +180,7 @@ fn tables_of_others_come_and_go_and_ours_is_not_touched() {
 fn the_service_manager_shows_what_is_wrong_with_an_external_table_until_it_is_right() {
     let lab = Lab::with("open_for = \"1h\"");
     lab.set("ruleset = \"external\"");
-    let config = lab.config().display().to_string();
-    let include_file = lab.config().with_file_name("knockq.nft");
-    let load = || {
-        fs::write(&include_file, lab.control(&["ruleset", "--config", &config])).unwrap();
-        lab.server.nft(&["-f", include_file.to_str().unwrap()]);
-    };
-    load();
+    lab.load_include_file();
     let path = lab.directory.path.join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -205,7 +199,7 @@ fn the_service_manager_shows_what_is_wrong_with_an_external_table_until_it_is_ri
             "STATUS=table inet knockq is not what it should be, so guarded ports may be open: see the log\n"
         );
         lab.server.sh("nft delete table inet knockq 2>/dev/null || true");
-        load();
+        lab.load_include_file();
         assert_eq!(told(), ready);
     }
     let log = daemon.stop();
