@@ -1,7 +1,7 @@
 //! Takes over threads of running processes, as a debugger does: to do what their own code never would, or to hold them at
 //! an exact instant.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use nix::errno::Errno;
@@ -10,6 +10,8 @@ use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+
+use crate::lab::PATIENCE;
 
 /// Numbers of system calls, on x86_64.
 pub(crate) const PWRITE64: u64 = 18;
@@ -41,13 +43,16 @@ impl Traced {
     }
 
     /// Lets it run until it is about to make one of these calls, by their numbers; tells which.
+    #[track_caller]
     pub(crate) fn run_to(&self, numbers: &[u64]) -> u64 {
-        loop {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
             let registers = self.next_stop();
             if is_entry(&registers) && numbers.contains(&registers.orig_rax) {
                 return registers.orig_rax;
             }
         }
+        panic!("the thread makes none of the calls {numbers:?}");
     }
 
     /// Lets it make the call that it is about to make; tells the result.
@@ -77,14 +82,25 @@ impl Traced {
         assert!(matches!(end, WaitStatus::Signaled(..) | WaitStatus::Exited(..)), "{end:?}");
     }
 
+    #[track_caller]
     fn next_stop(&self) -> user_regs_struct {
         ptrace::syscall(self.thread, None).unwrap();
         assert_eq!(self.wait(), WaitStatus::PtraceSyscall(self.thread));
         ptrace::getregs(self.thread).unwrap()
     }
 
+    /// Waits for its next stop or its end, which must come.
+    #[track_caller]
     fn wait(&self) -> WaitStatus {
-        waitpid(self.thread, Some(WaitPidFlag::__WALL)).unwrap()
+        let start = Instant::now();
+        loop {
+            let status = waitpid(self.thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)).unwrap();
+            if status != WaitStatus::StillAlive {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "the thread does not get there");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 use std::{fs, thread};
 
+use knockq::crypto::KnockPorts;
 use knockq::nft::{Door, Doors};
 use nix::sys::signal::{Signal, kill};
 
@@ -121,7 +122,9 @@ fn what_no_user_may_do_opens_nothing() {
         lab.stays_shut(family);
         send("alice", &["--port", "22", "--knock-port", "19999"]);
         lab.stays_shut(family);
-        send("alice", &["--port", "22", "--knock-port", "20000"]);
+        let (n, ports) = (unix_now(), KnockPorts::new([20_000..=21_023]).unwrap());
+        let wrong_port = if lab.alice_key().pad(n).knock_port(&ports) == 20_000 { "20001" } else { "20000" };
+        send("alice", &["--port", "22", "--knock-port", wrong_port, "--counter", &n.to_string()]);
         daemon.wait_for("reason=wrong_knock_port");
         lab.stays_shut(family);
         send("alice", &["--port", "22", "--bind", "192.0.2.1"]);

@@ -13,6 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
 /// Time that something may take that does happen: an emulated machine is slow.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Time after which a silent port counts as shut: the first retransmission comes after one second.
 const SHUT: Duration = Duration::from_millis(600);
@@ -226,6 +227,7 @@ pub struct Lab {
     pub mallory: Host,
     pub server: Host,
     pub directory: Scratch,
+    _deadline: Deadline,
 }
 
 impl Lab {
@@ -261,7 +263,7 @@ impl Lab {
                 client.ip(&format!("-6 route add default via fd77:{number}::1"));
             }
         }
-        Self { alice, mallory, server, directory: Scratch::new() }
+        Self { alice, mallory, server, directory: Scratch::new(), _deadline: Deadline::start() }
     }
 
     pub fn config(&self) -> PathBuf {
@@ -351,6 +353,30 @@ impl Lab {
         let key = format!("{source} . tcp . {port} ");
         let elements = listing.split(['{', ',', '}']).map(str::trim);
         elements.filter(|element| element.starts_with(&key)).map(str::to_owned).next()
+    }
+}
+
+/// Ends the whole run with the name of a test that lasts too long: in a virtual machine that is given up later, nobody would
+/// learn which it was. Dropped after all else of a [`Lab`], for what hangs may be the tidying up.
+struct Deadline {
+    _dropped: mpsc::Sender<()>,
+}
+
+impl Deadline {
+    const AFTER: Duration = Duration::from_secs(600);
+
+    fn start() -> Self {
+        let test = thread::current().name().unwrap_or("?").to_owned();
+        let (dropped, is_dropped) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            if is_dropped.recv_timeout(Self::AFTER) == Err(RecvTimeoutError::Timeout) {
+                let seconds = Self::AFTER.as_secs();
+                // Past what the harness captures of a test's output, which it shows when the test ends.
+                let _ = writeln!(std::io::stderr(), "test {test} has not ended after {seconds} s; giving up all");
+                std::process::exit(1);
+            }
+        });
+        Self { _dropped: dropped }
     }
 }
 
@@ -450,7 +476,14 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
             self.signal(Signal::SIGTERM);
-            let _ = self.child.wait();
+            let start = Instant::now();
+            while let Ok(None) = self.child.try_wait() {
+                if start.elapsed() > PATIENCE {
+                    let _ = self.child.kill(); // perhaps a test that failed holds or has stopped a process of it
+                    break;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
         }
         if thread::panicking() {
             eprintln!("--- the daemon's log\n{}---", self.log());
