@@ -6,7 +6,6 @@ use std::{fs, thread};
 
 use knockq::crypto::KnockPorts;
 use knockq::nft::{Door, Doors};
-use nix::sys::signal::{Signal, kill};
 
 use crate::lab::{self, FAMILIES, Family, Host, Lab, eventually, succeeds};
 use crate::{seconds_left, unix_now};
@@ -73,10 +72,7 @@ fn a_replay_opens_nothing_from_the_same_or_another_source_or_after_a_restart() {
         lab.mallory.oracle_says(&["replay", packet, "--from", &family.mallory().to_string()]);
         lab.stays_shut(*family);
     }
-    for (_, pid) in daemon.processes() {
-        kill(pid, Signal::SIGKILL).unwrap();
-    }
-    daemon.end();
+    daemon.kill();
     let _daemon = lab.start();
     for (family, packet) in &spent {
         lab.alice.oracle_says(&["replay", packet]);

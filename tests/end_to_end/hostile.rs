@@ -15,11 +15,8 @@ use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, resident};
 use crate::recorded::persona;
 use crate::{UntilDropped, flow, raw_socket, tcp_offset};
 
-/// What the sender does, at least.
-const FLOOD: Duration = Duration::from_secs(2);
-
 /// No flood lasts longer, however slow the machine is: other tests run beside.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(40);
 
 /// Different packets of each family, sent again and again.
 const PACKETS: u64 = 4_096;
@@ -38,10 +35,10 @@ fn a_flood_of_hostile_bytes_opens_nothing_fills_no_memory_and_no_log_and_hinders
     let lab = Lab::with("open_for = \"3s\"");
     let (daemon, start) = (lab.start(), Instant::now());
     let packets = FAMILIES.map(|family| packets(&lab, family));
-    flood(&lab, &packets, || thread::sleep(FLOOD / 4)); // what is allocated once is there
+    flood(&lab, &packets, || thread::sleep(Duration::from_millis(500))); // what is allocated once is there
     let (memory, lines, before) = (memory(&daemon), daemon.log().lines().count(), queued(&lab));
     flood(&lab, &packets, || {
-        thread::sleep(FLOOD);
+        eventually("each packet twice in the queue", || queued(&lab) > before + 2 * 2 * PACKETS);
         for family in FAMILIES {
             // The queue holds so much and no more: a knock may be among what is lost.
             eventually("a knock in the flood", || {
@@ -60,7 +57,6 @@ fn a_flood_of_hostile_bytes_opens_nothing_fills_no_memory_and_no_log_and_hinders
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
     }
-    assert!(queued(&lab) > before + 2 * PACKETS, "the flood did not reach the queue");
     for (role, before) in memory {
         let now = resident(role.1);
         assert!(now <= before + GROWTH, "{} grew from {before} to {now} KiB", role.0);

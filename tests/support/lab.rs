@@ -18,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use knockq::serve::store::Store;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -450,6 +451,16 @@ impl Daemon {
 
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    /// Kills all of its processes, in this order, and waits for the end.
+    #[track_caller]
+    pub fn kill(&mut self) -> Option<i32> {
+        for (_, pid) in self.processes() {
+            // The death of one may have ended the next.
+            assert!(matches!(kill(pid, Signal::SIGKILL), Ok(()) | Err(Errno::ESRCH)));
+        }
+        self.end()
     }
 
     /// Waits for its end, which must come soon; tells the exit code.

@@ -3,16 +3,14 @@
 
 use std::fs;
 
-use nix::sys::signal::{Signal, kill};
-
 use super::knock::{self, Knock};
 use crate::debugger::{FDATASYNC, FTRUNCATE, PWRITE64, Traced, other_thread};
 use crate::lab::{Daemon, Family, Lab};
 
 /// The store before each call that the second knock's counter takes to be written. The first one's is on the disk.
 fn cut_short(lab: &Lab, daemon: &mut Daemon, first: &Knock, second: &Knock) -> Vec<Vec<u8>> {
-    let processes = daemon.processes();
-    let writer = Traced::attach(other_thread(processes[2].1));
+    let (_, verifier) = daemon.processes()[2];
+    let writer = Traced::attach(other_thread(verifier));
     first.send(lab);
     writer.run_to(&[FDATASYNC]);
     assert_eq!(writer.finish(), 0);
@@ -24,9 +22,8 @@ fn cut_short(lab: &Lab, daemon: &mut Daemon, first: &Knock, second: &Knock) -> V
         states.push(fs::read(lab.store()).unwrap());
     }
     first.has_opened(lab);
-    processes.iter().for_each(|(_, pid)| kill(*pid, Signal::SIGKILL).unwrap());
+    daemon.kill();
     writer.bury();
-    daemon.end();
     states
 }
 

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 
 use super::knock;
 use crate::debugger::{SENDTO, Traced};
@@ -36,9 +36,8 @@ fn stop(daemon: Daemon) {
     daemon.stop();
 }
 
-fn kill_all(mut daemon: Daemon) {
-    daemon.processes().iter().for_each(|(_, pid)| kill(*pid, Signal::SIGKILL).unwrap());
-    daemon.end();
+fn kill(mut daemon: Daemon) {
+    daemon.kill();
 }
 
 #[test]
@@ -46,7 +45,7 @@ fn grants_outlive_a_stop_and_a_kill_with_owner_and_time_and_are_renewed_and_revo
     let lab = knock::lab();
     lab.add_user("bob", &["ssh"]);
     let mut daemon = lab.start();
-    for end in [stop, kill_all] {
+    for end in [stop, kill] {
         FAMILIES.into_iter().for_each(|family| renew(&lab, "alice", family));
         let before = FAMILIES.map(|family| listed(&lab, family));
         end(daemon);
