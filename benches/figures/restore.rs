@@ -22,7 +22,7 @@ fn row(scale: &Scale, family: Family) -> Row {
     windows.sort_unstable();
     let [shortest, median, longest] = [0, windows.len() / 2, windows.len() - 1].map(|place| millis(windows[place]));
     let figure = format!(
-        "a table without an owner is deleted: from a stranger's first answer to his last, {family:?}: shortest, p50, longest"
+        "a table without an owner is deleted: from a stranger's first SYN that is answered to his last, {family:?}: shortest, p50, longest"
     );
     Row(figure, "< 50 ms", format!("{shortest}, {median}, {longest} of {}", windows.len()))
 }

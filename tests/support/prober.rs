@@ -1,5 +1,7 @@
 //! A stranger who tries the guarded port again and again.
 
+#![allow(dead_code, reason = "tests and benchmarks look at different parts of what came of it")]
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,9 +31,9 @@ pub struct Prober {
 /// What came of it.
 pub struct Probed {
     /// How many SYNs he sent.
-    pub sent: u32,
-    /// When a segment of any kind came back.
-    pub answers: Vec<Instant>,
+    pub sent: usize,
+    /// When each SYN was sent for which a segment of any kind came back, be it again.
+    pub answered: Vec<Instant>,
 }
 
 impl Prober {
@@ -55,11 +57,10 @@ impl Prober {
 }
 
 impl Probed {
-    /// From the first answer to the last in this time.
+    /// From the first SYN of this time that was answered to the last.
     pub fn window(&self, from: Instant, to: Instant) -> Option<Duration> {
-        let mut answers = self.answers.iter().filter(|answer| (from..to).contains(answer));
-        let first = answers.next()?;
-        Some(answers.next_back().unwrap_or(first).duration_since(*first))
+        let answered = || self.answered.iter().filter(|sent| (from..to).contains(sent));
+        Some(answered().max()?.duration_since(*answered().min()?))
     }
 }
 
@@ -69,27 +70,33 @@ fn probe(family: Family, pause: Duration, is_over: &AtomicBool) -> Probed {
     let (sender, receiver) = (raw(ipproto::RAW), raw(ipproto::TCP));
     let (persona, server) = (persona(family == Family::V4), SocketAddr::new(family.server(), 0));
     let tcp = if family == Family::V4 { IPV4_HEADER } else { 0 };
-    let mut probed = Probed { sent: 0, answers: Vec::new() };
-    let hear = |answers: &mut Vec<Instant>| {
+    let (mut sent, mut answered) = (Vec::new(), Vec::new());
+    let mut hear = |sent: &[Instant]| {
         let mut bytes = [0; 128];
         while let Ok((_, length)) = recv(&receiver, &mut bytes, RecvFlags::DONTWAIT) {
-            if bytes[..length].get(tcp..tcp + 2) == Some(&GUARDED.to_be_bytes()) {
-                answers.push(Instant::now());
-            }
+            let Some(segment) =
+                bytes[..length].get(tcp..).filter(|segment| segment.starts_with(&GUARDED.to_be_bytes()))
+            else {
+                continue;
+            };
+            let acknowledged = u32::from_be_bytes(segment[8..12].try_into().unwrap());
+            // A SYN's sequence number is its place, and counts as one byte.
+            answered.push(sent[usize::try_from(acknowledged.wrapping_sub(1)).unwrap()]);
         }
     };
     for source_port in (1024..=u16::MAX).cycle().take_while(|_| !is_over.load(Ordering::Relaxed)) {
         let flow =
             Flow { source: family.mallory(), source_port, destination: family.server(), destination_port: GUARDED };
-        let syn = persona.syn(&flow, probed.sent, probed.sent).unwrap();
+        let place = u32::try_from(sent.len()).unwrap();
+        let syn = persona.syn(&flow, place, place).unwrap();
+        sent.push(Instant::now());
         sendto(&sender, &syn, SendFlags::empty(), &server).unwrap();
-        probed.sent += 1;
-        hear(&mut probed.answers);
+        hear(&sent);
         if !pause.is_zero() {
             thread::sleep(pause);
         }
     }
     thread::sleep(Duration::from_millis(300));
-    hear(&mut probed.answers);
-    probed
+    hear(&sent);
+    Probed { sent: sent.len(), answered }
 }

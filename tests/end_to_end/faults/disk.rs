@@ -144,8 +144,8 @@ fn knocks_wait_for_a_slow_disk_up_to_a_bound_and_others_are_decided_meanwhile() 
     for ((family, socket), packet) in sockets.iter().zip(&spent) {
         send(socket, *family, packet);
     }
-    eventually("lookups", || count(&daemon, "refused reason=replayed user=alice") == 1);
-    eventually("the refusal", || count(&daemon, "refused reason=not_durable") == 1);
+    eventually("lookups", || count(&daemon, "refused reason=replayed user=alice") > 0);
+    eventually("the refusal", || count(&daemon, "refused reason=not_durable") > 0);
     for family in FAMILIES {
         assert_eq!(lab.door(family.alice(), 22), None, "not durable yet");
     }
