@@ -10,7 +10,7 @@ use crate::nft::Door;
 use crate::service::Name;
 
 /// Doors at most: what the kernel's four sets hold.
-const MAX_DOORS: usize = 4 * 65_535;
+pub const MAX_DOORS: usize = 4 * 65_535;
 
 /// Users who hold one door open at most.
 const MAX_GRANTS: usize = 1024;

@@ -12,7 +12,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 use thiserror::Error;
 use tracing::{error, info, warn};
 
-use super::book::{Book, Grant};
+use super::book::{Book, Grant, MAX_DOORS};
 use super::channel::{Channel, Message, has_hung_up};
 use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
@@ -99,6 +99,7 @@ pub fn run() -> Result<(), MonitorError> {
         not_shut: Tally::default(),
         doors,
         book: Book::default(),
+        unsettled: Vec::new(),
     };
     if !monitor.own_table()? {
         return Err(MonitorError::NoTable);
@@ -135,6 +136,8 @@ struct Monitor {
     not_shut: Tally,
     doors: Doors,
     book: Book,
+    /// Doors whose elements are to be made what the book says when the table is loaded.
+    unsettled: Vec<Door>,
 }
 
 impl Monitor {
@@ -268,18 +271,20 @@ impl Monitor {
         }
         self.loss = Loss::Nothing;
         let now = Instant::now();
-        let doors = if loss == Loss::Doors { self.book.standing(now) } else { Vec::new() };
-        for doors in doors.chunks(BURST) {
-            for door in doors {
-                if let Err(error) = self.put(door, now)
-                    && self.not_opened.is_first()
-                {
-                    warn!(source = %door.source, port = %door.port, "not opened again: {error}");
-                }
+        if loss == Loss::Doors {
+            self.unsettled.extend(self.book.standing(now));
+        }
+        while let Some(door) = self.unsettled.pop() {
+            if let Err(error) = self.put(&door, now)
+                && self.not_opened.is_first()
+            {
+                warn!(source = %door.source, port = %door.port, "not opened again: {error}");
             }
-            self.watch_table()?;
-            if self.is_loading {
-                return Ok(());
+            if self.unsettled.len().is_multiple_of(BURST) {
+                self.watch_table()?;
+                if self.is_loading {
+                    return Ok(()); // the rest when it is loaded once more
+                }
             }
         }
         self.watch_table()
@@ -336,9 +341,9 @@ impl Monitor {
         let now = Instant::now();
         for (door, Grant { user, service, until }) in self.book.strike_all(is_meant) {
             let Door { source, port, .. } = door;
-            match self.put(&door, now) {
-                Ok(()) if until > now => info!(%user, %service, %source, %port, "{how}"),
-                Ok(()) => {}
+            match self.settle(&door, now) {
+                Ok(_) if until > now => info!(%user, %service, %source, %port, "{how}"),
+                Ok(_) => {}
                 Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
             }
         }
@@ -385,8 +390,9 @@ impl Monitor {
                     }
                     return;
                 };
-                match self.put(&door, now) {
-                    Ok(()) => info!(%user, %service, %source, %port, seconds, "granted"),
+                match self.settle(&door, now) {
+                    Ok(true) => info!(%user, %service, %source, %port, seconds, "granted"),
+                    Ok(false) => info!(%user, %service, %source, %port, seconds, "granted, once the table is loaded"),
                     Err(error) => {
                         self.book.take_back(&door, &user, replaced);
                         if self.not_opened.is_first() {
@@ -398,13 +404,25 @@ impl Monitor {
             Frame::Close { source, port, user } => {
                 for door in [false, true].map(|once| Door { source, port, once }) {
                     if self.book.strike(&door, &user)
-                        && let Err(error) = self.put(&door, now)
+                        && let Err(error) = self.settle(&door, now)
                         && self.not_shut.is_first()
                     {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
                 }
             }
+        }
+    }
+
+    /// Makes the kernel's element what the book says; `false` if that has to wait until the table is loaded.
+    fn settle(&mut self, door: &Door, now: Instant) -> Result<bool, ElementError> {
+        match self.put(door, now) {
+            // It is not there, or somebody else's for a moment.
+            Err(_) if self.is_loading && self.unsettled.len() < MAX_DOORS => {
+                self.unsettled.push(*door);
+                Ok(false)
+            }
+            done => done.map(|()| true),
         }
     }
 

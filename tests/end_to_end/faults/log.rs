@@ -2,17 +2,15 @@
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use knockq::crypto::Binding;
-use nix::sys::signal::Signal;
 
 use super::{Knocks, SmallDisk, count, send};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
-use crate::{UntilDropped, daemon_owned_the_table, raw_socket};
+use crate::{UntilDropped, raw_socket};
 
 /// Lines a second at most, of all processes; a grant has a line of its own besides.
 const LINES: usize = 10;
@@ -85,38 +83,6 @@ fn the_log_stays_under_ten_lines_a_second_whatever_arrives() {
     let minutes = 2 + usize::try_from(start.elapsed().as_secs() / 60).unwrap();
     assert!(count(&daemon, "monitor: granted") <= minutes * GRANTS);
     quietly(&daemon, "the counts of a minute", || daemon_says(&daemon, "refused reason=replayed user=alice count="));
-    daemon.stop();
-}
-
-/// The keeper, which would load the table again, stands still meanwhile.
-#[test]
-fn doors_that_the_kernel_refuses_are_told_once_and_counted() {
-    let lab = Lab::with("open_for = \"10m\"");
-    lab.set("window = \"10m\"");
-    let daemon = lab.start();
-    if daemon_owned_the_table(&lab) {
-        let deleted = lab.server.enter(|| Command::new("nft").args(["delete", "table", "inet", "knockq"]).status());
-        assert!(!deleted.unwrap().success(), "then it can be refused none");
-        return;
-    }
-    let mut knocks = Knocks::new(&lab);
-    let packets: Vec<_> = FAMILIES.into_iter().cycle().take(100).map(|family| (family, knocks.bound(family))).collect();
-    daemon.signal(Signal::SIGSTOP);
-    lab.server.nft(&["delete", "table", "inet", "knockq"]);
-    // What brings knocks to the queue, and nothing else of it.
-    lab.server.nft(&["add", "table", "inet", "knockq"]);
-    lab.server.nft(&["add", "chain", "inet", "knockq", "knock", "{ type filter hook prerouting priority raw; }"]);
-    lab.server.nft(&["add", "rule", "inet", "knockq", "knock", "tcp", "dport", "20000-21023", "queue", "num", "4097"]);
-    quietly(&daemon, "knocks without a set", || lab.alice.enter(|| once(&packets)));
-    daemon_says(&daemon, "not granted: ");
-    daemon_says(&daemon, "more could not be opened, like the one before doors=");
-    assert_eq!(count(&daemon, "not granted: ") + count(&daemon, "monitor: granted"), 1, "{}", daemon.log());
-    daemon.signal(Signal::SIGCONT);
-    eventually("the table", || lab.server.nft(&["list", "table", "inet", "knockq"]).contains("open6"));
-    for family in FAMILIES {
-        lab.alice.enter(|| send(&raw_socket(family), family, &knocks.bound(family)));
-        lab.wait_for_door(family.alice(), 22);
-    }
     daemon.stop();
 }
 

@@ -208,6 +208,36 @@ fn the_service_manager_shows_what_is_wrong_with_an_external_table_until_it_is_ri
     assert_eq!(log.matches("is as it should be again").count(), 3, "{log}");
 }
 
+/// The keeper, which would load the table again, stands still meanwhile.
+#[test]
+fn a_knock_that_is_decided_while_the_table_is_gone_opens_when_it_is_back() {
+    let lab = Lab::with("open_for = \"10m\"\nonce = true");
+    let daemon = lab.start();
+    if daemon_owned_the_table(&lab) {
+        let deleted = lab.server.sh("nft delete table inet knockq 2>&1 || true");
+        assert!(deleted.contains("Operation not permitted"), "then none is: {deleted}");
+        return;
+    }
+    lab.knock(Family::V4, &[]);
+    lab.wait_for_door(Family::V4.alice(), 22);
+    daemon.signal(Signal::SIGSTOP);
+    lab.server.nft(&["delete", "table", "inet", "knockq"]);
+    // What brings knocks to the queue, and nothing else of it.
+    lab.server.nft(&["add", "table", "inet", "knockq"]);
+    lab.server.nft(&["add", "chain", "inet", "knockq", "knock", "{ type filter hook prerouting priority raw; }"]);
+    lab.server.nft(&["add", "rule", "inet", "knockq", "knock", "tcp", "dport", "20000-21023", "queue", "num", "4097"]);
+    lab.knock(Family::V6, &[]);
+    eventually("a grant", || {
+        daemon.log().contains("granted, once the table is loaded user=alice service=ssh source=fd77")
+    });
+    daemon.signal(Signal::SIGCONT);
+    lab.wait_for_door(Family::V6.alice(), 22);
+    assert!(lab.alice.reaches(Family::V6.server(), 22) && !lab.mallory.reaches(Family::V6.server(), 22));
+    assert_eq!(lab.door(Family::V4.alice(), 22), None, "one connection may have been made through it");
+    assert!(!daemon.log().contains("not granted"), "{}", daemon.log());
+    daemon.stop();
+}
+
 /// Whoever flushes without end is worse than one who flushes once: the log must not be his.
 #[test]
 fn a_table_that_is_flushed_without_end_is_back_when_that_ends() {
