@@ -93,6 +93,22 @@ fn words_that_are_wrong_are_usage_errors() {
 }
 
 #[test]
+fn what_is_missing_comes_with_the_remedy_for_it_whatever_its_name() {
+    let world = World::new();
+    for name in ["etc/knockq.toml.old", "etc/other.toml"] {
+        let missing = world.text(name);
+        world
+            .run(&["check", "--config", &missing])
+            .fails(78, &["No such file", "Hint: make a configuration with `knockq init"]);
+    }
+    let key = world.path("etc/server.key");
+    for damage in [Some("AAAA\n"), None] {
+        damage.map_or_else(|| fs::remove_file(&key), |text| fs::write(&key, text)).unwrap();
+        world.check().fails(78, &["server.key: ", "Hint: restore it from a backup; with another key every user needs"]);
+    }
+}
+
+#[test]
 fn a_configuration_that_is_wrong_is_shown_with_its_place() {
     let cases: &[(&str, &str, &[&str])] = &[
         ("private_key", "private_kee", &["knockq.toml:4:1: unknown field `private_kee`", "^"]),

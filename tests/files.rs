@@ -447,7 +447,7 @@ fn line_ends_and_a_byte_order_mark_of_other_systems_change_no_meaning() {
         if path.extension().is_some_and(|extension| extension == "toml") {
             assert_eq!(run(&world, subject.readers[0]).succeeds(), said, "{}", subject.path);
         } else {
-            refused(&world, subject, "a byte order mark", &path, &["not a key", "knockq keygen"]);
+            refused(&world, subject, "a byte order mark", &path, &["not a key", "restore it"]);
         }
         fs::write(&path, &text).unwrap();
     }

@@ -90,14 +90,11 @@ impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         match error {
             ConfigError::File(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
-                let is_config = path.extension().is_some_and(|extension| extension == "toml");
-                let failure = Self::new(format!("{}: {cause}", path.display())).code(CONFIGURATION);
-                if is_config {
-                    failure.hint("make a configuration with `knockq init --protect tcp/22`, or name one with --config")
-                } else {
-                    failure.hint("restore it from a backup; with another key every user needs a new profile")
-                }
+                Self::new(format!("{}: {cause}", path.display()))
+                    .hint("make a configuration with `knockq init --protect tcp/22`, or name one with --config")
+                    .code(CONFIGURATION)
             }
+            ConfigError::ServerKeyFile(error) if error.kind() != Some(io::ErrorKind::NotFound) => error.into(),
             ConfigError::File(error) => error.into(),
             other => Self::new(other.to_string()).maybe_hint(other.hint()).code(CONFIGURATION),
         }
@@ -219,6 +216,9 @@ impl From<VerifierError> for Failure {
             VerifierError::Store { cause: StoreError::Newer(_), .. } => failure
                 .hint("install the knockq that made it, or a newer one; or make a new store: move it away, and knockq recover")
                 .code(CONFIGURATION),
+            VerifierError::Store { cause: StoreError::Damaged(_), .. } => {
+                failure.hint("make a new store: knockq recover").code(CONFIGURATION)
+            }
             VerifierError::Store { .. } => failure
                 .hint("put back the store that belongs to this server key, or make a new one: knockq recover")
                 .code(CONFIGURATION),

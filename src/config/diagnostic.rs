@@ -1,6 +1,7 @@
 //! Where in a file something is wrong.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +19,18 @@ pub enum ConfigError {
     /// Something in a file is wrong.
     #[error(transparent)]
     Content(#[from] Diagnostic),
-    /// A key file holds no key.
+    /// The server's private key cannot be read.
+    #[error(transparent)]
+    ServerKeyFile(FileError),
+    /// The file of the server's private key holds none.
+    #[error("{}: {cause}", path.display())]
+    ServerKey {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: KeyError,
+    },
+    /// A user's key is none.
     #[error("{}: {cause}", path.display())]
     Key {
         /// The file.
@@ -32,12 +44,17 @@ impl ConfigError {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::File(error) => error.hint(),
+            Self::ServerKeyFile(error) if error.kind() == Some(ErrorKind::NotFound) => Some(SERVER_KEY.to_owned()),
+            Self::File(error) | Self::ServerKeyFile(error) => error.hint(),
             Self::Content(diagnostic) => diagnostic.hint.clone(),
-            Self::Key { .. } => Some("make a key with `knockq keygen`, or `knockq init` on a server".to_owned()),
+            Self::ServerKey { .. } => Some(SERVER_KEY.to_owned()),
+            Self::Key { .. } => Some("the user makes one with `knockq keygen` on their machine".to_owned()),
         }
     }
 }
+
+/// Another key is no remedy: no user could knock any more.
+const SERVER_KEY: &str = "restore it from a backup; with another key every user needs a new profile";
 
 /// Characters of a line or a message that are shown: a file from elsewhere may hold anything.
 const SHOWN: usize = 400;

@@ -143,8 +143,8 @@ impl ServerConfig {
 
         let directory = path.parent().unwrap_or(Path::new("."));
         let key_path = directory.join(&server.private_key);
-        let key = secure_file::read(&key_path, Privacy::Secret)?;
-        let private_key: PrivateKey = key.parse().map_err(|cause| ConfigError::Key { path: key_path, cause })?;
+        let key = secure_file::read(&key_path, Privacy::Secret).map_err(ConfigError::ServerKeyFile)?;
+        let private_key: PrivateKey = key.parse().map_err(|cause| ConfigError::ServerKey { path: key_path, cause })?;
         let users = users::load(&directory.join("users.d"), &services, private_key.public())?;
         Ok(Self {
             private_key,
