@@ -75,7 +75,11 @@ impl fmt::Display for Failure {
 
 impl From<FileError> for Failure {
     fn from(error: FileError) -> Self {
-        let code = if error.is_permission() { PERMISSION } else { CONFIGURATION };
+        let code = match () {
+            () if error.is_permission() => PERMISSION,
+            () if error.is_of_disk() => FAILED,
+            () => CONFIGURATION,
+        };
         Self::new(error.to_string()).maybe_hint(error.hint()).code(code)
     }
 }
@@ -323,6 +327,30 @@ impl From<SendError> for Failure {
                 failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
             }
             _ => failure,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+    use std::path::Path;
+
+    use super::{CONFIGURATION, FAILED, Failure, PERMISSION};
+    use crate::config::FileError;
+
+    #[test]
+    fn a_disk_that_takes_no_writes_is_no_wrong_configuration() {
+        for (kind, code) in [
+            (ErrorKind::StorageFull, FAILED),
+            (ErrorKind::QuotaExceeded, FAILED),
+            (ErrorKind::ReadOnlyFilesystem, FAILED),
+            (ErrorKind::PermissionDenied, PERMISSION),
+            (ErrorKind::NotFound, CONFIGURATION),
+        ] {
+            let failure = Failure::from(FileError::io(Path::new("f"), kind));
+            assert_eq!(failure.code, code, "{kind}");
+            assert_eq!(failure.to_string().contains("df"), code == FAILED, "{failure}");
         }
     }
 }

@@ -101,6 +101,9 @@ impl FileError {
             Self::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 Some("check its owner and those of the directories above, or run this as root".to_owned())
             }
+            Self::Io { .. } if self.is_of_disk() => {
+                Some("look at the disk, with `df` and `mount`, and do this again".to_owned())
+            }
             Self::Io { .. } => None,
             Self::NotRegular { .. } => {
                 Some("put a file in its place: links, devices, pipes and sockets are not read".to_owned())
@@ -123,6 +126,12 @@ impl FileError {
     /// Whether the cause is a missing privilege of the caller.
     pub fn is_permission(&self) -> bool {
         self.kind() == Some(io::ErrorKind::PermissionDenied)
+    }
+
+    /// Whether the disk takes no writes, which has nothing to do with what is in the file.
+    pub fn is_of_disk(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+        matches!(self.kind(), Some(StorageFull | QuotaExceeded | ReadOnlyFilesystem))
     }
 
     pub(crate) fn io(path: &Path, cause: impl Into<io::Error>) -> Self {
