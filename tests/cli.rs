@@ -109,6 +109,19 @@ fn what_is_missing_comes_with_the_remedy_for_it_whatever_its_name() {
 }
 
 #[test]
+fn check_warns_of_an_account_that_is_missing() {
+    let world = World::new();
+    let config = fs::read_to_string(world.path("etc/knockq.toml")).unwrap();
+    fs::write(world.path("etc/knockq.toml"), config.replace("[server]", "[server]\nuser = \"nobody-of-this-name\""))
+        .unwrap();
+    let ran = world.check();
+    ran.succeeds();
+    for account in ["nobody-of-this-name", "nobody-of-this-name-monitor"] {
+        assert!(ran.errors().contains(&format!("warning: there is no user `{account}`")), "{}", ran.errors());
+    }
+}
+
+#[test]
 fn a_configuration_that_is_wrong_is_shown_with_its_place() {
     let cases: &[(&str, &str, &[&str])] = &[
         ("private_key", "private_kee", &["knockq.toml:4:1: unknown field `private_kee`", "^"]),

@@ -26,7 +26,10 @@ impl Check {
         let path = self.config.config;
         let config = ServerConfig::load(&path)?;
         config.registry()?;
-        accounts(&config)?;
+        let (_, missing) = accounts(&config)?;
+        for account in missing {
+            note(&format!("warning: there is no user `{account}`, so a user id that nobody has stands in for it"));
+        }
         check_store(&config)?;
         warn_of_ephemeral_ports(&config);
         let (services, users) = (config.services.len(), config.users.len());
