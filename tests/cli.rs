@@ -50,7 +50,7 @@ fn init_overwrites_nothing_and_leaves_nothing_behind_when_it_fails() {
     let world = World::empty();
     world
         .init(&["--protect", "tcp/22", "--knock-ports", "20-30"])
-        .fails(78, &["knock port 22 is guarded by service", "Hint: "]);
+        .fails(64, &["--knock-ports: tcp/22 is to be guarded", "Hint: "]);
     assert_eq!(world.files(), Vec::<PathBuf>::new(), "nothing half-written");
 }
 

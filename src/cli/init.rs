@@ -20,7 +20,7 @@ use crate::config::server::{RUNTIME_DIRECTORY, STATE_DIRECTORY};
 use crate::config::{FileError, ServerConfig};
 use crate::crypto::{KnockPorts, KnockPortsError, PrivateKey};
 use crate::serve::store::Store;
-use crate::service::{HostAddress, Port};
+use crate::service::{HostAddress, Port, Transport};
 
 /// Knock ports that are chosen where none are given.
 const KNOCK_PORTS: u16 = 1024;
@@ -89,7 +89,14 @@ impl Init {
     fn choose_knock_ports(&self) -> Result<KnockPorts, Failure> {
         let fail = |error: KnockPortsError| Failure::new(format!("--knock-ports: {error}")).code(USAGE);
         if !self.knock_ports.is_empty() {
-            return KnockPorts::try_from(self.knock_ports.clone()).map_err(fail);
+            let ports = KnockPorts::try_from(self.knock_ports.clone()).map_err(fail)?;
+            let is_guarded = |port: &&Port| port.transport == Transport::Tcp && ports.iter().any(|n| n == port.number);
+            return match self.protect.iter().find(is_guarded) {
+                Some(port) => Err(Failure::new(format!("--knock-ports: {port} is to be guarded"))
+                    .hint("choose knock ports where no service listens")
+                    .code(USAGE)),
+                None => Ok(ports),
+            };
         }
         let mut taken = listening_ports();
         taken.extend(self.protect.iter().map(|port| port.number));
