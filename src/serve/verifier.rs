@@ -14,6 +14,7 @@ use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::sync::mpsc as channel;
 use tokio::time::MissedTickBehavior;
+use tracing::field::display;
 use tracing::{debug, info, warn};
 
 use super::channel::{Channel, Message};
@@ -328,7 +329,8 @@ fn decide(verifier: &mut Verifier, refusals: &mut Refusals, block: &[u8]) -> Vec
     for packet in records(block) {
         match verifier.handle(packet, now) {
             Decision::Refused(refusal) => {
-                debug!(reason = %refusal.reason, user = ?refusal.user, source = ?refusal.source, "packet");
+                let (user, source) = (refusal.user.as_ref().map(display), refusal.source.map(display));
+                debug!(reason = %refusal.reason, user, source, "packet");
                 refusals.count(&refusal, told_at);
             }
             decision => decisions.push(decision),

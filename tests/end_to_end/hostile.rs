@@ -83,7 +83,7 @@ fn what_no_kernel_sends_is_read_and_refused_for_what_it_is() {
             (Shape::Extended, "unknown"),
             (Shape::Payload, "unknown"),
         ] {
-            let told = format!("packet reason={reason} ");
+            let told = format!("packet reason={reason}");
             let before = daemon.log().matches(&told).count();
             let packet = Random(7).packet(family, shape);
             lab.mallory.enter(|| send(&raw_socket(family), family, &packet));

@@ -59,8 +59,7 @@ impl Knock {
     /// The same, where alice's key has another name.
     #[track_caller]
     pub(super) fn is_spent_for(&self, user: &str, lab: &Lab, daemon: &Daemon) {
-        let refused =
-            |reason| format!("packet reason={reason} user=Some(Name(\"{user}\")) source=Some({})", self.family.alice());
+        let refused = |reason| format!("packet reason={reason} user={user} source={}", self.family.alice());
         let count = || ["replayed", "superseded"].map(|reason| daemon.log().matches(&refused(reason)).count());
         let before = count();
         self.send(lab);
