@@ -239,7 +239,8 @@ impl Keeper {
     /// The configuration could not be read; if it was refused, the child has said why.
     fn keep_configuration(&mut self, why: &str) -> Result<(), Ended> {
         self.dismiss_reader();
-        self.refuse(why, "knockq check")
+        let hint = format!("knockq check --config {}", self.config_path.display());
+        self.refuse(why, &hint)
     }
 
     fn dismiss_reader(&mut self) {
