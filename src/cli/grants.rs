@@ -154,16 +154,25 @@ fn report(meant: &[OpenDoor], left: &[OpenDoor]) -> Result<(), Failure> {
     if meant.is_empty() {
         note("no such door is open");
     }
+    let mut is_by_hand = false;
     let lines = meant.iter().map(|open| {
         let still = left.iter().find(|still| still.door == open.door).map(Shown::of);
         let state = match &still {
             None => "shut".to_owned(),
             Some(Shown { user: Some(user), .. }) => format!("still open for {user}"),
-            Some(_) => "still open, by hand: `nft list table inet knockq` shows the element to delete".to_owned(),
+            Some(_) => {
+                is_by_hand = true;
+                "still open, by hand".to_owned()
+            }
         };
         format!("{} {}: {state}\n", open.door.source, open.door.port)
     });
-    print(&lines.collect::<String>())
+    print(&lines.collect::<String>())?;
+    if is_by_hand {
+        let message = "revoke: the daemon leaves alone what it has not opened".to_owned();
+        return Err(Failure::new(message).hint("stop it, revoke again, and start it; other doors keep their time"));
+    }
+    Ok(())
 }
 
 #[derive(Args)]

@@ -294,3 +294,18 @@ fn doors_that_were_opened_by_hand_are_listed_and_left_alone() {
         lab.server.nft(&["flush", "set", "inet", "knockq", "open4"]);
     }
 }
+
+#[test]
+fn a_door_that_was_opened_by_hand_is_shut_by_a_revoke_without_the_daemon_and_never_said_to_be_shut_before() {
+    let lab = Lab::new();
+    lab.start().stop();
+    lab.server.sh("echo 'add element inet knockq open4 { 1.2.3.4 . tcp . 22 timeout 2h }' | nft -f -");
+    let daemon = lab.start();
+    let config = lab.config().display().to_string();
+    let ran = lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]);
+    let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert_eq!(ran.status.code(), Some(1), "{said}");
+    assert!(said.contains("1.2.3.4 tcp/22: still open, by hand") && said.contains("Hint: stop it"), "{said}");
+    daemon.stop();
+    assert_eq!(lab.revoke(&["--all"]), "1.2.3.4 tcp/22: shut\n");
+}
