@@ -28,6 +28,18 @@ pub enum GateError {
     },
 }
 
+impl GateError {
+    /// What to do before the next reload.
+    pub(super) fn hint(&self) -> String {
+        match self {
+            Self::Table(_) => "knockq ruleset --check".to_owned(),
+            Self::NotLoaded { include_file } => {
+                format!("knockq ruleset --output {}; load nftables.conf; reload again", include_file.display())
+            }
+        }
+    }
+}
+
 /// The table and who loads it.
 pub(super) struct Gate {
     ruleset: Ruleset,

@@ -282,7 +282,7 @@ impl Keeper {
         if (self.gate.is_for_others() || self.gate.differs_from(&ruleset))
             && let Err(error) = self.gate.could_become(&ruleset)
         {
-            return self.refuse(&error.to_string(), "knockq ruleset --check");
+            return self.refuse(&error.to_string(), &error.hint());
         }
         match self.ask("verifier", Message::Settings, &[&settings]) {
             Ok(true) => {}

@@ -195,6 +195,7 @@ fn an_external_table_is_checked_and_never_touched() {
     lab.set("trusted = [\"192.0.2.0/24\"]");
     daemon.signal(Signal::SIGHUP);
     daemon.wait_for("not reloaded: table inet knockq is not there, or not that of this configuration");
+    daemon.wait_for("stays in force hint=\"knockq ruleset --output ");
     lab.load_include_file();
     daemon.signal(Signal::SIGHUP);
     daemon.wait_for("knockq: reloaded");
