@@ -75,10 +75,12 @@ impl fmt::Display for Failure {
 
 impl From<FileError> for Failure {
     fn from(error: FileError) -> Self {
-        let code = match () {
-            () if error.is_permission() => PERMISSION,
-            () if error.is_of_disk() => FAILED,
-            () => CONFIGURATION,
+        let code = if error.is_permission() {
+            PERMISSION
+        } else if error.is_of_disk() {
+            FAILED
+        } else {
+            CONFIGURATION
         };
         Self::new(error.to_string()).maybe_hint(error.hint()).code(code)
     }

@@ -103,7 +103,8 @@ impl Writer {
             }
             Err((refusals, cause)) => {
                 if self.cannot_write.is_news(Instant::now()) {
-                    error!("the counters cannot be written, so nothing is opened until they can: {cause}");
+                    let hint = "look at the disk, with `df` and `mount`";
+                    error!(hint, "the counters cannot be written, so nothing is opened until they can: {cause}");
                 }
                 Err(refusals)
             }

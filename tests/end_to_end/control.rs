@@ -299,13 +299,20 @@ fn doors_that_were_opened_by_hand_are_listed_and_left_alone() {
 fn a_door_that_was_opened_by_hand_is_shut_by_a_revoke_without_the_daemon_and_never_said_to_be_shut_before() {
     let lab = Lab::new();
     lab.start().stop();
-    lab.server.sh("echo 'add element inet knockq open4 { 1.2.3.4 . tcp . 22 timeout 2h }' | nft -f -");
+    for (set, source) in [("open4", "192.0.2.4"), ("open6", "2001:db8::4")] {
+        lab.server.sh(&format!("nft 'add element inet knockq {set} {{ {source} . tcp . 22 timeout 2h }}'"));
+    }
     let daemon = lab.start();
     let config = lab.config().display().to_string();
     let ran = lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]);
     let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert_eq!(ran.status.code(), Some(1), "{said}");
-    assert!(said.contains("1.2.3.4 tcp/22: still open, by hand") && said.contains("Hint: stop it"), "{said}");
+    for source in ["192.0.2.4", "2001:db8::4"] {
+        assert!(
+            said.contains(&format!("{source} tcp/22: still open, by hand")) && said.contains("Hint: stop it"),
+            "{said}"
+        );
+    }
     daemon.stop();
-    assert_eq!(lab.revoke(&["--all"]), "1.2.3.4 tcp/22: shut\n");
+    assert_eq!(lab.revoke(&["--all"]), "192.0.2.4 tcp/22: shut\n2001:db8::4 tcp/22: shut\n");
 }
