@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -77,14 +77,20 @@ impl Old {
         }
     }
 
-    /// A second name for it, so that there is a store at every moment until the new one takes its place.
+    /// A copy of it, so that there is a store at every moment until the new one takes its place. A second name would do
+    /// for that, but not let it be told for what it is when it is put back: one that has forgotten what came after it.
     fn keep_aside(&self, path: &Path, now: u64) -> Result<Option<PathBuf>, Failure> {
         if !self.is_there {
             return Ok(None);
         }
         let name = |number: u64| path.with_extension(format!("redb.{number}"));
         let free = (now..).map(name).find(|name| !name.exists()).unwrap_or_else(|| name(now));
-        secure_file::link(path, &free)?;
+        let mut old = secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true))?;
+        let (draft, mut copy) = Draft::new(&free, Privacy::Secret)?;
+        io::copy(&mut old, &mut copy)
+            .and_then(|_| copy.sync_all())
+            .map_err(|cause| Failure::new(format!("{}: {cause}", free.display())))?;
+        draft.install()?;
         Ok(Some(free))
     }
 }

@@ -287,7 +287,7 @@ impl Drop for Draft {
 ///
 /// # Errors
 /// [`FileError`] with the second name, also if there is such a file.
-pub fn link(path: &Path, second: &Path) -> Result<(), FileError> {
+fn link(path: &Path, second: &Path) -> Result<(), FileError> {
     fs::hard_link(path, second).and_then(|()| sync_parent(second)).map_err(|cause| FileError::io(second, cause))
 }
 
