@@ -153,6 +153,7 @@ impl From<ServeError> for Failure {
                 Self::new(format!("{}: {cause}", path.display())).hint(DISK)
             }
             ServeError::Store(error) => error.into(),
+            ServeError::StoreReplaced { .. } => Self::new(message).hint("start the daemon when `knockq recover` is done"),
             ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
             ServeError::Account(SandboxError::Step { .. } | SandboxError::NotGone(_)) => Self::new(message),
             ServeError::Account(SandboxError::Unprovable) => Self::new(message)

@@ -1,6 +1,7 @@
 //! Why the daemon does not start, or ends.
 
 use std::io;
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -38,6 +39,12 @@ pub enum ServeError {
     /// The counter store is not there or not safe.
     #[error(transparent)]
     Store(FileError),
+    /// It was replaced or taken away while the daemon started.
+    #[error("{}: the counter store was replaced or taken away while the daemon started", path.display())]
+    StoreReplaced {
+        /// The store's file.
+        path: PathBuf,
+    },
     /// The account is unusable.
     #[error(transparent)]
     Account(#[from] SandboxError),

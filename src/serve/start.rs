@@ -1,11 +1,14 @@
 //! How the daemon starts: what is read, who is started with what, and the gate that stands at the end of it.
 
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use caps::Capability;
+use rustix::fs::fstat;
 use tracing::{info, warn};
 
 use super::channel::{Message, message_pair};
@@ -71,6 +74,10 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
         warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
     }
     start_both(children, &settings, &policy, &store)?;
+    // Until the verifier had it, `recover` could put another in its place, which would not know what is written to this one.
+    if !is_at(&store, &fixed.store)? {
+        return Err(ServeError::StoreReplaced { path: fixed.store }.into());
+    }
     sandbox::keep_only(TO_WORK)?;
 
     let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
@@ -124,6 +131,12 @@ pub(super) fn take_gate_away(ended: Ended) -> Ended {
 fn open_store(path: &Path) -> Result<OwnedFd, ServeError> {
     let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true).write(true));
     Ok(file.map_err(ServeError::Store)?.into())
+}
+
+/// Whether a file still has this name.
+fn is_at(file: &OwnedFd, path: &Path) -> io::Result<bool> {
+    let file = fstat(file)?;
+    Ok(fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (file.st_dev, file.st_ino)))
 }
 
 /// The kernel would only say that it is not permitted.

@@ -23,7 +23,7 @@ fn reloads(daemon: &Daemon) -> usize {
 }
 
 /// The keeper's child in this role, if there is one now.
-fn child(keeper: Pid, role: &str) -> Option<Pid> {
+pub(super) fn child(keeper: Pid, role: &str) -> Option<Pid> {
     let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap_or_default();
     let is_it = |pid: &&str| {
         let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));

@@ -1,7 +1,12 @@
 //! A network that comes late, changes or lacks a family, and files that are missing.
 
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+
+use super::reload::child;
 use crate::lab::{Daemon, FAMILIES, Family, Lab, succeeds};
 
 impl Lab {
@@ -136,5 +141,42 @@ fn a_server_without_its_key_or_its_store_starts_nothing_and_leaves_the_last_gate
     lab.control(&["ruleset", "--load", "--config", &config]);
     assert!(FAMILIES.iter().all(|family| !lab.alice.reaches(family.server(), 22)));
     let _daemon = lab.start();
+    FAMILIES.iter().for_each(|family| lab.serves(*family));
+}
+
+/// Its verifier has the file of before, and has not opened it yet.
+fn start_and_recover_meanwhile(lab: &Lab) -> Daemon {
+    let config = lab.config().display().to_string();
+    for _ in 0..50 {
+        let mut daemon = Daemon::spawn(lab, &[]);
+        let keeper = daemon.pid();
+        let verifier = loop {
+            if let Some(verifier) = child(keeper, "verifier") {
+                break verifier;
+            }
+            thread::sleep(Duration::from_millis(1));
+        };
+        kill(verifier, Signal::SIGSTOP).unwrap();
+        let recovered = lab.knockq(&lab.server, &["recover", "--config", &config]).status.success();
+        kill(verifier, Signal::SIGCONT).unwrap();
+        if recovered {
+            return daemon;
+        }
+        daemon.wait_for("knockq: ready");
+        daemon.stop();
+    }
+    panic!("it was never held in time");
+}
+
+#[test]
+fn a_store_that_recover_replaces_while_the_daemon_starts_is_not_written_to_in_vain() {
+    let lab = Lab::new();
+    lab.set("window = \"5s\"");
+    let mut daemon = start_and_recover_meanwhile(&lab);
+    assert_eq!(daemon.end(), Some(1), "which the service manager tries again: {}", daemon.log());
+    let log = daemon.log();
+    assert!(log.contains("counters.redb: the counter store was replaced or taken away while the daemon"), "{log}");
+    let _daemon = lab.start();
+    thread::sleep(Duration::from_secs(6)); // until the floor is reached
     FAMILIES.iter().for_each(|family| lab.serves(*family));
 }
