@@ -220,6 +220,9 @@ impl From<VerifierError> for Failure {
         match error {
             // Another time it may work.
             VerifierError::Store { cause: StoreError::Failed(_), .. } => failure.hint(DISK),
+            VerifierError::Store { cause: StoreError::InUse, .. } => {
+                failure.hint("if it is a daemon of before, it ends when the disk answers; see who it is with `fuser`")
+            }
             VerifierError::Store { cause: StoreError::Newer(_), .. } => failure
                 .hint("install the knockq that made it, or a newer one; or make a new store: move it away, and knockq recover")
                 .code(CONFIGURATION),

@@ -1,6 +1,6 @@
 //! A network that comes late, changes or lacks a family, and files that are missing.
 
-use std::fs;
+use std::fs::{self, File};
 use std::thread;
 use std::time::Duration;
 
@@ -140,6 +140,21 @@ fn a_server_without_its_key_or_its_store_starts_nothing_and_leaves_the_last_gate
     lab.server.sh("nft delete table inet knockq");
     lab.control(&["ruleset", "--load", "--config", &config]);
     assert!(FAMILIES.iter().all(|family| !lab.alice.reaches(family.server(), 22)));
+    let _daemon = lab.start();
+    FAMILIES.iter().for_each(|family| lab.serves(*family));
+}
+
+/// Another process may have it only for a moment: a verifier of before that waits for the disk, or `knockq check`.
+#[test]
+fn a_store_that_another_process_still_has_open_is_named_and_the_next_start_has_it() {
+    let lab = Lab::new();
+    let other = File::open(lab.store()).unwrap();
+    other.try_lock().unwrap();
+    let mut daemon = Daemon::spawn(&lab, &[]);
+    assert_eq!(daemon.end(), Some(1), "which the service manager tries again: {}", daemon.log());
+    let log = daemon.log();
+    assert!(log.contains("counters.redb: is in use by another process") && !log.contains("recover"), "{log}");
+    drop(other);
     let _daemon = lab.start();
     FAMILIES.iter().for_each(|family| lab.serves(*family));
 }
