@@ -320,3 +320,25 @@ fn a_store_of_a_newer_version_is_refused_by_its_number_and_one_without_is_the_fi
     }
     daemon.stop();
 }
+
+#[test]
+fn a_user_who_is_removed_while_the_disk_is_full_is_gone() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let disk = SmallDisk::with_the_store_of(&lab);
+    let daemon = lab.start();
+    let config = lab.config().display().to_string();
+    lab.knock(Family::V6, &[]);
+    lab.wait_for_door(Family::V6.alice(), 22);
+    disk.fill(&lab);
+    eventually("a full disk", || {
+        lab.knock(Family::V4, &[]);
+        count(&daemon, "the counters cannot be written") == 1
+    });
+    lab.control(&["user", "remove", "alice", "--config", &config]);
+    disk.make_room();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.stays_shut(family);
+    }
+    daemon.stop();
+}
