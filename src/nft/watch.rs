@@ -24,9 +24,10 @@ const DATAGRAM: usize = 32 << 10;
 const BUFFER: usize = 8 << 20;
 
 /// What was changed of our table, or deleted.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
 pub enum Loss {
     /// Nothing.
+    #[default]
     Nothing,
     /// Rules, chains or what they look up: the gate may be open.
     Rules,
@@ -37,8 +38,18 @@ pub enum Loss {
 /// A socket on which the kernel tells of changes to any table.
 pub struct Watch {
     socket: Socket,
-    /// What was changed since a rule was added last.
-    unmended: Loss,
+    told: Told,
+}
+
+/// What was told, and not taken yet.
+#[derive(Default)]
+pub struct Told {
+    /// The worst that was changed since the transactions were counted last.
+    worst: Loss,
+    /// How many transactions have changed more than doors since then, and are over.
+    edits: usize,
+    /// The one that is being told has.
+    is_edit: bool,
     /// The doors that were deleted, each by itself, and not made again since.
     deleted: HashSet<Door>,
 }
@@ -54,7 +65,7 @@ impl Watch {
         socket.add_membership(GROUP)?;
         socket.set_non_blocking(true)?;
         set_socket_recv_buffer_size_force(&socket, BUFFER)?;
-        Ok(Self { socket, unmended: Loss::Nothing, deleted: HashSet::new() })
+        Ok(Self { socket, told: Told::default() })
     }
 
     /// Reads what has been told; the worst that was changed. Loading the table again changes it too: then
@@ -67,30 +78,25 @@ impl Watch {
         loop {
             let mut datagram = Vec::with_capacity(DATAGRAM);
             match self.socket.recv(&mut datagram, 0) {
-                Ok(_) => {
-                    let (told, unmended) = read(&datagram, self.unmended, &mut self.deleted);
-                    (loss, self.unmended) = (loss.max(told), unmended);
-                }
+                Ok(_) => loss = loss.max(self.told.read(&datagram)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
-                    (loss, self.unmended) = (Loss::Doors, Loss::Doors);
-                }
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => loss = self.told.miss(),
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// What was changed after the last rule was added. A load ends with adding rules, so whatever this is, somebody else
-    /// has changed it since. It is told once.
-    pub const fn take_unmended(&mut self) -> Loss {
-        std::mem::replace(&mut self.unmended, Loss::Nothing)
+    /// What may have been changed beyond so many loads, since this was asked last: if there were other transactions besides,
+    /// nobody knows which came last.
+    pub fn take_unmended(&mut self, loads: usize) -> Loss {
+        self.told.take_unmended(loads)
     }
 
     /// The doors that were deleted, by whomever, and are not there again. Those that went with their set, or whose time was
     /// over, are none of them. They are told once.
     pub fn take_deleted(&mut self) -> HashSet<Door> {
-        std::mem::take(&mut self.deleted)
+        std::mem::take(&mut self.told.deleted)
     }
 }
 
@@ -100,23 +106,53 @@ impl AsFd for Watch {
     }
 }
 
-/// What a datagram tells: the worst that was changed, and what of it and of what was unmended before came after the last
-/// rule that was added. Doors that are deleted come into `deleted`, and leave it when they are made again.
-pub fn read(datagram: &[u8], mut unmended: Loss, deleted: &mut HashSet<Door>) -> (Loss, Loss) {
-    let mut worst = Loss::Nothing;
-    for change in messages(datagram).filter_map(Change::read) {
-        match change.kind {
-            DELETE_ELEMENT => deleted.extend(change.doors()),
-            NEW_ELEMENT => change.doors().for_each(|door| {
-                deleted.remove(&door);
-            }),
-            _ => {}
+impl Told {
+    /// What a datagram tells: the worst that was changed. Doors that are deleted are noted, until they are made again.
+    pub fn read(&mut self, datagram: &[u8]) -> Loss {
+        let mut worst = Loss::Nothing;
+        for message in messages(datagram) {
+            if is_end_of_transaction(message) {
+                self.edits = self.edits.saturating_add(usize::from(std::mem::take(&mut self.is_edit)));
+            }
+            let Some(change) = Change::read(message) else { continue };
+            match change.kind {
+                DELETE_ELEMENT => self.deleted.extend(change.doors()),
+                NEW_ELEMENT => change.doors().for_each(|door| {
+                    self.deleted.remove(&door);
+                }),
+                _ => {}
+            }
+            let loss = change.loss();
+            self.is_edit |= loss != Loss::Nothing;
+            worst = worst.max(loss);
         }
-        let loss = change.loss();
-        unmended = if change.kind == NEW_RULE { Loss::Nothing } else { unmended.max(loss) };
-        worst = worst.max(loss);
+        self.worst = self.worst.max(worst);
+        worst
     }
-    (worst, unmended)
+
+    /// Something was told that cannot be read any more: there may have been any number of transactions.
+    const fn miss(&mut self) -> Loss {
+        (self.worst, self.edits) = (Loss::Doors, usize::MAX);
+        Loss::Doors
+    }
+
+    /// See [`Watch::take_unmended`].
+    pub fn take_unmended(&mut self, loads: usize) -> Loss {
+        let edits = std::mem::take(&mut self.edits).saturating_add(usize::from(std::mem::take(&mut self.is_edit)));
+        let worst = std::mem::take(&mut self.worst);
+        if edits == loads { Loss::Nothing } else { worst }
+    }
+
+    /// The doors that were deleted and not made again since.
+    pub const fn deleted(&self) -> &HashSet<Door> {
+        &self.deleted
+    }
+}
+
+/// The kernel says so to all, whichever table it was about.
+fn is_end_of_transaction(message: &[u8]) -> bool {
+    let message = NetlinkBuffer::new_checked(message).map(|message| message.message_type().to_be_bytes());
+    message.is_ok_and(|message| message == [u8::from(NetfilterSubsystem::NfTables), NEW_GENERATION])
 }
 
 /// The messages of a datagram, up to one that goes beyond its end.
@@ -141,6 +177,7 @@ const NEW_SET: u8 = 9;
 const DELETE_SET: u8 = 11;
 const NEW_ELEMENT: u8 = 12;
 const DELETE_ELEMENT: u8 = 14;
+const NEW_GENERATION: u8 = 15;
 
 /// Attribute of all these messages: the table's name (`NFTA_TABLE_NAME` and its like).
 const TABLE_NAME: u16 = 1;
@@ -244,11 +281,10 @@ fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 mod tests {
     use std::collections::HashSet;
 
-    use super::{Door, Loss};
+    use super::{Door, Loss, Told};
 
-    /// Of the losses alone.
-    fn read(datagram: &[u8], unmended: Loss) -> (Loss, Loss) {
-        super::read(datagram, unmended, &mut HashSet::new())
+    fn loss(datagram: &[u8]) -> Loss {
+        Told::default().read(datagram)
     }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
@@ -286,17 +322,40 @@ mod tests {
             (14, vec![ours(), guarded], Loss::Rules),
             (15, vec![ours()], Loss::Nothing),
         ] {
-            assert_eq!(read(&told(kind, &attributes), Loss::Nothing).0, loss, "{kind} {attributes:02x?}");
+            assert_eq!(Told::default().read(&told(kind, &attributes)), loss, "{kind} {attributes:02x?}");
         }
     }
 
     #[test]
-    fn a_rule_that_is_added_mends_what_was_lost_before_it_and_not_after() {
-        let [deleted, added] = [2, 6].map(|kind| told(kind, &[ours()]));
-        assert_eq!(read(&[deleted.clone(), added.clone()].concat(), Loss::Nothing), (Loss::Doors, Loss::Nothing));
-        assert_eq!(read(&[added.clone(), deleted].concat(), Loss::Nothing), (Loss::Doors, Loss::Doors));
-        assert_eq!(read(&added, Loss::Doors).1, Loss::Nothing);
-        assert_eq!(read(&[], Loss::Rules), (Loss::Nothing, Loss::Rules));
+    fn one_load_is_all_that_may_have_happened_while_the_table_was_loaded() {
+        let end = told(15, &[]);
+        let [deleted, added] = [8, 6].map(|kind| told(kind, &[ours()]));
+        let load = [&deleted[..], &added, &added, &end].concat();
+        let theirs = [&told(6, &[attribute(1, b"other\0")])[..], &end].concat();
+        let door = [&doors(12, b"open4\0", &[&[192, 0, 2, 1, 6, 0, 0, 0, 0, 22, 0, 0]])[..], &end].concat();
+        let unmended = |parts: &[&[u8]], loads| {
+            let mut all = Told::default();
+            for part in parts {
+                all.read(part);
+            }
+            let unmended = all.take_unmended(loads);
+            assert_eq!(all.take_unmended(0), Loss::Nothing, "it is told once");
+            unmended
+        };
+        assert_eq!(unmended(&[&theirs, &load, &door, &theirs], 1), Loss::Nothing);
+        assert_eq!(unmended(&[&load, &added, &end], 1), Loss::Rules, "a rule after it");
+        assert_eq!(unmended(&[&load, &added], 1), Loss::Rules, "of which not all is told yet");
+        assert_eq!(
+            unmended(&[&told(2, &[ours()]), &end, &load], 1),
+            Loss::Doors,
+            "before it, or after it for all we know"
+        );
+        assert_eq!(unmended(&[&door], 1), Loss::Nothing);
+        assert_eq!(unmended(&[&load], 0), Loss::Rules, "others load it");
+        let mut missed = Told::default();
+        missed.miss();
+        missed.read(&load);
+        assert_eq!(missed.take_unmended(1), Loss::Doors, "what could not be read");
     }
 
     /// What elements of a set of doors are: address, protocol, port.
@@ -310,10 +369,10 @@ mod tests {
     fn a_door_that_is_deleted_and_not_made_again_is_known() {
         let v4 = [192, 0, 2, 1, 6, 0, 0, 0, 0, 22, 0, 0];
         let v6 = [[0x20; 16].as_slice(), &[17, 0, 0, 0, 0xca, 0x6c, 0, 0]].concat();
-        let mut deleted = HashSet::new();
+        let mut all = Told::default();
         let mut after = |datagram: &[u8]| {
-            super::read(datagram, Loss::Nothing, &mut deleted);
-            deleted.clone()
+            all.read(datagram);
+            all.deleted().clone()
         };
         let ssh = Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
         let vpn = Door { source: [0x20; 16].into(), port: "udp/51820".parse().unwrap(), once: true };
@@ -330,14 +389,14 @@ mod tests {
     #[test]
     fn lengths_that_go_beyond_what_is_there_are_not_followed() {
         let element = told(14, &[ours(), attribute(2, b"guarded\0"), attribute(3, &[0x10, 0xc0, 0, 0])]);
-        assert_eq!(read(&element, Loss::Nothing).0, Loss::Rules, "the length within is none of ours");
+        assert_eq!(loss(&element), Loss::Rules, "the length within is none of ours");
         for end in 0..element.len() {
-            assert_eq!(read(&element[..end], Loss::Nothing).0, Loss::Nothing);
+            assert_eq!(loss(&element[..end]), Loss::Nothing);
         }
         for place in 0..element.len() {
             let mut wrong = element.clone();
             wrong[place] = 0xff;
-            read(&wrong, Loss::Nothing);
+            loss(&wrong);
         }
     }
 }

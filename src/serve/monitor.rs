@@ -108,7 +108,7 @@ pub fn run() -> Result<(), MonitorError> {
         info!("the table is owned: nobody else can change or flush it");
     }
     monitor.watch.loss()?; // the loading has deleted the rules of before
-    monitor.loss = monitor.watch.take_unmended();
+    monitor.loss = monitor.take_unmended();
     monitor.take_over(handover::unseal(open_doors)?);
     monitor.keeper.send(Message::Ready, &[])?;
     monitor.watch_table()?;
@@ -209,10 +209,23 @@ impl Monitor {
     fn watch_table(&mut self) -> Result<(), MonitorError> {
         self.hear_of_changes()?;
         if self.loss != Loss::Nothing && !self.is_owner && !self.is_loading {
-            self.is_loading = true;
+            self.expect_load();
             self.keeper.send(Message::Lost, &[])?;
         }
         Ok(())
+    }
+
+    /// From here on what is changed besides the load may have been changed after it.
+    fn expect_load(&mut self) {
+        self.is_loading = true;
+        self.watch.take_unmended(0);
+    }
+
+    /// What others have changed of the table since a load was expected.
+    fn take_unmended(&mut self) -> Loss {
+        // Those who load a table themselves do so before the keeper looks at it.
+        let loads = usize::from(self.policy.owns_table);
+        self.watch.take_unmended(loads)
     }
 
     /// Reads what was changed of the table. A door that somebody deleted by hand is taken back: it must not come again with
@@ -243,8 +256,11 @@ impl Monitor {
             (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
             (Message::Enforce, _) => self.enforce()?,
             (Message::Release, _) => {
-                self.is_loading = true;
                 self.let_go_of_table()?;
+                if !self.is_loading {
+                    self.hear_of_changes()?;
+                    self.expect_load();
+                }
             }
             (Message::Revoke, Some(selection)) => {
                 let selection: Selection = handover::unseal(selection)?;
@@ -262,8 +278,8 @@ impl Monitor {
         self.hear_of_changes()?;
         let loss = self.loss;
         self.is_loading = false;
-        // The loading itself has deleted rules, and added them. What was deleted after that is another loss.
-        let unmended = if is_there { self.watch.take_unmended() } else { Loss::Doors };
+        // The loading itself has deleted rules, and added them. What others have changed meanwhile is another loss.
+        let unmended = if is_there { self.take_unmended() } else { Loss::Doors };
         if unmended != Loss::Nothing {
             self.loss = loss.max(unmended);
             self.let_go_of_table()?;

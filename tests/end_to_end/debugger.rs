@@ -16,6 +16,7 @@ use crate::lab::PATIENCE;
 /// Numbers of system calls, on x86_64.
 pub(crate) const PWRITE64: u64 = 18;
 pub(crate) const SENDTO: u64 = 44;
+pub(crate) const SENDMSG: u64 = 46;
 pub(crate) const FDATASYNC: u64 = 75;
 pub(crate) const FTRUNCATE: u64 = 77;
 

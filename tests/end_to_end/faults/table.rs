@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 
+use crate::debugger::{SENDMSG, Traced};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
 use crate::prober::{Probed, Prober};
 use crate::{UntilDropped, daemon_owned_the_table, seconds_left};
@@ -271,4 +272,44 @@ fn a_table_that_is_flushed_without_end_is_back_when_that_ends() {
     }
     assert!(flushes > 3);
     assert!(restorations(&daemon) <= flushes, "{} lines for {flushes} flushes", restorations(&daemon));
+}
+
+/// The instant between the keeper's loading and the monitor's look at what was changed meanwhile.
+#[test]
+fn a_rule_that_somebody_adds_just_after_a_load_is_undone_as_well() {
+    const LETS_ALL_IN: &str = "insert rule inet knockq gate accept";
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    let is_owned = daemon_owned_the_table(&lab);
+    let (_, monitor) = daemon.processes()[1];
+    let is_shut_again = |times| {
+        eventually("another load", || restorations(&daemon) == times);
+        for family in FAMILIES {
+            eventually("the gate", || !lab.mallory.reaches(family.server(), 22));
+        }
+    };
+
+    let held = Traced::attach(monitor);
+    lab.trust("192.0.2.1");
+    daemon.signal(Signal::SIGHUP);
+    for _ in ["it has the settings", "it has enforced them", "it has let go of the table"] {
+        held.run_to(&[SENDMSG]);
+        held.finish();
+    }
+    eventually("the load", || lab.server.sh("nft list set inet knockq trusted4").contains("192.0.2.1"));
+    lab.server.nft(&[LETS_ALL_IN]);
+    held.release();
+    is_shut_again(1);
+    if is_owned {
+        return;
+    }
+
+    let held = Traced::attach(monitor);
+    lab.server.nft(&["flush chain inet knockq gate"]);
+    held.run_to(&[SENDMSG]); // that it is lost
+    held.finish();
+    eventually("the load", || restorations(&daemon) == 2);
+    lab.server.nft(&[LETS_ALL_IN]);
+    held.release();
+    is_shut_again(3);
 }
