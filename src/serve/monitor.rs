@@ -109,7 +109,7 @@ pub fn run() -> Result<(), MonitorError> {
     }
     monitor.watch.loss()?; // the loading has deleted the rules of before
     monitor.loss = monitor.take_unmended();
-    monitor.take_over(handover::unseal(open_doors)?);
+    monitor.take_over(handover::unseal(open_doors)?)?;
     monitor.keeper.send(Message::Ready, &[])?;
     monitor.watch_table()?;
     monitor.serve()
@@ -264,11 +264,12 @@ impl Monitor {
             }
             (Message::Revoke, Some(selection)) => {
                 let selection: Selection = handover::unseal(selection)?;
-                self.shut("revoked", |door, grant| selection.covers(door, grant));
+                self.shut("revoked", |door, grant| selection.covers(door, grant))?;
             }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
         self.keeper.send(Message::Ready, &[])?;
+        self.watch_table()?; // what was heard meanwhile is not told again
         Ok(true)
     }
 
@@ -327,7 +328,7 @@ impl Monitor {
     }
 
     /// Notes the doors that were open before this process began, and shuts those that nobody may open any more.
-    fn take_over(&mut self, doors: Vec<OpenDoor>) {
+    fn take_over(&mut self, doors: Vec<OpenDoor>) -> io::Result<()> {
         let now = Instant::now();
         for OpenDoor { door, comment, left } in doors {
             let names = comment.split_once(' ').map(|(user, service)| (user.parse().ok(), service.parse().ok()));
@@ -338,31 +339,36 @@ impl Monitor {
             }
         }
         let policy = self.policy.clone();
-        self.shut("shut", |door, grant| !policy.upholds(door, grant));
+        self.shut("shut", |door, grant| !policy.upholds(door, grant))
     }
 
     /// Puts the next policy in force, and shuts what it does not uphold.
     fn enforce(&mut self) -> Result<(), MonitorError> {
         self.take_frames(IN_FLIGHT)?; // what the verifier asked by its old settings is all there is
         if let Some(policy) = self.next_policy.take() {
-            self.shut("shut", |door, grant| !policy.upholds(door, grant));
+            self.shut("shut", |door, grant| !policy.upholds(door, grant))?;
             self.rate.change(policy.grants_per_minute);
             self.policy = policy;
         }
         Ok(())
     }
 
-    /// Takes grants back; what others hold open stays open.
-    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) {
-        let now = Instant::now();
-        for (door, Grant { user, service, until }) in self.book.strike_all(is_meant) {
-            let Door { source, port, .. } = door;
-            match self.settle(&door, now) {
-                Ok(_) if until > now => info!(%user, %service, %source, %port, "{how}"),
-                Ok(_) => {}
-                Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
+    /// Takes grants back; what others hold open stays open. The kernel tells of each door, so what it says is read in between,
+    /// or it would run over.
+    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<()> {
+        for struck in self.book.strike_all(is_meant).chunks(BURST) {
+            let now = Instant::now();
+            for (door, Grant { user, service, until }) in struck {
+                let Door { source, port, .. } = door;
+                match self.settle(door, now) {
+                    Ok(_) if *until > now => info!(%user, %service, %source, %port, "{how}"),
+                    Ok(_) => {}
+                    Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
+                }
             }
+            self.hear_of_changes()?;
         }
+        Ok(())
     }
 
     /// Gives what is queued its verdict and hands the headers on.

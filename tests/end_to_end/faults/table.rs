@@ -313,3 +313,33 @@ fn a_rule_that_somebody_adds_just_after_a_load_is_undone_as_well() {
     held.release();
     is_shut_again(3);
 }
+
+/// Has so many doors opened for an hour by a daemon of before, as it were; tells when the last of them was.
+fn open_thousands(lab: &Lab, doors: u32) -> Instant {
+    lab.start().stop();
+    let door = |number: u32| {
+        let [_, high, low, last] = number.to_be_bytes();
+        format!("10.{high}.{low}.{last} . tcp . 22 timeout 1h comment \"alice ssh\"")
+    };
+    let doors: Vec<String> = (0..doors).map(door).collect();
+    let file = lab.directory.path.join("doors.nft");
+    fs::write(&file, format!("add element inet knockq open4 {{ {} }}\n", doors.join(", "))).unwrap();
+    lab.server.nft(&["-f", file.to_str().unwrap()]);
+    Instant::now()
+}
+
+/// The kernel tells of each door that the daemon itself shuts.
+#[test]
+fn thousands_of_doors_that_are_shut_at_once_are_no_change_by_others() {
+    const DOORS: u32 = 30_000;
+    let lab = Lab::with("open_for = \"1h\"");
+    open_thousands(&lab, DOORS);
+    let daemon = lab.start();
+    lab.revoke(&["--all"]);
+    assert_eq!(daemon.log().matches("monitor: revoked user=alice").count(), usize::try_from(DOORS).unwrap());
+    for times in 1..=2 {
+        daemon.signal(Signal::SIGHUP);
+        eventually("a reload", || daemon.log().matches("knockq: reloaded").count() == times);
+    }
+    assert_eq!(restorations(&daemon), 0, "its own changes are none by others");
+}
