@@ -34,7 +34,7 @@ const COMMENT_MAX: usize = 253;
 pub(super) const SETS: [(&str, bool); 4] = [("open4", false), ("open6", false), ("once4", true), ("once6", true)];
 
 /// One element: this source may connect to this port.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Door {
     /// Who may come in.
     pub source: IpAddr,

@@ -1,6 +1,7 @@
 //! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
 //! its policy permits.
 
+use std::collections::BTreeSet;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -80,6 +81,7 @@ pub fn run() -> Result<(), MonitorError> {
     let watch = Watch::new()?;
     queue.bind()?;
     unprivileged.allow_only(calls::MONITOR)?;
+    let before_load = Instant::now();
     keeper.send(Message::Bound, &[])?;
     let Some([open_doors]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
     let (relay, doors) = (RelayWriter::new(relay), Doors::new()?);
@@ -99,7 +101,7 @@ pub fn run() -> Result<(), MonitorError> {
         not_shut: Tally::default(),
         doors,
         book: Book::default(),
-        unsettled: Vec::new(),
+        unsettled: BTreeSet::new(),
     };
     if !monitor.own_table()? {
         return Err(MonitorError::NoTable);
@@ -109,7 +111,7 @@ pub fn run() -> Result<(), MonitorError> {
     }
     monitor.watch.loss()?; // the loading has deleted the rules of before
     monitor.loss = monitor.take_unmended();
-    monitor.take_over(handover::unseal(open_doors)?)?;
+    monitor.take_over(handover::unseal(open_doors)?, before_load)?;
     monitor.keeper.send(Message::Ready, &[])?;
     monitor.watch_table()?;
     monitor.serve()
@@ -137,7 +139,7 @@ struct Monitor {
     doors: Doors,
     book: Book,
     /// Doors whose elements are to be made what the book says when the table is loaded.
-    unsettled: Vec<Door>,
+    unsettled: BTreeSet<Door>,
 }
 
 impl Monitor {
@@ -287,12 +289,12 @@ impl Monitor {
             return self.watch_table();
         }
         self.loss = Loss::Nothing;
-        let now = Instant::now();
         if loss == Loss::Doors {
-            self.unsettled.extend(self.book.standing(now));
+            self.unsettled.extend(self.book.standing(Instant::now()));
         }
-        while let Some(door) = self.unsettled.pop() {
-            if let Err(error) = self.put(&door, now)
+        while let Some(door) = self.unsettled.pop_first() {
+            // Each by the time that it is by then: there may be many.
+            if let Err(error) = self.put(&door, Instant::now())
                 && self.not_opened.is_first()
             {
                 warn!(source = %door.source, port = %door.port, "not opened again: {error}");
@@ -327,15 +329,15 @@ impl Monitor {
         Ok(())
     }
 
-    /// Notes the doors that were open before this process began, and shuts those that nobody may open any more.
-    fn take_over(&mut self, doors: Vec<OpenDoor>) -> io::Result<()> {
-        let now = Instant::now();
+    /// Notes the doors that were open before this process began, and shuts those that nobody may open any more. They were
+    /// listed some time after `since`, and must not have more time than the kernel gives them.
+    fn take_over(&mut self, doors: Vec<OpenDoor>, since: Instant) -> io::Result<()> {
         for OpenDoor { door, comment, left } in doors {
             let names = comment.split_once(' ').map(|(user, service)| (user.parse().ok(), service.parse().ok()));
             // What somebody opened by hand is not ours to shut.
-            let until = left.and_then(|left| now.checked_add(left));
+            let until = left.and_then(|left| since.checked_add(left));
             if let (Some((Some(user), Some(service))), Some(until)) = (names, until) {
-                self.book.note(door, Grant { user, service, until }, now);
+                self.book.note(door, Grant { user, service, until }, since);
             }
         }
         let policy = self.policy.clone();
@@ -441,7 +443,7 @@ impl Monitor {
         match self.put(door, now) {
             // It is not there, or somebody else's for a moment.
             Err(_) if self.is_loading && self.unsettled.len() < MAX_DOORS => {
-                self.unsettled.push(*door);
+                self.unsettled.insert(*door);
                 Ok(false)
             }
             done => done.map(|()| true),

@@ -343,3 +343,40 @@ fn thousands_of_doors_that_are_shut_at_once_are_no_change_by_others() {
     }
     assert_eq!(restorations(&daemon), 0, "its own changes are none by others");
 }
+
+#[test]
+fn thousands_of_doors_that_are_put_back_have_the_time_that_they_had_left() {
+    const DOORS: u32 = 10_000;
+    let lab = Lab::with("open_for = \"1h\"");
+    let opened = open_thousands(&lab, DOORS);
+    let daemon = lab.start();
+    if daemon_owned_the_table(&lab) {
+        return;
+    }
+    lab.server.sh("nft flush ruleset");
+    let doors = || lab.server.sh("nft list set inet knockq open4 2>/dev/null || true");
+    eventually("all doors", || doors().matches("expires").count() == usize::try_from(DOORS).unwrap());
+    let most = 3600.0 - opened.elapsed().as_secs_f64();
+    let doors = doors();
+    let left = doors.split(',').filter(|door| door.contains("expires")).map(seconds_left);
+    let longest = left.fold(0.0, f64::max);
+    assert!(longest <= most, "{longest} s of {most} s");
+    assert_eq!(restorations(&daemon), 1);
+}
+
+#[test]
+fn an_edit_while_thousands_of_doors_are_put_back_costs_none_of_them() {
+    const DOORS: u32 = 10_000;
+    let lab = Lab::with("open_for = \"1h\"");
+    open_thousands(&lab, DOORS);
+    let daemon = lab.start();
+    if daemon_owned_the_table(&lab) {
+        return;
+    }
+    lab.server.sh("nft flush ruleset");
+    eventually("the first door", || lab.server.sh("nft list ruleset").contains("expires"));
+    lab.server.nft(&["flush chain inet knockq gate"]);
+    eventually("another load", || restorations(&daemon) == 2);
+    let doors = || lab.server.nft(&["list set inet knockq open4"]).matches("expires").count();
+    eventually("all doors", || doors() == usize::try_from(DOORS).unwrap());
+}
