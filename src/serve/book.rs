@@ -32,6 +32,13 @@ pub struct Grant {
     pub until: Instant,
 }
 
+impl Grant {
+    /// Another service of the same user's may have the same port, and time of its own.
+    fn is_renewed_by(&self, other: &Self) -> bool {
+        self.user == other.user && self.service == other.service
+    }
+}
+
 impl Book {
     /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. A door for one
     /// connection holds one grant: those before it may be spent.
@@ -40,7 +47,7 @@ impl Book {
             return None;
         }
         let grants = self.doors.entry(door).or_default();
-        let is_over = |other: &mut Grant| door.once || other.until <= now || other.user == grant.user;
+        let is_over = |other: &mut Grant| door.once || other.until <= now || other.is_renewed_by(&grant);
         let replaced: Vec<Grant> = grants.extract_if(.., is_over).collect();
         let has_room = grants.len() < MAX_GRANTS;
         if has_room {
@@ -49,15 +56,15 @@ impl Book {
         has_room.then_some(replaced)
     }
 
-    /// Takes a user's note back: what it took the place of stands.
-    pub fn take_back(&mut self, door: &Door, user: &Name, replaced: Vec<Grant>) {
+    /// Takes a note back: what it took the place of stands.
+    pub fn take_back(&mut self, door: &Door, note: &Grant, replaced: Vec<Grant>) {
         if let Some(grants) = self.doors.get_mut(door) {
-            grants.retain(|grant| grant.user != *user);
+            grants.retain(|grant| !grant.is_renewed_by(note));
             grants.extend(replaced);
         }
     }
 
-    /// Strikes a user's grant out; `false` if there was none.
+    /// Strikes a user's grants out; `false` if there was none.
     pub fn strike(&mut self, door: &Door, user: &Name) -> bool {
         let Some(grants) = self.doors.get_mut(door) else { return false };
         let before = grants.len();
@@ -132,6 +139,19 @@ mod tests {
     }
 
     #[test]
+    fn a_users_grant_for_one_service_takes_no_time_from_that_for_another_with_the_same_port() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
+        let shorter = Grant { service: name("rescue"), ..grant("alice", now, 30) };
+        let replaced = book.note(door(false), shorter.clone(), now).unwrap();
+        assert_eq!(left(&book, false, now), Some(60));
+        book.take_back(&door(false), &shorter, replaced);
+        assert_eq!(left(&book, false, now), Some(60));
+        assert!(book.strike(&door(false), &name("alice")));
+        assert_eq!(left(&book, false, now), None);
+    }
+
+    #[test]
     fn striking_one_user_out_leaves_the_others() {
         let (mut book, now) = (Book::default(), Instant::now());
         assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
@@ -160,10 +180,10 @@ mod tests {
             assert!(book.note(door(once), grant("alice", now, 30), now).is_some());
             let replaced = book.note(door(once), grant("alice", now, 60), now).unwrap();
             assert_eq!(left(&book, once, now), Some(60));
-            book.take_back(&door(once), &name("alice"), replaced);
+            book.take_back(&door(once), &grant("alice", now, 60), replaced);
             assert_eq!(left(&book, once, now), Some(30));
             let replaced = book.note(door(once), grant("bob", now, 60), now).unwrap();
-            book.take_back(&door(once), &name("bob"), replaced);
+            book.take_back(&door(once), &grant("bob", now, 60), replaced);
             assert_eq!(left(&book, once, now), Some(30), "another's");
         }
     }

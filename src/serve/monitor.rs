@@ -408,7 +408,7 @@ impl Monitor {
                 let door = Door { source, port, once };
                 let until = now + Duration::from_secs(seconds.into());
                 let grant = Grant { user: user.clone(), service: service.clone(), until };
-                let Some(replaced) = self.book.note(door, grant, now) else {
+                let Some(replaced) = self.book.note(door, grant.clone(), now) else {
                     if self.not_opened.is_first() {
                         warn!(%user, %service, %source, %port, "not granted: too many doors are open");
                     }
@@ -418,7 +418,7 @@ impl Monitor {
                     Ok(true) => info!(%user, %service, %source, %port, seconds, "granted"),
                     Ok(false) => info!(%user, %service, %source, %port, seconds, "granted, once the table is loaded"),
                     Err(error) => {
-                        self.book.take_back(&door, &user, replaced);
+                        self.book.take_back(&door, &grant, replaced);
                         if self.not_opened.is_first() {
                             warn!(%user, %service, %source, %port, "not granted: {error}");
                         }
