@@ -352,8 +352,8 @@ impl Keeper {
     /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
     fn stop(mut self, ended: Ended) -> Ended {
         manager::notify(&[NotifyState::Stopping]);
-        if self.trial.is_none() && matches!(ended, Ended::Failed(_)) {
-            self.gate.leave_shut();
+        if self.trial.is_none() {
+            self.gate.leave_shut(); // that the table was lost may not have been heard yet
         }
         self.children.end();
         if self.trial.is_none() { ended } else { take_gate_away(ended) }

@@ -155,6 +155,7 @@ fn a_guarded_udp_port_is_shut_to_broadcasts_and_multicasts_too() {
 #[test]
 fn knocks_under_a_flood_of_syns_are_all_honoured() {
     let lab = Lab::with("open_for = \"1h\"");
+    lab.set("window = \"10m\"");
     let daemon = lab.start();
     let ports = KnockPorts::new([20_000..=21_023]).unwrap();
     let key = lab.alice_key();

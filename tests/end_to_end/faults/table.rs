@@ -239,6 +239,20 @@ fn a_knock_that_is_decided_while_the_table_is_gone_opens_when_it_is_back() {
     daemon.stop();
 }
 
+/// Both are there when the keeper goes on, and it hears its end first.
+#[test]
+fn a_daemon_that_is_stopped_just_after_a_flush_leaves_the_gate_shut() {
+    let lab = Lab::new();
+    let mut daemon = lab.start();
+    daemon.signal(Signal::SIGSTOP);
+    lab.server.sh("nft flush ruleset 2>/dev/null || true");
+    thread::sleep(Duration::from_millis(300));
+    daemon.signal(Signal::SIGTERM);
+    daemon.signal(Signal::SIGCONT);
+    assert_eq!(daemon.end(), Some(0), "{}", daemon.log());
+    assert!(FAMILIES.iter().all(|family| !lab.mallory.reaches(family.server(), 22)), "{}", daemon.log());
+}
+
 /// Whoever flushes without end is worse than one who flushes once: the log must not be his.
 #[test]
 fn a_table_that_is_flushed_without_end_is_back_when_that_ends() {
