@@ -345,7 +345,7 @@ fn open_thousands(lab: &Lab, doors: u32) -> Instant {
 /// The kernel tells of each door that the daemon itself shuts.
 #[test]
 fn thousands_of_doors_that_are_shut_at_once_are_no_change_by_others() {
-    const DOORS: u32 = 30_000;
+    const DOORS: u32 = 12_000;
     let lab = Lab::with("open_for = \"1h\"");
     open_thousands(&lab, DOORS);
     let daemon = lab.start();
