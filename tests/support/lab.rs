@@ -89,6 +89,10 @@ impl Host {
         let name = format!("kq{}-{lab}-{role}", std::process::id());
         run(Command::new("ip").args(["netns", "add", &name]));
         let host = Self { name };
+        if has_ipv6() {
+            // Else an address is none for two seconds, until it is known to be unique.
+            host.sysctl("net/ipv6/conf/default/accept_dad", "0");
+        }
         host.ip("link set lo up");
         host
     }
@@ -136,6 +140,13 @@ impl Host {
         for (host, interface) in [(self, interface), (other, other_interface)] {
             host.ip(&format!("link set {interface} up"));
         }
+    }
+
+    /// Waits until so many interfaces have a link-local address: without it they ask for no neighbour of whom they forward to.
+    fn settle(&self, interfaces: usize) {
+        let addresses = || fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap();
+        let settled = || self.enter(addresses).lines().filter(|address| address.starts_with("fe80")).count();
+        eventually("link-local addresses", || settled() >= interfaces);
     }
 
     pub fn address(&self, interface: &str, v4: &str, v6: &str) {
@@ -263,6 +274,9 @@ impl Lab {
             if has_ipv6() {
                 client.ip(&format!("-6 route add default via fd77:{number}::1"));
             }
+        }
+        if has_ipv6() {
+            [(&alice, 1), (&mallory, 1), (&server, 2)].iter().for_each(|(host, interfaces)| host.settle(*interfaces));
         }
         Self { alice, mallory, server, directory: Scratch::new(), _deadline: Deadline::start() }
     }
