@@ -328,7 +328,12 @@ fn a_verifier_that_hangs_up_and_lives_on_stops_all_with_one_true_line() {
         }
         if ["relay", "all"].contains(&what) {
             verifier.relay = None;
-            assert!(!lab.alice.reaches(Family::V6.server(), 20_000)); // it is noticed with the next SYN
+        }
+        if what == "relay" {
+            eventually("a SYN, with which it is noticed", || {
+                assert!(!lab.alice.reaches(Family::V6.server(), 20_000));
+                verifier.owned.daemon.log().contains(line)
+            });
         }
         if ["channel", "all"].contains(&what) {
             verifier.owned.channel = None;
