@@ -49,12 +49,12 @@ test-kernels:
 # one's nft, which cannot say so, as on a host with a backported kernel. With
 # TARGET=x86_64-unknown-linux-musl (`rustup target add` it) also with the other C library, which makes other system calls.
 test-newer-kernel:
-	KERNEL_SUITE=trixie RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end
+	KERNEL_SUITE=trixie RUST_TEST_THREADS=4 $(CARGO) test --target $(TARGET) --test end_to_end
 
 # What docs/faults.md says, as far as it is about faults alone. `make test` runs it too.
 test-faults:
 	$(CARGO) test --target $(TARGET) --lib --test damaged_store --test clock
-	RUST_TEST_THREADS=6 $(CARGO) test --target $(TARGET) --test end_to_end -- faults::
+	RUST_TEST_THREADS=4 $(CARGO) test --target $(TARGET) --test end_to_end -- faults::
 
 # The table of docs/performance.md, from the binary that `cargo build --release` makes; needs root and a quiet machine.
 # QUICK=1 does a little of each; ONLY=cpu does one, or several in quotes. The files lie under target/, on a real disk.
