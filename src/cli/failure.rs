@@ -6,7 +6,7 @@ use std::io;
 use crate::client::counter::CounterError;
 use crate::client::port::PortError;
 use crate::client::specimen::SpecimenError;
-use crate::client::{HomeError, ProfileError, SendError};
+use crate::client::{AimError, ConnectError, HomeError, ProfileError, SendError};
 use crate::config::{ConfigError, Diagnostic, FileError};
 use crate::nft::{ElementError, NftError, TableError};
 use crate::packet::PersonaError;
@@ -23,6 +23,10 @@ use crate::serve::verifier::VerifierError;
 pub(super) const FAILED: u8 = 1;
 /// The command line is wrong (sysexits.h: EX_USAGE).
 pub(super) const USAGE: u8 = 64;
+/// A command that was to be run cannot be, as shells and env(1) have it.
+pub(super) const NOT_RUN: u8 = 126;
+/// There is no such command.
+pub(super) const NOT_FOUND: u8 = 127;
 /// A privilege is missing (EX_NOPERM).
 pub(super) const PERMISSION: u8 = 77;
 /// A configuration, key or profile is wrong (EX_CONFIG).
@@ -288,6 +292,58 @@ impl From<CounterError> for Failure {
     }
 }
 
+impl From<PortError> for Failure {
+    fn from(error: PortError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            PortError::NoRoute { .. } => failure.hint("check the network: ip route"),
+            PortError::Source { .. } => failure.hint("see the own addresses with: ip address"),
+            _ => failure,
+        }
+    }
+}
+
+impl From<AimError> for Failure {
+    fn from(error: AimError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            AimError::Profile(error) => error.into(),
+            AimError::Port(error) => error.into(),
+            AimError::Ambiguous { hosts, .. } => {
+                let hosts: Vec<String> = hosts.iter().map(ToString::to_string).collect();
+                failure.hint(format!("name the profile: {}", hosts.join(" or "))).code(USAGE)
+            }
+            AimError::Resolve { .. } => {
+                failure.hint("check the name and the resolver, or put an address into the profile")
+            }
+            AimError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
+            AimError::SourceFamily(_) => {
+                failure.hint("leave out -4 and -6, or say --source ADDR or --source none").code(USAGE)
+            }
+        }
+    }
+}
+
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        let failure = Self::new(error.to_string());
+        match error {
+            ConnectError::Send(error) => error.into(),
+            ConnectError::NoTcp { .. } => {
+                failure.hint("knock with `knockq send`, and use the service as it is").code(USAGE)
+            }
+            ConnectError::Refused { .. } => failure.hint(
+                "start the service on the server, if it does not run; else the server answers with resets where it has \
+                 taken no knock, and its log says why",
+            ),
+            ConnectError::StillShut { checks, .. } => {
+                failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
+            }
+            ConnectError::Stopped(_) => failure,
+        }
+    }
+}
+
 impl From<SendError> for Failure {
     fn from(error: SendError) -> Self {
         let failure = Self::new(error.to_string());
@@ -296,19 +352,11 @@ impl From<SendError> for Failure {
                 failure.hint("sudo setcap cap_net_raw+ep \"$(command -v knockq)\"").code(PERMISSION)
             }
             SendError::Home(error) => error.into(),
-            SendError::Profile(error) => error.into(),
+            SendError::Aim(error) => error.into(),
             SendError::File(error) => error.into(),
             SendError::Counter(error) => error.into(),
             SendError::Key { .. } => failure.hint("ask the administrator for a new profile").code(CONFIGURATION),
-            SendError::Resolve { .. } => {
-                failure.hint("check the name and the resolver, or put an address into the profile")
-            }
-            SendError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
-            SendError::SourceFamily(_) => {
-                failure.hint("leave out -4 and -6, or say --source ADDR or --source none").code(USAGE)
-            }
-            SendError::Port(PortError::NoRoute { .. }) => failure.hint("check the network: ip route"),
-            SendError::Port(PortError::Source { .. }) => failure.hint("see the own addresses with: ip address"),
+            SendError::Port(error) => error.into(),
             SendError::Specimen(SpecimenError::Persona(PersonaError::NoTimestamps)) => {
                 failure.hint("sysctl net.ipv4.tcp_timestamps=1")
             }
@@ -324,13 +372,6 @@ impl From<SendError> for Failure {
             ),
             SendError::Send { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 failure.hint("this host's own firewall forbids it: allow output to the knock ports")
-            }
-            SendError::Refused { .. } => failure.hint(
-                "start the service on the server, if it does not run; else the server answers with resets where it has \
-                 taken no knock, and its log says why",
-            ),
-            SendError::StillShut { checks, .. } => {
-                failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
             }
             _ => failure,
         }

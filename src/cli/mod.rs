@@ -2,11 +2,13 @@
 
 mod check;
 mod columns;
+mod connect;
 mod failure;
 mod grants;
 mod host;
 mod init;
 mod keygen;
+mod knock;
 mod recover;
 mod ruleset;
 mod send;
@@ -66,6 +68,8 @@ enum Command {
     Host(host::Host),
     /// Client: knock
     Send(send::Send),
+    /// Client: knock, connect, and pass standard input and output: a ProxyCommand for ssh
+    Connect(connect::Connect),
     /// One of the daemon's processes; only `knockq serve` can start it
     #[command(hide = true)]
     Configuration(serve::Configuration),
@@ -75,6 +79,17 @@ enum Command {
     /// One of the daemon's processes; only `knockq serve` can start it
     #[command(hide = true)]
     Verifier(serve::Child),
+}
+
+impl Command {
+    /// Whether it sends knocks.
+    const fn knocks(&self) -> bool {
+        match self {
+            Self::Send(send) => !send.prints(),
+            Self::Connect(_) => true,
+            _ => false,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -93,9 +108,9 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    // The binary may carry CAP_NET_RAW for `send`, which gives it up itself; nothing else needs it. The daemon's processes
-    // give up far more.
-    if !matches!(&cli.command, Command::Send(send) if !send.prints())
+    // The binary may carry CAP_NET_RAW for what knocks, which gives it up itself; nothing else needs it. The daemon's
+    // processes give up far more.
+    if !cli.command.knocks()
         && let Err(error) = give_up_raw_sockets()
     {
         let _ = write!(io::stderr(), "{}", Failure::from(error));
@@ -115,6 +130,7 @@ pub fn main() -> ExitCode {
         Command::Keygen(keygen) => keygen.run(),
         Command::Host(host) => host.run(),
         Command::Send(send) => send.run(),
+        Command::Connect(connect) => connect.run(),
         Command::Configuration(configuration) => configuration.run(),
         Command::Monitor(child) => child.run_monitor(),
         Command::Verifier(child) => child.run_verifier(),

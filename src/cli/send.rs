@@ -1,59 +1,43 @@
 //! `knockq send`
 
-use std::net::IpAddr;
-use std::str::FromStr;
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::failure::Failure;
+use super::failure::{Failure, NOT_FOUND, NOT_RUN};
+use super::knock::{KnockArgs, Progress, runtime, tell_wait};
 use super::{note, print};
-use crate::client::Home;
-use crate::client::send::{Family, Knock, RawSockets, Request, Sent, Source};
+use crate::client::connect::confirm;
+use crate::client::send::{Knock, RawSockets};
+use crate::client::{Aim, Home, Sent};
+
+/// Time after which `--wait` gives up.
+const WAIT: Duration = Duration::from_secs(10);
 
 #[derive(Args)]
-#[command(
-    after_help = "Examples:\n  knockq send home\n  knockq send home ssh --wait && ssh home\n  knockq send -6 home 443 --source none"
-)]
+#[command(after_help = "Examples:\n  knockq send home\n  knockq send home ssh --wait && ssh home\n  \
+                        knockq send home -- ssh home\n  knockq send -6 home 443 --source none\n\n\
+                        With COMMAND, the exit code is the command's; 126 and 127 if it cannot be run or is not there.")]
 pub(super) struct Send {
-    /// The host's name, as given to `knockq host add`
+    /// The host: its name as given to `knockq host add`, or a name or address of its server
     host: String,
     /// A service's name or port; may be left out if there is one
     service: Option<String>,
-    /// Knock over IPv4
-    #[arg(short = '4', conflicts_with = "v6")]
-    v4: bool,
-    /// Knock over IPv6
-    #[arg(short = '6')]
-    v6: bool,
-    /// The address that the server sees, to which the knock is bound; `none` binds it to none
-    #[arg(long, value_name = "ADDR|none")]
-    source: Option<SourceArg>,
+    #[command(flatten)]
+    knock: KnockArgs,
     /// Confirm by connecting to the service, and say what to check if it stays shut
     #[arg(long, conflicts_with = "print")]
     wait: bool,
-    /// Refuse to knock where this host's timestamps would let an observer tell a knock from a connection
-    #[arg(long)]
-    strict: bool,
     /// Print the packet instead of sending it; its counter is used up
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", conflicts_with = "command")]
     print: Option<Format>,
-}
-
-#[derive(Clone, Copy)]
-struct SourceArg(Source);
-
-impl FromStr for SourceArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "none" => Ok(Self(Source::Unbound)),
-            _ => text
-                .parse::<IpAddr>()
-                .map(|address| Self(Source::Address(address)))
-                .map_err(|_| "not an IP address, nor `none`".to_owned()),
-        }
-    }
+    /// Run this once the service is open, as with --wait
+    #[arg(last = true)]
+    command: Vec<OsString>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -72,29 +56,24 @@ impl Send {
         // First of all, so that the capability is gone before anything is read.
         let sockets = if self.print.is_none() { Some(RawSockets::open()?) } else { None };
         let home = Home::of_environment()?;
-        let source = self.source.map_or(Source::Auto, |source| source.0);
-        let family = match (self.v4, self.v6) {
-            (true, _) => Family::V4,
-            (_, true) => Family::V6,
-            _ => Family::Any,
+        let aim = Aim::find(&home, &self.knock.request(&self.host, self.service.as_deref()))?;
+        let knock = Knock::prepare(&home, &aim, aim.server()?, tell_wait)?;
+        let Some(sockets) = sockets else {
+            return print(&(knock.packet.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n"));
         };
-        let request =
-            Request { host: &self.host, service: self.service.as_deref(), family, source, strict: self.strict };
-        let knock = Knock::prepare(&home, &request, |seconds| {
-            note(&format!("Many knocks in a row: waiting {seconds} s, so that the server takes this one."));
-        })?;
-        match &sockets {
-            Some(sockets) => sockets.send(&knock)?,
-            None => return print(&(knock.packet.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n")),
+        sockets.send(&knock)?;
+        report(&aim, &knock.sent);
+        if self.wait || !self.command.is_empty() {
+            wait(&aim, &knock.sent)?;
         }
-        report(&knock.sent);
-        if self.wait { confirm(&knock.sent) } else { Ok(()) }
+        drop((knock, sockets));
+        self.command.split_first().map_or(Ok(()), |(program, arguments)| Err(become_command(program, arguments)))
     }
 }
 
-fn report(sent: &Sent) {
-    let Sent { host, service, server, bound_to, .. } = sent;
-    let binding = match bound_to {
+fn report(aim: &Aim, sent: &Sent) {
+    let (Aim { host, service, .. }, server) = (aim, sent.server.ip());
+    let binding = match sent.bound_to {
         Some(address) => format!("bound to {address}"),
         None => "not bound to an address: until it arrives, whoever copies it could spend it first".to_owned(),
     };
@@ -111,14 +90,24 @@ fn report(sent: &Sent) {
     }
 }
 
-fn confirm(sent: &Sent) -> Result<(), Failure> {
-    let Sent { host, service, server, .. } = sent;
-    if sent.confirm()? {
-        note(&format!("{service} of {host} is open at {server}"));
+fn wait(aim: &Aim, sent: &Sent) -> Result<(), Failure> {
+    let (Aim { host, service, .. }, server) = (aim, sent.server.ip());
+    let progress = Progress::new(format!("{service} of {host} to open"));
+    let confirmed = runtime()?.block_on(confirm(aim, sent, WAIT, |seconds| progress.tick(seconds)));
+    drop(progress);
+    note(&if confirmed? {
+        format!("{service} of {host} is open at {server}")
     } else {
-        note(&format!(
-            "{service} of {host} cannot be confirmed by a connection: it is for one connection only, or not TCP"
-        ));
-    }
+        format!("{service} of {host} cannot be confirmed by a connection: it is for one connection only, or not TCP")
+    });
     Ok(())
+}
+
+/// Turns this process into the command's; returns only if that fails.
+fn become_command(program: &OsString, arguments: &[OsString]) -> Failure {
+    let error = Command::new(program).args(arguments).exec();
+    let code = if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN };
+    Failure::new(format!("{}: {error}", program.display()))
+        .hint("the door is open; name a program after --, with its arguments")
+        .code(code)
 }

@@ -1,16 +1,21 @@
 //! The client: profiles of the hosts one knocks at, counters, and the one packet.
 
 pub mod address;
+pub mod aim;
+pub mod checks;
 pub mod clock;
-mod confirm;
+pub mod connect;
 pub mod counter;
 pub mod home;
 pub mod host;
 pub mod port;
+pub mod race;
 pub mod route;
 pub mod send;
 pub mod specimen;
 
+pub use aim::{Aim, AimError, Family, Request, Source};
+pub use connect::ConnectError;
 pub use home::{Home, HomeError};
 pub use host::{Profile, ProfileError};
 pub use send::{SendError, Sent};

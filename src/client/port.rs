@@ -78,11 +78,7 @@ impl HeldPort {
     /// # Errors
     /// [`PortError`].
     pub fn new(destination: SocketAddr, source: Option<IpAddr>) -> Result<Self, PortError> {
-        let route = socket(&destination, SocketType::DGRAM)?;
-        if let Some(source) = source {
-            bind_to(&route, source)?;
-        }
-        let source_address = connect_to(&route, destination)?.ip();
+        let (route, source_address) = route_to(destination, source)?;
         let port = socket(&destination, SocketType::STREAM)?;
         let local = if number("net/ipv4/tcp_fastopen")? & 1 == 1 {
             port_of_connect(&port, source, destination)?
@@ -105,6 +101,24 @@ impl HeldPort {
         let hop_limit = u8::try_from(hop_limit.map_err(io::Error::from)?).unwrap_or(u8::MAX);
         Ok(RouteSettings::of(self.local, self.destination, mtu.map_err(io::Error::from)?, hop_limit)?)
     }
+}
+
+/// The own address that a connection to there would come from.
+///
+/// # Errors
+/// [`PortError`]; [`PortError::NoRoute`] if no way leads there.
+pub fn source_address(destination: SocketAddr, source: Option<IpAddr>) -> Result<IpAddr, PortError> {
+    Ok(route_to(destination, source)?.1)
+}
+
+/// A UDP socket on the route, which sends nothing, and its own address.
+fn route_to(destination: SocketAddr, source: Option<IpAddr>) -> Result<(OwnedFd, IpAddr), PortError> {
+    let route = socket(&destination, SocketType::DGRAM)?;
+    if let Some(source) = source {
+        bind_to(&route, source)?;
+    }
+    let source = connect_to(&route, destination)?.ip();
+    Ok((route, source))
 }
 
 /// A connect() that waits for data before it sends its SYN (fast open without a cookie) has chosen everything by then.

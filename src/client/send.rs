@@ -1,28 +1,30 @@
-//! One knock: choose the address, issue a counter, send one SYN.
+//! One knock: issue a counter, send one SYN.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::slice;
 use std::thread;
 use std::time::Duration;
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, bind, ipproto, sendto, socket_with};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 use thiserror::Error;
 
-use super::address::{is_global, is_nat64, own_addresses};
+use super::address::{is_global, is_nat64};
+use super::aim::{Aim, AimError, Source};
 use super::clock::{is_synchronized, unix_now, wait_until};
 use super::counter::{CounterError, CounterFile, FlowFile};
 use super::home::{Home, HomeError};
-use super::host::{Profile, ProfileError, ProfileService};
 use super::port::{HeldPort, PortError};
 use super::specimen::{self, SpecimenError};
 use crate::config::FileError;
 use crate::crypto::{Binding, KeyError, KnockKey, KnockSecrets, Side};
 use crate::packet::{Flow, Persona};
-use crate::service::{HostAddress, Name};
+use crate::service::Name;
 
 /// Seconds that a counter may lie ahead of the clock before the client waits: few servers' clocks are further behind.
 const AHEAD: u64 = 30;
@@ -34,65 +36,23 @@ const OPENING: Duration = Duration::from_millis(10);
 /// Ports that are asked for until one was not used before in this boot.
 const PORT_TRIES: usize = 16;
 
-/// Which addresses of the server count.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Family {
-    /// The first that resolves.
-    Any,
-    /// IPv4 only.
-    V4,
-    /// IPv6 only.
-    V6,
-}
-
-/// What the token is bound to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Source {
-    /// The profile's address, or the own one if the server sees it as it is.
-    Auto,
-    /// Nothing.
-    Unbound,
-    /// This address: one of the own, or that of a NAT on the way.
-    Address(IpAddr),
-}
-
-/// What to knock for.
-#[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    /// Name of a profile.
-    pub host: &'a str,
-    /// A service's name or port.
-    pub service: Option<&'a str>,
-    /// Which addresses count.
-    pub family: Family,
-    /// What the token is bound to.
-    pub source: Source,
-    /// Rather none than a knock that its timestamp sets apart.
-    pub strict: bool,
-}
-
 /// A knock that is ready to be sent: its counter is used up.
 pub struct Knock {
     /// The packet from the IP header on.
     pub packet: Vec<u8>,
     /// What is known of it.
     pub sent: Sent,
-    port: HeldPort,
+    /// Held until this is dropped.
+    _port: HeldPort,
 }
 
-/// What a user wants to know of a knock.
+/// What there is to know of a knock that was sent.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Sent {
-    /// The profile's name.
-    pub host: Name,
-    /// The service asked for.
-    pub service: Name,
-    /// What the service is.
-    pub details: ProfileService,
-    /// The server's address that was knocked at.
-    pub server: IpAddr,
-    /// Where it went, and from where.
-    pub(super) route: (SocketAddr, SocketAddr),
+    /// The server's address that was knocked at; its port is 0.
+    pub server: SocketAddr,
+    /// The own address that it came from; its port is 0.
+    pub source: SocketAddr,
     /// The address that the token holds for.
     pub bound_to: Option<IpAddr>,
     /// The kernel says that nobody keeps the clock right.
@@ -101,7 +61,7 @@ pub struct Sent {
     pub has_future_counter: bool,
 }
 
-/// Why no knock was sent, or no door opened.
+/// Why no knock was sent.
 #[derive(Debug, Error)]
 pub enum SendError {
     /// No raw socket.
@@ -116,9 +76,9 @@ pub enum SendError {
     /// The user's files.
     #[error(transparent)]
     Home(#[from] HomeError),
-    /// The profile.
+    /// Who is knocked at, and where.
     #[error(transparent)]
-    Profile(#[from] ProfileError),
+    Aim(#[from] AimError),
     /// A file.
     #[error(transparent)]
     File(#[from] FileError),
@@ -133,25 +93,6 @@ pub enum SendError {
         /// Why.
         cause: KeyError,
     },
-    /// The name has no address.
-    #[error("{name}: cannot be resolved ({cause})")]
-    Resolve {
-        /// The host name.
-        name: String,
-        /// What the resolver said.
-        cause: io::Error,
-    },
-    /// No address of the wanted family.
-    #[error("host {host}: has no {family} address")]
-    NoAddress {
-        /// The profile.
-        host: Name,
-        /// `IPv4`, `IPv6` or `usable`.
-        family: &'static str,
-    },
-    /// The profile's source address is of the other family than the one asked for.
-    #[error("source {0}: is not of the family that the knock is to use")]
-    SourceFamily(IpAddr),
     /// No port or route.
     #[error(transparent)]
     Port(#[from] PortError),
@@ -168,26 +109,6 @@ pub enum SendError {
         server: IpAddr,
         /// What the kernel said.
         cause: io::Error,
-    },
-    /// It was sent, but the port answers with resets.
-    #[error("{server} port {port}: refuses connections")]
-    Refused {
-        /// Where to.
-        server: IpAddr,
-        /// The service's port.
-        port: u16,
-    },
-    /// It was sent, but the port stays shut.
-    #[error("{server} port {port}: still shut {seconds} s after the knock")]
-    StillShut {
-        /// Where to.
-        server: IpAddr,
-        /// The service's port.
-        port: u16,
-        /// For how long it was tried.
-        seconds: u64,
-        /// What to check, the likeliest first.
-        checks: Vec<String>,
     },
 }
 
@@ -228,36 +149,34 @@ impl RawSockets {
     /// # Errors
     /// The kernel's.
     pub fn send(&self, knock: &Knock) -> Result<(), SendError> {
-        let mut destination = knock.port.destination;
-        destination.set_port(0); // a raw socket's address has none
-        let socket = if destination.is_ipv4() { &self.v4 } else { &self.v6 };
+        let Sent { server, source, .. } = &knock.sent;
+        let socket = if server.is_ipv4() { &self.v4 } else { &self.v6 };
         let socket = socket.as_ref().map_err(|&errno| SendError::RawSocket(errno.into()))?;
-        // The kernel routes such a packet by the socket's address, not by the one in its header.
-        let mut source = knock.port.local;
-        source.set_port(0);
-        bind(socket, &source).map_err(|errno| SendError::RawSocket(errno.into()))?;
-        sendto(socket, &knock.packet, SendFlags::empty(), &destination)
-            .map_err(|errno| SendError::Send { server: destination.ip(), cause: errno.into() })?;
+        // The kernel routes such a packet by this address, not by the one in its header.
+        let packet = [IoSlice::new(&knock.packet)];
+        let sent = match source.ip() {
+            IpAddr::V4(source) => send_from(socket, &packet, &ControlMessage::Ipv4PacketInfo(&from_v4(source)), server),
+            IpAddr::V6(source) => send_from(socket, &packet, &ControlMessage::Ipv6PacketInfo(&from_v6(source)), server),
+        };
+        sent.map_err(|errno| SendError::Send { server: server.ip(), cause: errno.into() })?;
         thread::sleep(OPENING);
         Ok(())
     }
 }
 
 impl Knock {
-    /// Issues a counter and builds the packet. `tell` is called before a wait.
+    /// Issues a counter and builds the packet to one of the server's addresses. `tell` is called before a wait, with its
+    /// seconds.
     ///
     /// # Errors
     /// [`SendError`]. What was issued stays issued.
-    pub fn prepare(home: &Home, request: &Request<'_>, tell: impl Fn(u64)) -> Result<Self, SendError> {
-        let (host, profile) = Profile::load(home, request.host)?;
-        let (service, details) = profile.service(&host, request.service)?;
+    pub fn prepare(home: &Home, aim: &Aim, server: SocketAddr, tell: impl Fn(u64)) -> Result<Self, SendError> {
+        let Aim { host, profile, details, .. } = aim;
         let own = home.key()?;
         let server_key = &profile.server_key.0;
         let secrets = KnockSecrets::derive(Side::Client, &own, server_key, None)
             .map_err(|cause| SendError::Key { host: host.clone(), cause })?;
         let key = KnockKey::new(&secrets);
-        let family = family(request, profile.source)?;
-        let server = resolve(&host, &profile.address, family)?;
         let window = u64::from(profile.window.0);
 
         let mut counters = CounterFile::open(&home.counters(), own.public(), server_key)?;
@@ -267,11 +186,11 @@ impl Knock {
         wait_until(n.saturating_sub(AHEAD.min(window / 2)), tell);
 
         let pad = key.pad(n);
-        let destination = SocketAddr::new(server.ip(), pad.knock_port(&profile.knock_ports));
-        let destination = with_scope(destination, &server);
-        let port = unused_port(home, destination, own_source(request.source))?;
-        let persona = persona(&port, request.strict)?;
-        let bound_to = binding(request.source, profile.source, port.local.ip(), server.ip());
+        let mut destination = server; // which keeps the interface of a link-local address
+        destination.set_port(pad.knock_port(&profile.knock_ports));
+        let port = unused_port(home, destination, aim.own_source())?;
+        let persona = persona(&port, aim.strict)?;
+        let bound_to = binding(aim.source, profile.source, port.local.ip(), server.ip());
         let token = key.seal(n, details.selector, bound_to.map_or(Binding::Unbound, Binding::Bound));
         let flow = Flow {
             source: port.local.ip(),
@@ -280,76 +199,38 @@ impl Knock {
             destination_port: destination.port(),
         };
         let packet = persona.syn(&flow, token.sequence, token.tsval).map_err(SpecimenError::from)?;
-        let details = details.clone();
-        let service = service.clone();
-        let sent = Sent {
-            host,
-            service,
-            details,
-            server: server.ip(),
-            route: (destination, port.local),
-            bound_to,
-            is_clock_unsynchronized: !is_synchronized(),
-            has_future_counter,
-        };
-        Ok(Self { packet, sent, port })
+        let mut source = port.local;
+        source.set_port(0);
+        let sent = Sent { server, source, bound_to, is_clock_unsynchronized: !is_synchronized(), has_future_counter };
+        Ok(Self { packet, sent, _port: port })
     }
 }
 
-/// The family to knock over: a source address that the token is to be bound to decides.
-fn family(request: &Request<'_>, profile: Option<IpAddr>) -> Result<Family, SendError> {
-    let source = match request.source {
-        Source::Auto => profile,
-        Source::Unbound => None,
-        Source::Address(address) => Some(address),
-    };
-    let Some(source) = source else { return Ok(request.family) };
-    let meant = if source.is_ipv4() { Family::V4 } else { Family::V6 };
-    if request.family == Family::Any || request.family == meant {
-        Ok(meant)
-    } else {
-        Err(SendError::SourceFamily(source))
-    }
+fn send_from(
+    socket: &OwnedFd,
+    packet: &[IoSlice<'_>],
+    source: &ControlMessage<'_>,
+    server: &SocketAddr,
+) -> Result<usize, nix::Error> {
+    sendmsg(
+        socket.as_raw_fd(),
+        packet,
+        slice::from_ref(source),
+        MsgFlags::empty(),
+        Some(&SockaddrStorage::from(*server)),
+    )
 }
 
-/// The address that a connection would use: the first of the wanted family.
-fn resolve(host: &Name, names: &[HostAddress], family: Family) -> Result<SocketAddr, SendError> {
-    let wanted = |address: &SocketAddr| match family {
-        Family::Any => true,
-        Family::V4 => address.is_ipv4(),
-        Family::V6 => address.is_ipv6(),
-    };
-    let mut failure = None;
-    for name in names {
-        match (name.as_str(), 0).to_socket_addrs() {
-            Ok(addresses) => {
-                if let Some(address) = addresses.into_iter().find(wanted) {
-                    return Ok(address);
-                }
-            }
-            Err(cause) => failure = Some(SendError::Resolve { name: name.to_string(), cause }),
-        }
-    }
-    let family = match family {
-        Family::Any => "usable",
-        Family::V4 => "IPv4",
-        Family::V6 => "IPv6",
-    };
-    Err(failure.unwrap_or_else(|| SendError::NoAddress { host: host.clone(), family }))
+/// `ipi_spec_dst` of ip(7).
+const fn from_v4(source: Ipv4Addr) -> libc::in_pktinfo {
+    let none = libc::in_addr { s_addr: 0 };
+    let source = libc::in_addr { s_addr: u32::from_ne_bytes(source.octets()) };
+    libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: source, ipi_addr: none }
 }
 
-/// A link-local destination keeps its interface.
-fn with_scope(mut destination: SocketAddr, resolved: &SocketAddr) -> SocketAddr {
-    if let (SocketAddr::V6(destination), SocketAddr::V6(resolved)) = (&mut destination, resolved) {
-        destination.set_scope_id(resolved.scope_id());
-    }
-    destination
-}
-
-/// `--source` also chooses among own addresses; another one is a NAT's and only goes into the token.
-fn own_source(source: Source) -> Option<IpAddr> {
-    let Source::Address(address) = source else { return None };
-    own_addresses().contains(&address).then_some(address)
+/// `ipi6_addr` of RFC 3542.
+const fn from_v6(source: Ipv6Addr) -> libc::in6_pktinfo {
+    libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: source.octets() }, ipi6_ifindex: 0 }
 }
 
 /// What the token is bound to (docs/protocol.md section 3): never from bound to unbound by itself.

@@ -1,0 +1,84 @@
+//! `knockq connect`
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use rustix::net::sockopt::set_socket_keepalive;
+
+use super::failure::Failure;
+use super::knock::{KnockArgs, runtime, tell_wait};
+use crate::client::connect::Knocker;
+use crate::client::send::RawSockets;
+use crate::client::{Aim, Home};
+use crate::config::Seconds;
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  ssh -o ProxyCommand='knockq connect %h %p' alice@server.example.org\n  \
+                        knockq connect home ssh </dev/null\n\n\
+                        In ~/.ssh/config, for one host:\n  Host home\n    HostName server.example.org\n    \
+                        ProxyCommand knockq connect %h %p")]
+pub(super) struct Connect {
+    /// The host: its name as given to `knockq host add`, or a name or address of its server
+    host: String,
+    /// The port to connect to, or the service's name
+    port: String,
+    #[command(flatten)]
+    knock: KnockArgs,
+    /// Time within which the connection must stand
+    #[arg(long, value_name = "TIME", default_value = "10s")]
+    timeout: Seconds,
+}
+
+impl Connect {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        // First of all, so that the capability is gone before anything is read.
+        let sockets = RawSockets::open()?;
+        let home = Home::of_environment()?;
+        let aim = Arc::new(Aim::find(&home, &self.knock.request(&self.host, Some(&self.port)))?);
+        let knocker = Arc::new(Knocker::new(home, sockets, tell_wait));
+        let time = Duration::from_secs(self.timeout.0.into());
+        let runtime = runtime()?;
+        let stream = runtime.block_on(knocker.connect(&aim, false, time))?;
+        let fail = |error: io::Error| Failure::new(format!("{} {}: {error}", self.host, self.port));
+        let stream =
+            stream.into_std().and_then(|stream| stream.set_nonblocking(false).map(|()| stream)).map_err(fail)?;
+        drop((runtime, knocker)); // and with them the raw sockets
+        splice(stream).map_err(fail)
+    }
+}
+
+/// Copies both ways until both have ended, each by itself.
+fn splice(stream: TcpStream) -> io::Result<()> {
+    // ssh would set both on a connection of its own.
+    stream.set_nodelay(true)?;
+    set_socket_keepalive(&stream, true)?;
+    // Not std's, whose output waits for the end of a line.
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    rustix::stdio::dup2_stdout(File::open("/dev/null")?)?; // so that dropping `output` closes it
+    let (mut writer, reader) = (stream.try_clone()?, stream);
+    let sender = thread::spawn(move || {
+        let sent = io::copy(&mut input, &mut writer);
+        let _ = writer.shutdown(Shutdown::Write);
+        sent
+    });
+    match receive(reader, output) {
+        // Nobody reads what comes any more.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
+        received => received?,
+    }
+    match sender.join() {
+        Ok(sent) => sent.map(drop),
+        Err(_) => Err(ErrorKind::Other.into()),
+    }
+}
+
+fn receive(mut reader: TcpStream, mut output: File) -> io::Result<()> {
+    io::copy(&mut reader, &mut output).map(drop)
+}

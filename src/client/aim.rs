@@ -1,0 +1,282 @@
+//! What to knock for, and where: a host as people name it, one of its services, and the addresses that count.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+
+use thiserror::Error;
+
+use super::address::own_addresses;
+use super::home::Home;
+use super::host::{Profile, ProfileError, ProfileService};
+use super::port::{PortError, source_address};
+use crate::service::{HostAddress, Name, Transport};
+
+/// Which addresses of the server count.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Family {
+    /// IPv4 and IPv6.
+    Any,
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+}
+
+impl Family {
+    fn has(self, address: &SocketAddr) -> bool {
+        match self {
+            Self::Any => true,
+            Self::V4 => address.is_ipv4(),
+            Self::V6 => address.is_ipv6(),
+        }
+    }
+}
+
+/// What the token is bound to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// The profile's address, or the own one if the server sees it as it is.
+    Auto,
+    /// Nothing.
+    Unbound,
+    /// This address: one of the own, or that of a NAT on the way.
+    Address(IpAddr),
+}
+
+/// What somebody asks for, in their words.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Name of a profile, or a name or address of its server.
+    pub host: &'a str,
+    /// A service's name or port.
+    pub service: Option<&'a str>,
+    /// Which addresses count.
+    pub family: Family,
+    /// What the token is bound to.
+    pub source: Source,
+    /// Rather no knock than one that its timestamp sets apart.
+    pub strict: bool,
+}
+
+/// What a request means.
+#[derive(Clone, Debug)]
+pub struct Aim {
+    /// The profile's name.
+    pub host: Name,
+    /// The profile.
+    pub profile: Profile,
+    /// The service asked for.
+    pub service: Name,
+    /// What the service is.
+    pub details: ProfileService,
+    /// Addresses of the server, in the order in which they are tried; their port is 0. There is at least one.
+    pub servers: Vec<SocketAddr>,
+    /// What the token is bound to.
+    pub source: Source,
+    /// Rather no knock than one that its timestamp sets apart.
+    pub strict: bool,
+}
+
+/// Why a request means nothing here.
+#[derive(Debug, Error)]
+pub enum AimError {
+    /// The profile.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// Several profiles have this address.
+    #[error("host {asked}: this is an address of several profiles")]
+    Ambiguous {
+        /// What was asked for.
+        asked: String,
+        /// The profiles.
+        hosts: Vec<Name>,
+    },
+    /// The name has no address.
+    #[error("{name}: cannot be resolved ({cause})")]
+    Resolve {
+        /// The host name.
+        name: String,
+        /// What the resolver said.
+        cause: io::Error,
+    },
+    /// No address of the wanted family.
+    #[error("host {host}: has no {family} address")]
+    NoAddress {
+        /// The profile.
+        host: Name,
+        /// `IPv4`, `IPv6` or `usable`.
+        family: &'static str,
+    },
+    /// The source address is of the other family than the one asked for.
+    #[error("source {0}: is not of the family that the knock is to use")]
+    SourceFamily(IpAddr),
+    /// No way leads to any address.
+    #[error(transparent)]
+    Port(#[from] PortError),
+}
+
+impl Aim {
+    /// Finds the profile, the service and the addresses. A server that was named by one of its addresses, or by a name that
+    /// the profile has, is knocked at there and nowhere else, for a connection would go there.
+    ///
+    /// # Errors
+    /// [`AimError`]; [`ProfileError::Missing`] if no profile is meant.
+    pub fn find(home: &Home, request: &Request<'_>) -> Result<Self, AimError> {
+        let Found { host, profile, names } = Found::find(home, request.host)?;
+        let (service, details) = profile.service(&host, request.service)?;
+        let (service, details) = (service.clone(), details.clone());
+        let family = family(request, profile.source)?;
+        let servers = resolve_all(&host, &names, family)?;
+        let Request { source, strict, .. } = *request;
+        Ok(Self { host, profile, service, details, servers, source, strict })
+    }
+
+    /// The first address of the server that a way leads to.
+    ///
+    /// # Errors
+    /// The kernel's about the last one.
+    pub fn server(&self) -> Result<SocketAddr, AimError> {
+        let mut failure = None;
+        for &server in &self.servers {
+            match source_address(server, self.own_source()) {
+                Ok(_) => return Ok(server),
+                Err(error) => failure = Some(error.into()),
+            }
+        }
+        Err(failure.unwrap_or_else(|| AimError::NoAddress { host: self.host.clone(), family: "usable" }))
+    }
+
+    /// `--source` also chooses among own addresses; another one is a NAT's and only goes into the token.
+    pub fn own_source(&self) -> Option<IpAddr> {
+        let Source::Address(address) = self.source else { return None };
+        own_addresses().contains(&address).then_some(address)
+    }
+
+    /// The TCP port that a connection to the service goes to.
+    pub fn tcp_port(&self) -> Option<u16> {
+        self.details.ports.iter().find(|port| port.transport == Transport::Tcp).map(|port| port.number)
+    }
+}
+
+/// A profile, and those names and addresses of its server that are meant.
+struct Found {
+    host: Name,
+    profile: Profile,
+    names: Vec<HostAddress>,
+}
+
+impl Found {
+    fn find(home: &Home, asked: &str) -> Result<Self, AimError> {
+        match Profile::load(home, asked) {
+            Err(ProfileError::Missing(_)) => {}
+            loaded => {
+                let (host, profile) = loaded?;
+                let names = profile.address.clone();
+                return Ok(Self { host, profile, names });
+            }
+        }
+        let (mut all, mut broken) = (Vec::new(), None);
+        for name in Profile::names(home)? {
+            match Profile::load(home, name.as_str()) {
+                Ok(profile) => all.push(profile),
+                Err(error) => broken = Some(error),
+            }
+        }
+        let found = Self::among(&all, asked, |name| is_same_host(name.as_str(), asked))?;
+        // Profiles often hold addresses where people use names.
+        let resolved = if found.is_none() { resolve(asked).unwrap_or_default() } else { Vec::new() };
+        let is_resolved = |name: &HostAddress| {
+            name.as_str().parse().is_ok_and(|address: IpAddr| resolved.iter().any(|found| found.ip() == address))
+        };
+        let found = found.map_or_else(|| Self::among(&all, asked, is_resolved), |found| Ok(Some(found)))?;
+        let missing = || ProfileError::Missing(asked.escape_default().to_string());
+        found.ok_or_else(|| broken.unwrap_or_else(missing).into())
+    }
+
+    /// The one profile that has such a name of its server.
+    fn among(
+        all: &[(Name, Profile)],
+        asked: &str,
+        is_meant: impl Fn(&HostAddress) -> bool,
+    ) -> Result<Option<Self>, AimError> {
+        let mut found = Vec::new();
+        for (host, profile) in all {
+            let names: Vec<HostAddress> = profile.address.iter().filter(|name| is_meant(name)).cloned().collect();
+            if !names.is_empty() {
+                found.push(Self { host: host.clone(), profile: profile.clone(), names });
+            }
+        }
+        if found.len() > 1 {
+            let hosts = found.into_iter().map(|found| found.host).collect();
+            return Err(AimError::Ambiguous { asked: asked.escape_default().to_string(), hosts });
+        }
+        Ok(found.pop())
+    }
+}
+
+/// Whether both name the same host: one address however it is written, or one name in DNS (RFC 4343: without regard to case).
+fn is_same_host(one: &str, other: &str) -> bool {
+    match (one.parse::<IpAddr>(), other.parse::<IpAddr>()) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.')),
+    }
+}
+
+/// The family to knock over: a source address that the token is to be bound to decides.
+fn family(request: &Request<'_>, profile: Option<IpAddr>) -> Result<Family, AimError> {
+    let source = match request.source {
+        Source::Auto => profile,
+        Source::Unbound => None,
+        Source::Address(address) => Some(address),
+    };
+    let Some(source) = source else { return Ok(request.family) };
+    let meant = if source.is_ipv4() { Family::V4 } else { Family::V6 };
+    if request.family == Family::Any || request.family == meant {
+        Ok(meant)
+    } else {
+        Err(AimError::SourceFamily(source))
+    }
+}
+
+/// All addresses of the wanted family: those of the first name first, each name's as the resolver orders them for a
+/// connection (RFC 6724).
+fn resolve_all(host: &Name, names: &[HostAddress], family: Family) -> Result<Vec<SocketAddr>, AimError> {
+    let (mut servers, mut failure) = (Vec::new(), None);
+    for name in names {
+        match resolve(name.as_str()) {
+            Ok(addresses) => servers.extend(addresses.into_iter().filter(|address| family.has(address))),
+            Err(cause) => failure = Some(AimError::Resolve { name: name.to_string(), cause }),
+        }
+    }
+    if !servers.is_empty() {
+        return Ok(servers);
+    }
+    let family = match family {
+        Family::Any => "usable",
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    };
+    Err(failure.unwrap_or_else(|| AimError::NoAddress { host: host.clone(), family }))
+}
+
+fn resolve(name: &str) -> io::Result<Vec<SocketAddr>> {
+    Ok((name, 0).to_socket_addrs()?.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_same_host;
+
+    #[test]
+    fn a_host_is_the_same_however_it_is_written() {
+        for (one, other, expected) in [
+            ("server.example.org", "Server.Example.ORG.", true),
+            ("2001:db8::1", "2001:DB8:0::1", true),
+            ("192.0.2.1", "192.0.2.1", true),
+            ("192.0.2.1", "192.0.2.10", false),
+            ("server.example.org", "server.example", false),
+        ] {
+            assert_eq!(is_same_host(one, other), expected, "{one} {other}");
+        }
+    }
+}

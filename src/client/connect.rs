@@ -1,0 +1,205 @@
+//! From a knock to a connection.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::task::spawn_blocking;
+
+use super::aim::{Aim, AimError};
+use super::checks::checks;
+use super::home::Home;
+use super::port::source_address;
+use super::race::Race;
+use super::send::{Knock, RawSockets, SendError, Sent};
+use crate::service::Name;
+
+/// Time after which a port that answers with resets will not open any more.
+const REFUSED: Duration = Duration::from_secs(2);
+
+/// Time that an address gets before the next one is tried.
+const ADDRESS: Duration = Duration::from_secs(3);
+
+/// Seconds after which one knocks again, because the knock before may have been lost.
+const AGAIN: [u64; 4] = [1, 3, 7, 15];
+
+/// Why there is no connection.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    /// No knock.
+    #[error(transparent)]
+    Send(#[from] SendError),
+    /// The service has no TCP port.
+    #[error("host {host}: service {service} has no TCP port")]
+    NoTcp {
+        /// The profile.
+        host: Name,
+        /// The service.
+        service: Name,
+    },
+    /// The port answers, but not with a connection.
+    #[error("{server}: {cause}")]
+    Refused {
+        /// Where to.
+        server: SocketAddr,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+    /// The port stays shut.
+    #[error("{server}: still shut {seconds} s after the knock")]
+    StillShut {
+        /// Where to.
+        server: SocketAddr,
+        /// For how long it was tried.
+        seconds: u64,
+        /// What to check, in this order.
+        checks: Vec<String>,
+    },
+    /// The work was stopped from outside.
+    #[error("cannot knock: {0}")]
+    Stopped(io::Error),
+}
+
+impl From<AimError> for ConnectError {
+    fn from(error: AimError) -> Self {
+        SendError::from(error).into()
+    }
+}
+
+/// What one knocks with, as often as it takes.
+pub struct Knocker {
+    home: Home,
+    sockets: RawSockets,
+    tell: fn(u64),
+}
+
+impl Knocker {
+    /// `tell` is called before a wait, with its seconds.
+    pub const fn new(home: Home, sockets: RawSockets, tell: fn(u64)) -> Self {
+        Self { home, sockets, tell }
+    }
+
+    /// Knocks once. Blocks for 10 ms, in which the server opens the door, and for the disk.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub fn knock(&self, aim: &Aim, server: SocketAddr) -> Result<Sent, SendError> {
+        let knock = Knock::prepare(&self.home, aim, server, self.tell)?;
+        self.sockets.send(&knock)?;
+        Ok(knock.sent)
+    }
+
+    /// Knocks and connects to the service's TCP port, at one of the server's addresses after the other. A knock may get
+    /// lost, so it knocks again now and then. Where the door `is_open` already, the first knock is left out.
+    ///
+    /// # Errors
+    /// [`ConnectError`], that of the last address.
+    pub async fn connect(
+        self: &Arc<Self>,
+        aim: &Arc<Aim>,
+        is_open: bool,
+        time: Duration,
+    ) -> Result<TcpStream, ConnectError> {
+        let port = aim.tcp_port();
+        let port = port.ok_or_else(|| ConnectError::NoTcp { host: aim.host.clone(), service: aim.service.clone() })?;
+        let mut left = time;
+        let mut addresses = aim.servers.iter().copied().peekable();
+        while let Some(server) = addresses.next() {
+            let begun = Instant::now();
+            let time = if addresses.peek().is_some() { left.min(ADDRESS) } else { left };
+            match self.connect_to(aim, server, port, is_open, time).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) if addresses.peek().is_none() => return Err(error),
+                Err(_) => left = left.saturating_sub(begun.elapsed()),
+            }
+        }
+        Err(AimError::NoAddress { host: aim.host.clone(), family: "usable" }.into())
+    }
+
+    async fn connect_to(
+        self: &Arc<Self>,
+        aim: &Arc<Aim>,
+        server: SocketAddr,
+        port: u16,
+        is_open: bool,
+        time: Duration,
+    ) -> Result<TcpStream, ConnectError> {
+        let mut sent = None;
+        let source = if is_open {
+            source_address(server, aim.own_source()).map_err(AimError::from)?
+        } else {
+            sent.insert(self.knock_aside(aim, server).await?).source.ip()
+        };
+        let mut race = Race::new(at(server, port), source);
+        let again = async |race: &mut Race, second| {
+            if AGAIN.contains(&second) {
+                let knocked = self.knock_aside(aim, server).await?;
+                race.come_from(knocked.source.ip());
+                sent = Some(knocked);
+            }
+            Ok(())
+        };
+        match reach(&mut race, time, again).await? {
+            Some(stream) => Ok(stream),
+            None => Err(still_shut(aim, at(server, port), time, sent.as_ref())),
+        }
+    }
+
+    /// On a thread that may block.
+    async fn knock_aside(self: &Arc<Self>, aim: &Arc<Aim>, server: SocketAddr) -> Result<Sent, ConnectError> {
+        let (knocker, aim) = (Arc::clone(self), Arc::clone(aim));
+        let knocked = spawn_blocking(move || knocker.knock(&aim, server)).await;
+        Ok(knocked.map_err(|error| ConnectError::Stopped(error.into()))??)
+    }
+}
+
+/// Connects to the service after a knock, and closes the connection; `false` if that cannot tell whether the door is open,
+/// for it is open for one connection only, or to no TCP port. `tick` is called after each second, with their number.
+///
+/// # Errors
+/// [`ConnectError::Refused`] and [`ConnectError::StillShut`].
+pub async fn confirm(aim: &Aim, sent: &Sent, time: Duration, tick: impl Fn(u64)) -> Result<bool, ConnectError> {
+    let Some(port) = aim.tcp_port().filter(|_| !aim.details.once) else { return Ok(false) };
+    let mut race = Race::new(at(sent.server, port), sent.source.ip());
+    let tick = async |_: &mut Race, second| {
+        tick(second);
+        Ok(())
+    };
+    match reach(&mut race, time, tick).await? {
+        Some(_) => Ok(true),
+        None => Err(still_shut(aim, at(sent.server, port), time, Some(sent))),
+    }
+}
+
+/// Runs the race for so long, with this after each second; `None` if there was no answer.
+async fn reach(
+    race: &mut Race,
+    time: Duration,
+    mut each_second: impl AsyncFnMut(&mut Race, u64) -> Result<(), ConnectError>,
+) -> Result<Option<TcpStream>, ConnectError> {
+    for second in 1.. {
+        if let Some(stream) = race.run(time.min(Duration::from_secs(second))).await {
+            return Ok(Some(stream));
+        }
+        if let Some(cause) = race.failure_after(REFUSED) {
+            return Err(ConnectError::Refused { server: race.server, cause });
+        }
+        if race.elapsed() >= time {
+            break;
+        }
+        each_second(race, second).await?;
+    }
+    Ok(None)
+}
+
+const fn at(mut server: SocketAddr, port: u16) -> SocketAddr {
+    server.set_port(port);
+    server
+}
+
+fn still_shut(aim: &Aim, server: SocketAddr, time: Duration, sent: Option<&Sent>) -> ConnectError {
+    ConnectError::StillShut { server, seconds: time.as_secs(), checks: checks(aim, sent) }
+}
