@@ -1,7 +1,7 @@
 //! `knockq connect`
 
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ fn splice(stream: TcpStream) -> io::Result<()> {
     rustix::stdio::dup2_stdout(File::open("/dev/null")?)?; // so that dropping `output` closes it
     let (mut writer, reader) = (stream.try_clone()?, stream);
     let sender = thread::spawn(move || {
-        let sent = io::copy(&mut input, &mut writer);
+        let sent = copy(&mut input, &mut writer);
         let _ = writer.shutdown(Shutdown::Write);
         sent
     });
@@ -73,12 +73,16 @@ fn splice(stream: TcpStream) -> io::Result<()> {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
         received => received?,
     }
-    match sender.join() {
-        Ok(sent) => sent.map(drop),
-        Err(_) => Err(ErrorKind::Other.into()),
-    }
+    sender.join().unwrap_or_else(|_| Err(ErrorKind::Other.into()))
 }
 
+/// Closes both in the end.
 fn receive(mut reader: TcpStream, mut output: File) -> io::Result<()> {
-    io::copy(&mut reader, &mut output).map(drop)
+    copy(&mut reader, &mut output)
+}
+
+/// Through memory. Knowing what they are, std would have the kernel splice them, and until a pipe can go on its other end
+/// cannot even look at it: both programs would wait for each other.
+fn copy(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
+    io::copy(from, to).map(drop)
 }

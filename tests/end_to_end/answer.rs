@@ -92,7 +92,10 @@ fn every_syn_is_answered_like_one_to_a_closed_port_knock_or_not() {
     }
     let waited = lab.knockq(&lab.alice, &["send", "server", "-4", "--source", "192.0.2.1", "--wait"]);
     let said = String::from_utf8_lossy(&waited.stderr).into_owned();
-    assert!(waited.status.code() == Some(1) && said.contains("refused (os error 111)"), "a knock that is refused: {said}");
+    assert!(
+        waited.status.code() == Some(1) && said.contains("refused (os error 111)"),
+        "a knock that is refused: {said}"
+    );
     daemon.stop();
     for family in FAMILIES {
         assert!(

@@ -1,6 +1,7 @@
 //! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
 
 mod answer;
+mod client;
 mod confinement;
 mod control;
 mod daemon;
