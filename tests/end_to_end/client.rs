@@ -376,12 +376,14 @@ fn connect_knocks_again_where_a_knock_is_lost() {
     let lab = Lab::new();
     let daemon = lab.start();
     for (granted, family) in (1..).zip(FAMILIES) {
-        lab.alice.nft(&["add table inet lossy; add chain inet lossy out { type filter hook output priority 0; }; \
-             add rule inet lossy out tcp dport 20000-21023 limit rate over 1/hour burst 1 packets accept; \
-             add rule inet lossy out tcp dport 20000-21023 drop"]);
+        lab.server.nft(&[
+            "add table inet lossy; add chain inet lossy in { type filter hook prerouting priority -400; }; \
+             add rule inet lossy in tcp dport 20000-21023 limit rate over 1/hour burst 1 packets accept; \
+             add rule inet lossy in tcp dport 20000-21023 drop",
+        ]);
         let child = lab.alice.enter(|| connect(&lab, family, &["--timeout", "30s"]).spawn().unwrap());
         assert_eq!(succeeds(&child.wait_with_output().unwrap()), "welcome to 22\n");
         assert!(daemon.log().matches("granted").count() >= granted);
-        lab.alice.nft(&["delete table inet lossy"]);
+        lab.server.nft(&["delete table inet lossy"]);
     }
 }
