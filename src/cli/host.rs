@@ -14,6 +14,10 @@ use crate::client::{Home, Profile, ProfileError};
 use crate::service::Name;
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  knockq host add home alice.profile\n  knockq host list",
+    disable_help_subcommand = true
+)]
 pub(super) struct Host {
     #[command(subcommand)]
     command: HostCommand,

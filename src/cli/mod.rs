@@ -19,7 +19,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 
 use crate::client::send::give_up_raw_sockets;
@@ -33,7 +33,7 @@ const CONFIG: &str = "/etc/knockq/knockq.toml";
     name = "knockq",
     version,
     about = "Hides network services: one SYN that looks like any other opens a closed port, for its sender, for a while",
-    after_help = "On a server:  knockq init --protect tcp/22\nOn a client:  knockq keygen\n\n\
+    after_help = "Examples:\n  knockq init --protect tcp/22   # on a server\n  knockq keygen                  # on a client\n\n\
                   Exit codes: 0 done, 1 failed, 64 usage, 77 permission, 78 configuration.",
     disable_help_subcommand = true
 )]
@@ -97,6 +97,11 @@ struct ConfigArg {
     /// The server's configuration
     #[arg(long, value_name = "FILE", default_value = CONFIG)]
     config: PathBuf,
+}
+
+/// The commands with their options and words, hidden ones too: what manual pages, completions and tests are made from.
+pub fn definition() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command that the process was started with.

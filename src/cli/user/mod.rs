@@ -16,6 +16,10 @@ use crate::serve::control::{ControlError, Request};
 use crate::service::Name;
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  knockq user add alice --key 'iMvpU…=' > alice.profile\n  knockq user list",
+    disable_help_subcommand = true
+)]
 pub(super) struct User {
     #[command(subcommand)]
     command: UserCommand,
