@@ -21,13 +21,18 @@ UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 BINARY      ?= target/release/knockq
 
-.PHONY: all install uninstall demo test test-faults test-kernels test-newer-kernel bench fuzz fuzz-coverage coverage check clean
+.PHONY: all install uninstall manual demo test test-faults test-kernels test-newer-kernel bench fuzz fuzz-coverage coverage check clean
 all:
 	$(FOR_HERE) $(CARGO) build --release
 
 # The binary with the one capability that clients need, the daemon's two accounts, and the units, which it does not enable.
 install uninstall:
 	@BINARY='$(BINARY)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' UNITDIR='$(UNITDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' dist/$@
+
+# dist/man and dist/completions anew, from the command line's definitions and from docs/: after a change of either.
+manual:
+	@$(CARGO) build --quiet --target $(TARGET) --example manual
+	@$(OUT)/examples/manual
 
 # A knock opens a real gated port on a real kernel, shown step by step, and the door closes.
 demo:
