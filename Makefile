@@ -14,20 +14,28 @@ export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUNNER := $(CURDIR)/tests/vm/runne
 # Without both, for what is only to run here.
 FOR_HERE := env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
 
-# Where `make install` puts things. DESTDIR stages them elsewhere, and then nothing of this machine is touched.
+# Where `make install` puts things. DESTDIR stages them elsewhere, and then nothing of this machine is touched. Debian's own
+# packages have their zsh completions in /usr/share/zsh/vendor-completions; its fish looks below /usr/local only where
+# XDG_DATA_DIRS says so, and always in /etc/fish/completions.
 PREFIX      ?= /usr/local
 BINDIR      ?= $(PREFIX)/bin
 UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
+MANDIR      ?= $(PREFIX)/share/man
+BASHCOMPDIR ?= $(PREFIX)/share/bash-completion/completions
+ZSHCOMPDIR  ?= $(PREFIX)/share/zsh/site-functions
+FISHCOMPDIR ?= $(PREFIX)/share/fish/vendor_completions.d
 BINARY      ?= target/release/knockq
 
 .PHONY: all install uninstall manual demo test test-faults test-kernels test-newer-kernel bench fuzz fuzz-coverage coverage check clean
 all:
 	$(FOR_HERE) $(CARGO) build --release
 
-# The binary with the one capability that clients need, the daemon's two accounts, and the units, which it does not enable.
+# The binary with the one capability that clients need, the daemon's two accounts, the units, which it does not enable, the
+# manual pages, and the completions of three shells.
 install uninstall:
-	@BINARY='$(BINARY)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' UNITDIR='$(UNITDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' dist/$@
+	@BINARY='$(BINARY)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' UNITDIR='$(UNITDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' \
+		MANDIR='$(MANDIR)' BASHCOMPDIR='$(BASHCOMPDIR)' ZSHCOMPDIR='$(ZSHCOMPDIR)' FISHCOMPDIR='$(FISHCOMPDIR)' dist/$@
 
 # dist/man and dist/completions anew, from the command line's definitions and from docs/: after a change of either.
 manual:

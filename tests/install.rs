@@ -5,19 +5,35 @@ mod tree;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const KNOCKQ: &str = env!("CARGO_BIN_EXE_knockq");
 
-/// What is installed, below DESTDIR, with its mode.
-const FILES: [(&str, u32); 4] = [
-    ("usr/bin/knockq", 0o755),
-    ("usr/lib/systemd/system/knockq-gate.service", 0o644),
-    ("usr/lib/systemd/system/knockq.service", 0o644),
-    ("usr/lib/sysusers.d/knockq.conf", 0o644),
+/// What is installed below DESTDIR, besides manual pages. The first of them alone is a program.
+const FILES: [&str; 7] = [
+    "usr/bin/knockq",
+    "usr/lib/systemd/system/knockq-gate.service",
+    "usr/lib/systemd/system/knockq.service",
+    "usr/lib/sysusers.d/knockq.conf",
+    "usr/share/bash-completion/completions/knockq",
+    "usr/share/fish/vendor_completions.d/knockq.fish",
+    "usr/share/zsh/site-functions/_knockq",
 ];
+
+/// The same with every page of dist/man in its section, in order.
+fn installed() -> Vec<String> {
+    let pages = tree::files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/man"));
+    assert!(pages.len() > 3, "{pages:?}");
+    let place = |page: &PathBuf| {
+        let name = page.file_name().unwrap().to_str().unwrap();
+        format!("usr/share/man/man{}/{name}", name.rsplit('.').next().unwrap())
+    };
+    let mut files: Vec<String> = pages.iter().map(place).chain(FILES.map(str::to_owned)).collect();
+    files.sort();
+    files
+}
 
 /// CAP_NET_RAW permitted and effective, as the kernel writes it to a file (linux/capability.h: revision 2, little-endian).
 const NET_RAW: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -80,9 +96,10 @@ fn install_puts_every_file_in_its_place_and_uninstall_leaves_none() {
     let stage = Stage::new();
     for _ in 0..2 {
         let said = succeeds(&stage.make("install", KNOCKQ));
-        assert_eq!(stage.files(), FILES.map(|(file, _)| file));
-        for (file, mode) in FILES {
-            assert_eq!(fs::metadata(stage.path(file)).unwrap().permissions().mode() & 0o7777, mode, "{file}");
+        assert_eq!(stage.files(), installed());
+        for file in installed() {
+            let mode = if file == FILES[0] { 0o755 } else { 0o644 };
+            assert_eq!(fs::metadata(stage.path(&file)).unwrap().permissions().mode() & 0o7777, mode, "{file}");
         }
         let mut value = [0; 64];
         match rustix::fs::getxattr(stage.path("usr/bin/knockq"), "security.capability", &mut value) {
