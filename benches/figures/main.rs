@@ -34,6 +34,8 @@ struct Scale {
     stopped: Duration,
     /// Runs of `send` and connect().
     connects: usize,
+    /// Runs of `connect`, over each family.
+    attempts: usize,
     /// Tables that are deleted, over each family.
     restorations: usize,
     /// Users of the daemons that are started.
@@ -50,6 +52,7 @@ const FULL: Scale = Scale {
     flood: Duration::from_secs(20),
     stopped: Duration::from_secs(10),
     connects: 500,
+    attempts: 1000,
     restorations: 20,
     users: &[1, 100, 10_000],
     indexes: &[(1, 0), (8, 61), (8_000, 61)],
@@ -62,6 +65,7 @@ const QUICK: Scale = Scale {
     flood: Duration::from_secs(1),
     stopped: Duration::from_secs(1),
     connects: 10,
+    attempts: 10,
     restorations: 2,
     users: &[1, 100],
     indexes: &[(1, 0), (8, 61)],
