@@ -13,6 +13,7 @@ mod hostile;
 mod lab;
 mod once;
 mod owned;
+mod paths;
 mod persona;
 #[path = "../support/prober.rs"]
 mod prober;

@@ -93,8 +93,7 @@ fn everything_else_passes_untouched() {
     lab.alice.serve(8080);
     lab.mallory.serve(22);
     lab.mallory.serve(20_000);
-    lab.server.sysctl("net/ipv4/ip_forward", "1");
-    lab.server.sysctl("net/ipv6/conf/all/forwarding", "1");
+    lab.server.forward();
     let _daemon = lab.start();
     for family in FAMILIES {
         let server = family.server();

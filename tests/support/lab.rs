@@ -142,8 +142,26 @@ impl Host {
         }
     }
 
+    /// Joins this host's `interface` with the `eth0` of another, whose default routes lead here: `.1` and `:1` are this
+    /// host's addresses in the two networks, `.2` and `:2` the other's.
+    pub fn uplink(&self, interface: &str, other: &Self, v4: &str, v6: &str) {
+        self.join(interface, other, "eth0");
+        self.address(interface, &format!("{v4}.1/24"), &format!("{v6}:1/64"));
+        other.address("eth0", &format!("{v4}.2/24"), &format!("{v6}:2/64"));
+        other.ip(&format!("route add default via {v4}.1"));
+        if has_ipv6() {
+            other.ip(&format!("-6 route add default via {v6}:1"));
+        }
+    }
+
+    /// Forwards what is for others, from now on.
+    pub fn forward(&self) {
+        self.sysctl("net/ipv4/ip_forward", "1");
+        self.sysctl("net/ipv6/conf/all/forwarding", "1");
+    }
+
     /// Waits until so many interfaces have a link-local address: without it they ask for no neighbour of whom they forward to.
-    fn settle(&self, interfaces: usize) {
+    pub fn settle(&self, interfaces: usize) {
         let addresses = || fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap();
         let settled = || self.enter(addresses).lines().filter(|address| address.starts_with("fe80")).count();
         eventually("link-local addresses", || settled() >= interfaces);
@@ -180,7 +198,14 @@ impl Host {
         Some(welcomed(self.enter(|| TcpStream::connect_timeout(&address, SHUT)).ok()?))
     }
 
-    /// The same, from one of this host's addresses.
+    /// A connection to a port that must be open, however long the way and slow the machine.
+    #[track_caller]
+    pub fn gets_in(&self, server: IpAddr, port: u16) -> TcpStream {
+        let address = SocketAddr::new(server, port);
+        welcomed(self.enter(|| TcpStream::connect_timeout(&address, PATIENCE)).expect("the port is open"))
+    }
+
+    /// The same as `connect`, from one of this host's addresses.
     pub fn connect_from(&self, source: IpAddr, server: IpAddr, port: u16) -> Option<TcpStream> {
         let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let socket = self.enter(|| {
@@ -239,6 +264,7 @@ pub struct Lab {
     pub mallory: Host,
     pub server: Host,
     pub directory: Scratch,
+    number: u32,
     _deadline: Deadline,
 }
 
@@ -264,21 +290,20 @@ impl Lab {
     /// Hosts and wires, nothing else.
     pub fn network() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let lab = COUNT.fetch_add(1, Ordering::Relaxed);
-        let [alice, mallory, server] = ["alice", "mallory", "server"].map(|role| Host::new(lab, role));
-        for (number, client) in [(1, &alice), (2, &mallory)] {
-            client.join("eth0", &server, &format!("eth{number}"));
-            client.address("eth0", &format!("10.77.{number}.2/24"), &format!("fd77:{number}::2/64"));
-            server.address(&format!("eth{number}"), &format!("10.77.{number}.1/24"), &format!("fd77:{number}::1/64"));
-            client.ip(&format!("route add default via 10.77.{number}.1"));
-            if has_ipv6() {
-                client.ip(&format!("-6 route add default via fd77:{number}::1"));
-            }
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let [alice, mallory, server] = ["alice", "mallory", "server"].map(|role| Host::new(number, role));
+        for (place, client) in [(1, &alice), (2, &mallory)] {
+            server.uplink(&format!("eth{place}"), client, &format!("10.77.{place}"), &format!("fd77:{place}:"));
         }
         if has_ipv6() {
             [(&alice, 1), (&mallory, 1), (&server, 2)].iter().for_each(|(host, interfaces)| host.settle(*interfaces));
         }
-        Self { alice, mallory, server, directory: Scratch::new(), _deadline: Deadline::start() }
+        Self { alice, mallory, server, directory: Scratch::new(), number, _deadline: Deadline::start() }
+    }
+
+    /// One more host, joined with none yet.
+    pub fn host(&self, role: &str) -> Host {
+        Host::new(self.number, role)
     }
 
     pub fn config(&self) -> PathBuf {
