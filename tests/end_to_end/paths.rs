@@ -234,6 +234,8 @@ fn a_knock_passes_where_all_but_its_eight_bytes_is_rewritten_and_nowhere_else() 
     let own = |family: Family| family.pick("192.168.7.2", "fd88:7::2");
     let breaking = [
         ("tcp sequence set 12345", None),
+        // A box that answers in the server's place, and would pass on what it has made of a connection.
+        ("synproxy mss 1460 wscale 7 timestamp sack-perm", None),
         ("tcp option timestamp tsval set 7", Some("wrong_tag")),
         // No-operations in its place, as normalisers do. The checksum is wrong then, at which nobody looks.
         ("@th,208,80 set 0x01010101010101010101", Some("no_timestamp")),
