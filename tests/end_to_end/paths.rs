@@ -198,32 +198,28 @@ fn where_a_nat_changes_its_address_after_the_knock_the_port_stays_shut_and_both_
              flush chain inet nat post; {rules}"
         )]);
     };
-    let public = |family: Family, last| family.pick(&format!("10.77.2.{last}"), &format!("fd77:2::{last}")).to_string();
     // At the same time, so as two users: of one user's knocks the later one must not be overtaken.
     let user = |family| if family == Family::V4 { "alice" } else { "bob" };
-    let both_wait = |last| {
-        let wait = |family: Family| {
-            let source = public(family, last);
-            let arguments = ["send", "server", "--wait", family.flag(), "--source", &source];
-            lab.knockq_as(user(family), &client, &arguments)
-        };
+    let both_wait = || {
+        let wait = |family: Family| lab.knockq_as(user(family), &client, &["send", "server", "--wait", family.flag()]);
         thread::scope(|scope| FAMILIES.map(|family| scope.spawn(move || wait(family))).map(|one| one.join().unwrap()))
     };
     pool("2", "3");
-    for sent in both_wait("2") {
+    for sent in both_wait() {
         let said = String::from_utf8_lossy(&sent.stderr).into_owned();
         assert_eq!(sent.status.code(), Some(1), "{said}");
         assert!(said.contains("still shut") && said.contains("NAT"), "{said}");
     }
     let grants = lab.control(&["grants"]);
     for family in FAMILIES {
-        let [knocked, connected] = ["2", "3"].map(|last| public(family, last));
+        let [knocked, connected] =
+            ["2", "3"].map(|last| family.pick(&format!("10.77.2.{last}"), &format!("fd77:2::{last}")).to_string());
         assert!(grants.contains(&knocked) && !grants.contains(&connected), "{grants}");
         let granted = format!("granted user={} service=ssh source={knocked} ", user(family));
         assert!(daemon.log().contains(&granted), "{}", daemon.log());
     }
     pool("3", "3");
-    both_wait("3").iter().for_each(|sent| drop(succeeds(sent)));
+    both_wait().iter().for_each(|sent| drop(succeeds(sent)));
 }
 
 #[test]
