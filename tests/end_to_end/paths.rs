@@ -430,11 +430,15 @@ fn source_chooses_among_own_addresses_and_a_connection_from_there_alone_gets_in(
             ["2", "1"].map(|last| family.pick(&format!("10.77.3.{last}"), &format!("fd77:3::{last}")));
         lab.alice.ip(&format!("{} rule add from {second} lookup 33", family.flag()));
         lab.alice.ip(&format!("{} route add default via {router} table 33", family.flag()));
-        let said = said_of(&lab, &lab.alice, &["far", family.flag(), "--source", &second.to_string()]);
+        let source = ["--source", &second.to_string()];
+        let said = said_of(&lab, &lab.alice, &[&["far", family.flag()], &source[..]].concat());
         assert!(said.contains(&format!("bound to {second}")), "{said}");
         lab.wait_for_door(second, 22);
         assert!(!lab.alice.reaches(far(family), 22), "a connection from the usual address");
         eventually("a connection from there", || lab.alice.connect_from(second, far(family), 22).is_some());
+        let heard = lab
+            .knockq(&lab.alice, &[&["connect", "far", "22", family.flag(), "--timeout", "1m"], &source[..]].concat());
+        assert_eq!(succeeds(&heard), "welcome to 22\n");
         // Who routes by port has connections leave from elsewhere than knocks, which are for other ports: here they meet.
         lab.alice.ip(&format!("{} rule add ipproto tcp dport 22 lookup 33", family.flag()));
         assert_eq!(lab.alice.gets_in(far(family), 22).local_addr().unwrap().ip(), second);
