@@ -146,9 +146,14 @@ impl Aim {
         Err(failure.unwrap_or_else(|| AimError::NoAddress { host: self.host.clone(), family: "usable" }))
     }
 
-    /// `--source` also chooses among own addresses; another one is a NAT's and only goes into the token.
+    /// `--source`, or else the profile's, also chooses among own addresses; another one is a NAT's and only goes into the
+    /// token.
     pub fn own_source(&self) -> Option<IpAddr> {
-        let Source::Address(address) = self.source else { return None };
+        let address = match self.source {
+            Source::Auto => self.profile.source?,
+            Source::Unbound => return None,
+            Source::Address(address) => address,
+        };
         own_addresses().contains(&address).then_some(address)
     }
 

@@ -431,9 +431,14 @@ fn source_chooses_among_own_addresses_and_a_connection_from_there_alone_gets_in(
         lab.alice.ip(&format!("{} rule add from {second} lookup 33", family.flag()));
         lab.alice.ip(&format!("{} route add default via {router} table 33", family.flag()));
         let source = ["--source", &second.to_string()];
-        let said = said_of(&lab, &lab.alice, &[&["far", family.flag()], &source[..]].concat());
-        assert!(said.contains(&format!("bound to {second}")), "{said}");
-        lab.wait_for_door(second, 22);
+        let fixed = format!("fixed{}", family.flag());
+        lab.add_profile(&fixed, &format!("source = \"{second}\""));
+        for arguments in [&[&*fixed][..], &["far", family.flag(), source[0], source[1]]] {
+            lab.revoke(&["--all"]);
+            let said = said_of(&lab, &lab.alice, arguments);
+            assert!(said.contains(&format!("bound to {second}")), "{said}");
+            lab.wait_for_door(second, 22);
+        }
         assert!(!lab.alice.reaches(far(family), 22), "a connection from the usual address");
         eventually("a connection from there", || lab.alice.connect_from(second, far(family), 22).is_some());
         let heard = lab
