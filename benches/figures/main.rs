@@ -52,7 +52,7 @@ const FULL: Scale = Scale {
     flood: Duration::from_secs(20),
     stopped: Duration::from_secs(10),
     connects: 500,
-    attempts: 1000,
+    attempts: 500,
     restorations: 20,
     users: &[1, 100, 10_000],
     indexes: &[(1, 0), (8, 61), (8_000, 61)],
