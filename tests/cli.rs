@@ -71,9 +71,10 @@ fn words_that_are_wrong_are_usage_errors() {
     for command in ["init", "check", "ruleset", "serve", "recover", "keygen", "send"] {
         assert!(world.run(&[command, "--help"]).succeeds().contains("Example"), "{command} --help has no example");
     }
-    for (command, words) in
-        [("user", &["add", "list", "show", "remove", "rename"][..]), ("host", &["add", "list", "show", "remove"])]
-    {
+    for (command, words) in [
+        ("user", &["add", "invite", "list", "show", "remove", "rename"][..]),
+        ("host", &["add", "list", "show", "remove"]),
+    ] {
         for word in words {
             let help = world.run(&[command, word, "--help"]).succeeds();
             assert!(help.contains("Example"), "{command} {word} --help has no example");
@@ -528,7 +529,7 @@ fn hosts_are_listed_and_shown_and_a_broken_one_hides_no_other() {
     let server_key = fs::read_to_string(world.path("alice.profile")).unwrap().split('"').nth(1).unwrap().to_owned();
     let shown = world.run(&["host", "show", "home"]).succeeds();
     assert!(shown.starts_with(&format!("server_key = \"{server_key}\"")), "{shown}");
-    assert_eq!(shown, fs::read_to_string(world.path(".config/knockq/hosts/home.toml")).unwrap());
+    assert!(shown.starts_with(&fs::read_to_string(world.path(".config/knockq/hosts/home.toml")).unwrap()), "{shown}");
     let shown = json(&world.run(&["host", "show", "home", "--json"]));
     assert_eq!(shown["name"], "home");
     assert_eq!(shown["server_key"], *server_key);
@@ -573,9 +574,9 @@ fn a_profile_is_refused_if_its_key_address_or_name_is_not_what_it_should_be() {
     let world = World::new();
     let add =
         |name: &str, more: &[&str]| world.run(&[&["host", "add", name, &world.text("alice.profile")], more].concat());
-    add("home", &[]).fails(78, &["host home: there is a profile by this name", "Hint: "]);
     add("same", &[]).succeeds();
     world.edit("alice.profile", "192.0.2.1", "192.0.2.99");
+    add("home", &[]).fails(78, &["host home: there is a profile by this name", "Hint: "]);
     add("other", &[]).fails(78, &["host other: its server key is that of host", "Hint: "]);
     add("other", &["--same-server"]).succeeds();
 

@@ -34,7 +34,11 @@ impl Check {
         warn_of_ephemeral_ports(&config);
         let (services, users) = (config.services.len(), config.users.len());
         let knock_ports = config.knock_ports.iter().count();
-        print(&format!("{}: ok (services {services}, users {users}, knock ports {knock_ports})\n", path.display()))
+        print(&format!(
+            "{}: ok (services {services}, users {users}, knock ports {knock_ports})\nserver key fingerprint: {}\n",
+            path.display(),
+            config.private_key.public().fingerprint()
+        ))
     }
 }
 

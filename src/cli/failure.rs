@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 
 use crate::client::counter::CounterError;
 use crate::client::port::PortError;
@@ -267,8 +268,13 @@ impl From<ProfileError> for Failure {
             ProfileError::KnownKey { .. } => {
                 failure.hint("if both are one server, add it with --same-server; else somebody copied a key")
             }
-            ProfileError::OtherClient { .. } => {
-                failure.hint("send this machine's public key to the administrator: `knockq keygen --show`")
+            ProfileError::OtherClient { .. } => failure.hint(
+                "one key belongs to one device: send this one's to the administrator, who adds it under a name of its own, \
+                 such as alice-laptop: knockq keygen --show",
+            ),
+            ProfileError::OtherKey { path, is_used, .. } => failure.hint(other_key(&path, is_used)),
+            ProfileError::HoldsKey { .. } => {
+                failure.hint("move it to another directory, and import it from there: knockq host add NAME FILE")
             }
             ProfileError::OwnKey(_) | ProfileError::Lacks { .. } => {
                 failure.hint("ask the administrator for a new profile")
@@ -278,6 +284,15 @@ impl From<ProfileError> for Failure {
             }
         }
     }
+}
+
+fn other_key(path: &Path, is_used: bool) -> String {
+    let send = "send this machine's public key to the administrator, for `knockq user add`: knockq keygen --show";
+    if is_used {
+        return format!("one key belongs to one machine, and does for every server: {send}");
+    }
+    let path = path.display();
+    format!("no profile here is for that key: move it away, and do this again: mv {path} {path}.old; or {send}")
 }
 
 impl From<CounterError> for Failure {

@@ -1,10 +1,12 @@
 //! `knockq host`
 
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use super::columns::columns;
 use super::failure::{CONFIGURATION, Failure};
@@ -25,9 +27,11 @@ pub(super) struct Host {
 
 #[derive(Subcommand)]
 enum HostCommand {
-    /// Add the profile that the administrator's `knockq user add` printed
+    /// Add the profile that the administrator's `knockq user add` or `user invite` printed
     #[command(
-        after_help = "Examples:\n  knockq host add home profile.toml\n  knockq host add home -      # paste it, then Ctrl-D"
+        after_help = "Examples:\n  knockq host add home alice.profile\n  knockq host add home -      # paste it, then Ctrl-D\n\n\
+                      The fingerprint that it prints must be the one that `knockq check` prints on the server.\n\
+                      A private key in the profile, as `knockq user invite` puts there, becomes this machine's key if it has none."
     )]
     Add {
         /// What to call the host
@@ -45,7 +49,7 @@ enum HostCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Print a host's profile, with its server's public key
+    /// Print a host's profile, with its server's public key and that key's fingerprint
     #[command(after_help = "Example:\n  knockq host show home")]
     Show {
         /// The host's name
@@ -75,20 +79,54 @@ impl Host {
 }
 
 fn add(name: &Name, path: &Path, same_server: bool) -> Result<(), Failure> {
-    let text = read(path)?;
-    let hint = "is it all of what `knockq user add` printed?";
-    let profile = Profile::parse(path, &text).map_err(|error| error.with_hint(hint))?;
-    profile.add(&Home::of_environment()?, name, same_server)?;
-    let server_key = String::from(profile.server_key);
-    print(&format!("Added host {name}: {} (server key {server_key})\n", list_of(&profile.address, ", ")))
+    let is_pasted = path == Path::new("-");
+    let subject = if is_pasted { Path::new("stdin") } else { path };
+    let text = read(is_pasted, subject)?;
+    let profile = Profile::parse(subject, &text).map_err(|error| error.with_hint(remedy(&text)))?;
+    let home = Home::of_environment()?;
+    let added = profile.add(&home, name, same_server)?;
+    let services: Vec<&Name> = profile.services.keys().collect();
+    let done = if added.is_new { "Added host" } else { "There is this profile already: host" };
+    print(&format!(
+        "{done} {name}: {}, for {}\nserver key fingerprint: {}\n",
+        list_of(&profile.address, ", "),
+        list_of(&services, ", "),
+        profile.server_key.0.fingerprint()
+    ))?;
+    note("Let the administrator say the fingerprint that `knockq check` prints on the server: it must be the same.");
+    if added.took_key {
+        note(&format!("The private key that it brought is this machine's now: {}", home.key_path().display()));
+    }
+    if profile.client_private_key.is_some() && !is_pasted {
+        note(&format!("{} still holds the private key: delete it", path.display()));
+    }
+    Ok(())
+}
+
+/// What most likely befell a text on its way. Line ends, blank lines and indentation are no harm.
+fn remedy(text: &str) -> &'static str {
+    if text.lines().any(|line| line.starts_with('>')) {
+        "these are lines of a quoted mail: take the marks off, with sed 's/^[> ]*//', or have it sent as a file"
+    } else if text.contains(['\u{201c}', '\u{201d}', '\u{201e}', '\u{a0}']) {
+        "quotation marks or spaces were changed on the way: have it sent as a file"
+    } else {
+        "give all of what was printed and nothing else: from the line `# knockq profile of …` to the last one of [services…]"
+    }
 }
 
 /// A profile under the name that the user gave it.
 #[derive(Serialize)]
 struct Named {
     name: Name,
+    server_key_fingerprint: String,
     #[serde(flatten)]
     profile: Profile,
+}
+
+impl From<(Name, Profile)> for Named {
+    fn from((name, profile): (Name, Profile)) -> Self {
+        Self { name, server_key_fingerprint: profile.server_key.0.fingerprint(), profile }
+    }
 }
 
 /// One broken profile hides no other.
@@ -97,7 +135,7 @@ fn list(json: bool) -> Result<(), Failure> {
     let (mut hosts, mut broken) = (Vec::new(), Vec::new());
     for name in Profile::names(&home)? {
         match Profile::load(&home, name.as_str()) {
-            Ok((name, profile)) => hosts.push(Named { name, profile }),
+            Ok(found) => hosts.push(Named::from(found)),
             Err(error) => broken.push((name, error)),
         }
     }
@@ -112,7 +150,7 @@ fn list(json: bool) -> Result<(), Failure> {
 
 fn rows(hosts: &[Named]) -> String {
     let head = ["NAME", "ADDRESSES", "SERVICES"].map(str::to_owned);
-    let row = |Named { name, profile }: &Named| {
+    let row = |Named { name, profile, .. }: &Named| {
         let services: Vec<&Name> = profile.services.keys().collect();
         [name.to_string(), list_of(&profile.address, ","), list_of(&services, ",")]
     };
@@ -127,8 +165,11 @@ fn refuse(broken: &[(Name, ProfileError)]) -> Result<(), Failure> {
 }
 
 fn show(name: &Name, json: bool) -> Result<(), Failure> {
-    let (name, profile) = Profile::load(&Home::of_environment()?, name.as_str())?;
-    if json { print_json(&Named { name, profile }) } else { print(&profile.to_text()) }
+    let named = Named::from(Profile::load(&Home::of_environment()?, name.as_str())?);
+    if json {
+        return print_json(&named);
+    }
+    print(&format!("{}# server key fingerprint: {}\n", named.profile.to_text(), named.server_key_fingerprint))
 }
 
 fn remove(name: &Name) -> Result<(), Failure> {
@@ -144,17 +185,32 @@ fn list_of(items: &[impl ToString], separator: &str) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join(separator)
 }
 
-fn read(path: &Path) -> Result<String, Failure> {
-    let fail = |error| Failure::new(format!("{}: {error}", path.display()));
+fn read(is_pasted: bool, path: &Path) -> Result<Zeroizing<String>, Failure> {
+    let subject = path.display();
     let limit = u64::try_from(MAX_LEN + 1).unwrap_or(u64::MAX);
-    let mut text = String::new();
-    if path == Path::new("-") {
-        io::stdin().take(limit).read_to_string(&mut text).map_err(fail)?;
+    // One piece of memory, for it may hold a private key.
+    let mut text = Zeroizing::new(String::with_capacity(MAX_LEN + 2));
+    let done = if is_pasted {
+        if io::stdin().is_terminal() {
+            note("Paste the profile, then press Ctrl-D on a line of its own.");
+        }
+        io::stdin().take(limit).read_to_string(&mut text)
     } else {
-        std::fs::File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text)).map_err(fail)?;
-    }
+        File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text))
+    };
+    done.map_err(|error| {
+        let failure = Failure::new(format!("{subject}: {error}"));
+        match error.kind() {
+            ErrorKind::NotFound => failure.hint("name the file of the profile, or `-` to paste it"),
+            ErrorKind::InvalidData => failure.hint("a profile is text: have it sent again").code(CONFIGURATION),
+            _ => failure,
+        }
+    })?;
     if text.len() > MAX_LEN {
-        return Err(Failure::new(format!("{}: is larger than 1 MiB", path.display())).code(CONFIGURATION));
+        return Err(Failure::new(format!("{subject}: is larger than 1 MiB")).code(CONFIGURATION));
+    }
+    if text.trim().is_empty() {
+        return Err(Failure::new(format!("{subject}: is empty")).hint(remedy("")).code(CONFIGURATION));
     }
     Ok(text)
 }

@@ -8,7 +8,7 @@ use crate::client::Home;
 
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  knockq keygen\n\nThe private key stays in ~/.config/knockq/key. One key belongs to one machine."
+    after_help = "Example:\n  knockq keygen\n\nThe private key stays in ~/.config/knockq/key. One key belongs to one machine,\nand does for every server."
 )]
 pub(super) struct Keygen {
     /// Print the public half of the key that is there
@@ -24,7 +24,10 @@ impl Keygen {
         }
         if home.key_path().exists() {
             return Err(Failure::new(format!("{}: there is a key already", home.key_path().display()))
-                .hint("`knockq keygen --show` prints its public half; move it away to make another"));
+                .hint(
+                    "`knockq keygen --show` prints its public half, which does for every server; another device makes a key \
+                     of its own. To replace this one, move it away",
+                ));
         }
         let key = home.make_key()?;
         note("Send this public key to the administrator of the server, who runs `knockq user add`:");

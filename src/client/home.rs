@@ -85,9 +85,22 @@ impl Home {
     pub fn make_key(&self) -> Result<PrivateKey, HomeError> {
         let path = self.key_path();
         let key = PrivateKey::generate().map_err(|cause| HomeError::Key { path: path.clone(), cause })?;
-        secure_file::create_directory(&self.configuration)?;
-        secure_file::create(&path, &key.to_file_line(), Privacy::Secret)?;
+        self.adopt_key(&key)?;
         Ok(key)
+    }
+
+    /// Makes this key the machine's; it is on disk when this returns.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn adopt_key(&self, key: &PrivateKey) -> Result<(), HomeError> {
+        secure_file::create_directory(&self.configuration)?;
+        Ok(secure_file::create(&self.key_path(), &key.to_file_line(), Privacy::Secret)?)
+    }
+
+    /// Takes back what [`Home::adopt_key`] did, if it can be.
+    pub(super) fn give_key_back(&self) {
+        let _ = secure_file::remove(&self.key_path());
     }
 
     /// Reads the key.

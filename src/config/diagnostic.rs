@@ -56,6 +56,9 @@ impl ConfigError {
 /// Another key is no remedy: no user could knock any more.
 const SERVER_KEY: &str = "restore it from a backup; with another key every user needs a new profile";
 
+/// The field of a profile that holds a private key.
+const BROUGHT_KEY: &str = "client_private_key";
+
 /// Characters of a line or a message that are shown: a file from elsewhere may hold anything.
 const SHOWN: usize = 400;
 
@@ -65,7 +68,8 @@ pub struct Diagnostic {
     path: PathBuf,
     line: usize,
     column: usize,
-    source_line: String,
+    /// `None` if it is not to be shown.
+    source_line: Option<String>,
     message: String,
     hint: Option<String>,
 }
@@ -81,19 +85,22 @@ impl Diagnostic {
             line: before.matches('\n').count() + 1,
             column: before.get(line_start..).unwrap_or_default().chars().count() + 1,
             // A tab, say, takes one column: the caret stands below the character that it means.
-            source_line: line.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SHOWN).collect(),
+            source_line: Some(line.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SHOWN).collect()),
             message: message.into().chars().filter(|c| !c.is_control()).take(SHOWN).collect(),
             hint: None,
         }
     }
 
-    /// What TOML or a type of ours did not take. Of a file that holds a key, nothing is shown: it may be a private one.
+    /// What TOML or a type of ours did not take. Of a file that holds a key, nothing is shown: it may be a private one. Of a
+    /// profile that brings a private key, no line is.
     pub fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> Self {
         if text.parse::<PrivateKey>().is_ok() {
             return Self::new(path, "", 0..0, "is a key file, which is shown to nobody");
         }
         let message = error.message().replace('\n', ", ");
-        Self::new(path, text, error.span().unwrap_or(0..0), message)
+        let diagnostic = Self::new(path, text, error.span().unwrap_or(0..0), message);
+        let source_line = diagnostic.source_line.filter(|_| !text.contains(BROUGHT_KEY));
+        Self { source_line, ..diagnostic }
     }
 
     /// With a remedy.
@@ -106,10 +113,10 @@ impl Diagnostic {
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { line, column, source_line, message, .. } = self;
-        writeln!(f, "{}:{line}:{column}: {message}", self.path.display())?;
-        writeln!(f, "  {source_line}")?;
+        write!(f, "{}:{line}:{column}: {message}", self.path.display())?;
+        let Some(source_line) = source_line else { return Ok(()) };
         let column = (*column).min(SHOWN);
-        write!(f, "  {:>column$}", '^')
+        write!(f, "\n  {source_line}\n  {:>column$}", '^')
     }
 }
 

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use hkdf::Hkdf;
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
+use sha2::{Digest, Sha256};
 use thiserror::Error;
 use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
@@ -51,6 +51,15 @@ impl PublicKey {
     /// The 32 bytes, little-endian as in RFC 7748.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
+    }
+
+    /// What people compare in place of the key, aloud if need be: the first 16 of the 32 bytes of its SHA-256, as eight
+    /// groups of four hexadecimal digits. Nobody finds another key that has the same: that takes 2^128 tries.
+    pub fn fingerprint(&self) -> String {
+        let digest = Sha256::digest(self.0);
+        let groups: Vec<String> =
+            digest.chunks(2).take(8).map(|pair| pair.iter().map(|byte| format!("{byte:02x}")).collect()).collect();
+        groups.join(" ")
     }
 }
 

@@ -58,7 +58,7 @@ impl Rename {
         secure_file::rename(&entry_path(&config, &old), &entry_path(&config, &new)).map_err(|error| {
             match error.kind() {
                 Some(ErrorKind::NotFound) => missing(&old, &config),
-                Some(ErrorKind::AlreadyExists) => exists(&new),
+                Some(ErrorKind::AlreadyExists) => exists(&new, &config),
                 _ => error.into(),
             }
         })?;

@@ -2,6 +2,9 @@
 
 mod add;
 mod change;
+mod entry;
+mod invite;
+mod profile;
 mod report;
 
 use std::path::{Path, PathBuf};
@@ -29,6 +32,8 @@ pub(super) struct User {
 enum UserCommand {
     /// Let a client's key open services, and print the profile that its user imports
     Add(add::Add),
+    /// Let a user open services with a key that is made here, and print the profile that holds it, once
+    Invite(invite::Invite),
     /// List who may knock
     List(report::List),
     /// Show one user, or print their profile again
@@ -43,6 +48,7 @@ impl User {
     pub(super) fn run(self) -> Result<(), Failure> {
         match self.command {
             UserCommand::Add(add) => add.run(),
+            UserCommand::Invite(invite) => invite.run(),
             UserCommand::List(list) => list.run(),
             UserCommand::Show(show) => show.run(),
             UserCommand::Remove(remove) => remove.run(),
@@ -62,10 +68,22 @@ fn missing(name: &Name, config: &Path) -> Failure {
         .code(CONFIGURATION)
 }
 
-fn exists(name: &Name) -> Failure {
-    Failure::new(format!("user {name}: exists already"))
-        .hint(format!("choose another name, or take that user away: knockq user remove {name}"))
-        .code(CONFIGURATION)
+fn exists(name: &Name, config: &Path) -> Failure {
+    let remove = format!("take that user away: knockq user remove {name}");
+    let hint = match other_device(name, config) {
+        Some(device) => format!("give another device of theirs a name of its own, such as {device}; else {remove}"),
+        None => format!("choose another name, or {remove}"),
+    };
+    Failure::new(format!("user {name}: exists already")).hint(hint).code(CONFIGURATION)
+}
+
+/// What another device of the same person could be called.
+fn other_device(name: &Name, config: &Path) -> Option<Name> {
+    const DEVICES: [&str; 4] = ["laptop", "phone", "tablet", "desktop"];
+    let whose = DEVICES.iter().find_map(|device| name.as_str().strip_suffix(device)?.strip_suffix('-'));
+    let whose = whose.unwrap_or(name.as_str());
+    let names = DEVICES.iter().filter_map(|device| format!("{whose}-{device}").parse::<Name>().ok());
+    names.into_iter().find(|name| !entry_path(config, name).exists())
 }
 
 /// Makes the daemon take over a change of the users, which is on disk by now.

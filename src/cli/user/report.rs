@@ -6,8 +6,8 @@ use clap::Args;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::add::profile_text;
 use super::missing;
+use super::profile::{profile, without_secret};
 use crate::cli::columns::columns;
 use crate::cli::failure::Failure;
 use crate::cli::{ConfigArg, note, print, print_json};
@@ -46,7 +46,7 @@ impl List {
 pub(super) struct Show {
     /// The user's name
     name: Name,
-    /// Print the profile that the user imports, as `knockq user add` did
+    /// Print the profile that the user imports, as `knockq user add` did; it holds no private key
     #[arg(long, conflicts_with = "json")]
     profile: bool,
     /// Print it for programs
@@ -63,7 +63,8 @@ impl Show {
         let user = config.users.iter().find(|user| user.name == self.name).ok_or_else(|| missing(&self.name, path))?;
         let facts = Facts::new(user, &config);
         if self.profile {
-            return print(&profile_text(&config, &user.name, user.public_key, &facts.services)?);
+            let profile = profile(&config, &user.name, user.public_key, &facts.services)?;
+            return print(&without_secret(&user.name, &profile));
         }
         if self.json {
             return print_json(&facts);

@@ -1,0 +1,95 @@
+//! What `knockq user add` and `invite` have in common: who may open what, and the file that says so.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::{entry_path, exists};
+use crate::cli::ConfigArg;
+use crate::cli::failure::{Failure, USAGE};
+use crate::config::secure_file::{self, Privacy};
+use crate::config::{Network, ServerConfig};
+use crate::crypto::PublicKey;
+use crate::service::Name;
+
+#[derive(Args)]
+pub(super) struct Entry {
+    /// The user's name
+    pub(super) name: Name,
+    /// A service that the user may open; may be left out if there is one
+    #[arg(long, value_name = "SERVICE")]
+    allow: Vec<Name>,
+    /// Networks that the user's knocks may come from
+    #[arg(long, value_name = "CIDR")]
+    from: Vec<Network>,
+    /// Take only knocks that are bound to the address they come from
+    #[arg(long, value_name = "POLICY")]
+    source: Option<SourceArg>,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SourceArg {
+    /// Bound to the sender's address, or unbound
+    Any,
+    /// Bound to the sender's address
+    Bound,
+}
+
+impl Entry {
+    pub(super) fn config(&self) -> &Path {
+        &self.config.config
+    }
+
+    /// The server's configuration, which has no user of this name yet.
+    pub(super) fn configuration(&self) -> Result<ServerConfig, Failure> {
+        let config = ServerConfig::load(self.config())?;
+        if config.users.iter().any(|user| user.name == self.name) {
+            return Err(exists(&self.name, self.config()));
+        }
+        Ok(config)
+    }
+
+    pub(super) fn allowed_services(&self, config: &ServerConfig) -> Result<Vec<Name>, Failure> {
+        let known: Vec<Name> = config.services.iter().map(|service| service.name.clone()).collect();
+        let names: Vec<&str> = known.iter().map(Name::as_str).collect();
+        match (self.allow.iter().find(|name| !known.contains(name)), self.allow.is_empty(), known.len()) {
+            (Some(unknown), _, _) => Err(Failure::new(format!("--allow: there is no service `{unknown}`"))
+                .hint(format!("services are: {}", names.join(", ")))
+                .code(USAGE)),
+            (None, false, _) => Ok(self.allow.clone()),
+            (None, true, 1) => Ok(known),
+            (None, true, _) => Err(Failure::new("--allow: there are several services".to_owned())
+                .hint(format!("name what the user may open: {}", names.join(", ")))
+                .code(USAGE)),
+        }
+    }
+
+    /// Makes the user's file, on disk when this returns.
+    pub(super) fn write(&self, key: &PublicKey, allowed: &[Name]) -> Result<PathBuf, Failure> {
+        let path = entry_path(self.config(), &self.name);
+        secure_file::create_directory(path.parent().unwrap_or(Path::new(".")))?;
+        secure_file::create(&path, &self.text(key, allowed), Privacy::Public)?;
+        if let Err(error) = ServerConfig::load(self.config()) {
+            let _ = fs::remove_file(&path); // a configuration that worked must go on working
+            return Err(error.into());
+        }
+        Ok(path)
+    }
+
+    fn text(&self, key: &PublicKey, allowed: &[Name]) -> String {
+        let list = |items: Vec<String>| items.iter().map(|item| format!("\"{item}\"")).collect::<Vec<_>>().join(", ");
+        let mut text = format!("public_key = \"{key}\"\n");
+        let _ = writeln!(text, "services   = [{}]", list(allowed.iter().map(ToString::to_string).collect()));
+        if !self.from.is_empty() {
+            let _ = writeln!(text, "from       = [{}]", list(self.from.iter().map(ToString::to_string).collect()));
+        }
+        if matches!(self.source, Some(SourceArg::Bound)) {
+            text.push_str("source     = \"bound\"\n");
+        }
+        text
+    }
+}
