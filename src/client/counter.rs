@@ -22,6 +22,9 @@ const KEPT: usize = 4096;
 /// Flows of this boot that are remembered.
 const FLOWS: usize = 4096;
 
+/// Names one installation of a system (machine-id(5)).
+const MACHINE_ID: &str = "/etc/machine-id";
+
 /// Names one boot of this kernel.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -59,25 +62,51 @@ impl Issued {
     pub fn has_beyond(&self, end: u64) -> bool {
         self.issued.last().is_some_and(|&last| last > end)
     }
+}
 
+/// What is in a file.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Contents {
+    issued: Issued,
+    /// The machine that wrote it, if it has a name.
+    machine: Option<String>,
+}
+
+impl Contents {
     /// A text that was cut, be it before its floor or within a number, holds fewer counters than were issued: it is none.
     fn parse(text: &str) -> Option<Self> {
-        let mut lines = text.strip_suffix('\n')?.split('\n').filter(|line| !line.starts_with('#'));
+        let mut lines = text.strip_suffix('\n')?.split('\n').filter(|line| !line.starts_with('#')).peekable();
         let floor = lines.next()?.strip_prefix("floor ")?.parse().ok()?;
+        let machine = lines.next_if(|line| line.starts_with("machine "));
+        let machine = machine.and_then(|line| line.strip_prefix("machine ")).map(str::to_owned);
         let issued = lines.map(|line| line.parse().ok()).collect::<Option<_>>()?;
-        Some(Self { floor, issued })
+        Some(Self { issued: Issued { floor, issued }, machine })
     }
 
     fn to_text(&self) -> String {
-        let mut text = format!(
-            "# knockq: counters that were used with one server. Do not edit, copy or delete.\nfloor {}\n",
-            self.floor
-        );
-        for n in &self.issued {
+        let mut text = "# knockq: counters that were used with one server. Do not edit, copy or delete.\n".to_owned();
+        let _ = writeln!(text, "floor {}", self.issued.floor);
+        if let Some(machine) = &self.machine {
+            let _ = writeln!(text, "machine {machine}");
+        }
+        for n in &self.issued.issued {
             let _ = writeln!(text, "{n}");
         }
         text
     }
+}
+
+/// This machine's name, which says nothing about it to who reads it elsewhere; none where the system has given it none.
+fn machine() -> Option<String> {
+    let text = std::fs::read_to_string(MACHINE_ID).ok()?;
+    let id = text.trim();
+    let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_id.then(|| hex(Sha256::new().chain_update("knockq machine ").chain_update(id)))
+}
+
+/// The first half of a digest in hexadecimal.
+fn hex(digest: Sha256) -> String {
+    digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Why no counter can be issued.
@@ -105,7 +134,8 @@ pub enum CounterError {
 /// The counters of one (client, server), locked against other processes.
 pub struct CounterFile {
     path: PathBuf,
-    issued: Issued,
+    contents: Contents,
+    is_from_elsewhere: bool,
     _lock: File,
 }
 
@@ -116,21 +146,29 @@ impl CounterFile {
     /// [`CounterError`].
     pub fn open(directory: &Path, client: &PublicKey, server: &PublicKey) -> Result<Self, CounterError> {
         secure_file::create_directory(directory)?;
-        let digest = Sha256::new().chain_update(client.as_bytes()).chain_update(server.as_bytes()).finalize();
-        let name: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let name = hex(Sha256::new().chain_update(client.as_bytes()).chain_update(server.as_bytes()));
         let path = directory.join(&name);
         let lock = lock(&directory.join(format!("{name}.lock")))?;
         let damaged = || CounterError::Damaged { path: path.clone() };
-        let issued = match secure_file::read_if_there(&path, Privacy::Secret) {
-            Ok(Some(text)) => Issued::parse(&text).ok_or_else(damaged)?,
-            Ok(None) => Issued::default(),
+        let mut contents = match secure_file::read_if_there(&path, Privacy::Secret) {
+            Ok(Some(text)) => Contents::parse(&text).ok_or_else(damaged)?,
+            Ok(None) => Contents::default(),
             // The remedies for other files, a backup or a new one, would repeat counters.
             Err(FileError::Empty { .. } | FileError::NotText { .. } | FileError::TooLarge { .. }) => {
                 return Err(damaged());
             }
             Err(error) => return Err(error.into()),
         };
-        Ok(Self { path, issued, _lock: lock })
+        let here = machine();
+        let is_from_elsewhere = contents.machine.as_ref().zip(here.as_ref()).is_some_and(|(there, here)| there != here);
+        contents.machine = here.or(contents.machine);
+        Ok(Self { path, contents, is_from_elsewhere, _lock: lock })
+    }
+
+    /// Whether another machine has issued the counters that were in the file when it was opened: the key was copied, or has
+    /// moved. From the next counter on the file is this machine's.
+    pub const fn is_from_elsewhere(&self) -> bool {
+        self.is_from_elsewhere
     }
 
     /// Issues a counter; it is on disk when this returns.
@@ -138,17 +176,18 @@ impl CounterFile {
     /// # Errors
     /// [`CounterError`]; then no counter may be used.
     pub fn issue(&mut self, now: u64, window: u64) -> Result<u64, CounterError> {
-        let used_up = || CounterError::UsedUp { path: self.path.clone(), floor: self.issued.floor };
-        let n = self.issued.next(now, window).filter(|_| self.issued.floor <= now.saturating_add(window));
-        let n = n.ok_or_else(used_up)?;
-        self.issued.record(n);
-        secure_file::replace(&self.path, &self.issued.to_text(), Privacy::Secret)?;
+        let issued = &mut self.contents.issued;
+        let floor = issued.floor;
+        let n = issued.next(now, window).filter(|_| floor <= now.saturating_add(window));
+        let n = n.ok_or_else(|| CounterError::UsedUp { path: self.path.clone(), floor })?;
+        issued.record(n);
+        secure_file::replace(&self.path, &self.contents.to_text(), Privacy::Secret)?;
         Ok(n)
     }
 
     /// See [`Issued::has_beyond`].
     pub fn has_beyond(&self, end: u64) -> bool {
-        self.issued.has_beyond(end)
+        self.contents.issued.has_beyond(end)
     }
 }
 
@@ -204,7 +243,7 @@ fn lock(path: &Path) -> Result<File, FileError> {
 
 #[cfg(test)]
 mod tests {
-    use super::Issued;
+    use super::{Contents, Issued};
     use proptest::prelude::{any, proptest};
     use std::collections::BTreeSet;
 
@@ -237,10 +276,25 @@ mod tests {
         for n in [NOW, NOW + 1, u64::MAX] {
             issued.record(n);
         }
-        assert_eq!(Issued::parse(&issued.to_text()), Some(issued));
-        for damaged in ["", "\n", "floor x\n", "12\n", "floor 1\n1x\n", "floor 1\n-1\n", "floor 1\n12", "12\nfloor 1\n"]
-        {
-            assert_eq!(Issued::parse(damaged), None, "{damaged:?}");
+        for machine in [None, Some("ab12".to_owned())] {
+            let contents = Contents { issued: issued.clone(), machine };
+            assert_eq!(Contents::parse(&contents.to_text()), Some(contents));
+        }
+        for damaged in [
+            "",
+            "\n",
+            "floor x\n",
+            "12\n",
+            "floor 1\n1x\n",
+            "floor 1\n-1\n",
+            "floor 1\n12",
+            "12\nfloor 1\n",
+            "machine a\nfloor 1\n",
+            "floor 1\nmachine a",
+            "floor 1\nmachine a\nmachine a\n",
+            "floor 1\n12\nmachine a\n",
+        ] {
+            assert_eq!(Contents::parse(damaged), None, "{damaged:?}");
         }
     }
 
