@@ -4,6 +4,7 @@
 #[path = "support/lab.rs"]
 mod lab;
 
+use std::collections::BTreeSet;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -178,6 +179,22 @@ fn a_client_that_was_two_hours_ahead_is_told_so_and_let_in_when_it_is_right() {
         opens(&lab, family);
     }
     assert_eq!(told(&daemon), [""; 0], "the server's never jumped");
+}
+
+#[test]
+fn no_counter_is_issued_twice_however_the_clock_of_a_client_is_set() {
+    let mut clock = Clock::take();
+    let lab = Lab::new();
+    let mut sequences = BTreeSet::new();
+    for (round, offset) in [0, 2, 0, -HOUR, 2 * HOUR, -HOUR, 0, 2 * HOUR, -1, 0].into_iter().enumerate() {
+        clock.set(offset);
+        for family in FAMILIES {
+            // One key and service, so a counter used twice shows as a sequence number sent twice.
+            let packet = lab.print_knock(family, &[]);
+            let sequence = if family == Family::V4 { &packet[48..56] } else { &packet[88..96] };
+            assert!(sequences.insert(sequence.to_owned()), "round {round}, {offset} s off");
+        }
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use knockq::client::counter::CounterFile;
 use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, PublicKey, Side};
 
 use killer::run_until_call;
@@ -521,4 +522,50 @@ fn a_send_that_is_killed_at_any_call_makes_no_counter_repeat() {
         }
     }
     assert!(has_lost, "one died with its counter on disk");
+}
+
+/// A command on another machine: one whose system has another name.
+fn elsewhere(world: &World, home: &Path, arguments: &[&str]) -> Ran {
+    let name = world.path("machine-id");
+    fs::write(&name, "0123456789abcdef0123456789abcdef\n").unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/machine-id && shift && exec \"$@\"", "sh"]);
+    Ran(command.arg(name).arg(KNOCKQ).args(arguments).env("HOME", home).output().unwrap())
+}
+
+#[test]
+fn a_file_of_counters_knows_which_machine_issued_them_and_goes_over_to_the_next() {
+    let world = knocking_world();
+    world.run(SEND).succeeds();
+    let machine = |home: &Path| {
+        let text = read(&home.join(issued(&world).strip_prefix(&world.path).unwrap()));
+        text.lines().find_map(|line| line.strip_prefix("machine ").map(str::to_owned)).unwrap()
+    };
+    let here = machine(&world.path);
+    assert!(!read(Path::new("/etc/machine-id")).contains(&here), "which is nobody else's to know");
+
+    let copy = world.path("copy");
+    fs::create_dir(&copy).unwrap();
+    let mut cp = Command::new("cp");
+    cp.args(["-a", &world.text(".config"), &world.text(".local"), &world.text("copy")]);
+    assert!(cp.status().unwrap().success());
+    let is_from_elsewhere = |home: &Path| {
+        let [client, server] = ["client_key", "server_key"]
+            .map(|key| field(&read(&world.path(".config/knockq/hosts/home.toml")), key).parse::<PublicKey>().unwrap());
+        let file = CounterFile::open(&home.join(".local/state/knockq/counters"), &client, &server).unwrap();
+        file.is_from_elsewhere()
+    };
+    assert!(!is_from_elsewhere(&copy), "a copy on the same machine, a restored backup for one, is no matter");
+    elsewhere(&world, &copy, SEND).succeeds();
+    assert_ne!(machine(&copy), here);
+    assert!(is_from_elsewhere(&copy));
+    assert!(!is_from_elsewhere(&world.path));
+
+    // Files of before, and systems without a name, have no such line.
+    let path = issued(&world);
+    let text = read(&path).replace(&format!("machine {here}\n"), "");
+    fs::write(&path, &text).unwrap();
+    assert!(!is_from_elsewhere(&world.path));
+    world.run(SEND).succeeds();
+    assert_eq!(machine(&world.path), here);
 }
