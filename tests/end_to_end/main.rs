@@ -9,6 +9,7 @@ mod debugger;
 mod doors;
 mod faults;
 mod hostile;
+mod invitation;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;
