@@ -289,7 +289,7 @@ impl From<ProfileError> for Failure {
 fn other_key(path: &Path, is_used: bool) -> String {
     let send = "send this machine's public key to the administrator, for `knockq user add`: knockq keygen --show";
     if is_used {
-        return format!("one key belongs to one machine, and does for every server: {send}");
+        return format!("one key belongs to one machine, and is good for every server: {send}");
     }
     let path = path.display();
     format!("no profile here is for that key: move it away, and do this again: mv {path} {path}.old; or {send}")

@@ -93,7 +93,7 @@ fn add(name: &Name, path: &Path, same_server: bool) -> Result<(), Failure> {
         list_of(&services, ", "),
         profile.server_key.0.fingerprint()
     ))?;
-    note("Let the administrator say the fingerprint that `knockq check` prints on the server: it must be the same.");
+    note("Ask the administrator for the fingerprint that `knockq check` prints on the server: it must be the same.");
     if added.took_key {
         note(&format!("The private key that it brought is this machine's now: {}", home.key_path().display()));
     }

@@ -8,7 +8,7 @@ use crate::client::Home;
 
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  knockq keygen\n\nThe private key stays in ~/.config/knockq/key. One key belongs to one machine,\nand does for every server."
+    after_help = "Example:\n  knockq keygen\n\nThe private key stays in ~/.config/knockq/key. One key belongs to one machine,\nand is good for every server."
 )]
 pub(super) struct Keygen {
     /// Print the public half of the key that is there
@@ -25,7 +25,7 @@ impl Keygen {
         if home.key_path().exists() {
             return Err(Failure::new(format!("{}: there is a key already", home.key_path().display()))
                 .hint(
-                    "`knockq keygen --show` prints its public half, which does for every server; another device makes a key \
+                    "`knockq keygen --show` prints its public half, which is good for every server; another device makes a key \
                      of its own. To replace this one, move it away",
                 ));
         }

@@ -32,12 +32,9 @@ impl Add {
         let path = self.entry.write(&key, &allowed)?;
         note(&format!("Wrote {}", path.display()));
         note(&format!(
-            "Give this profile to {name}, who imports it with `knockq host add HOSTNAME -`. Let them compare"
+            "Give this profile to {name}, who imports it with `knockq host add HOSTNAME -`, which must show this:"
         ));
-        note(&format!(
-            "what that says with this server key's fingerprint: {}",
-            config.private_key.public().fingerprint()
-        ));
+        note(&format!("server key fingerprint: {}", config.private_key.public().fingerprint()));
         print(&profile)?;
         apply(file)
     }

@@ -57,10 +57,8 @@ impl Invite {
         note(&format!(
             "This profile holds {name}'s private key and is not shown again. Whoever reads it can knock as {name}."
         ));
-        note(
-            "It is for one machine, where `knockq host add HOSTNAME -` takes it. Let the user compare what that says with",
-        );
-        note(&format!("this server key's fingerprint: {}", config.private_key.public().fingerprint()));
+        note("It is for one machine, where `knockq host add HOSTNAME -` imports it, which must show this:");
+        note(&format!("server key fingerprint: {}", config.private_key.public().fingerprint()));
         print(&text).map_err(|failure| match secure_file::remove(&path) {
             Ok(()) => failure.hint(format!("user {name} was not added: nobody has the private key. Invite again")),
             Err(_) => failure.hint(format!("nobody has the private key: knockq user remove {name}, and invite again")),
