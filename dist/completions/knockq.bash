@@ -70,6 +70,9 @@ _knockq() {
             knockq__subcmd__user,add)
                 cmd="knockq__subcmd__user__subcmd__add"
                 ;;
+            knockq__subcmd__user,invite)
+                cmd="knockq__subcmd__user__subcmd__invite"
+                ;;
             knockq__subcmd__user,list)
                 cmd="knockq__subcmd__user__subcmd__list"
                 ;;
@@ -407,7 +410,7 @@ _knockq() {
             return 0
             ;;
         knockq__subcmd__user)
-            opts="-h --help add list show remove rename"
+            opts="-h --help add invite list show remove rename"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -431,6 +434,36 @@ _knockq() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --allow)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --from)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --source)
+                    COMPREPLY=($(compgen -W "any bound" -- "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__user__subcmd__invite)
+            opts="-h --qr --allow --from --source --config --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 --allow)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

@@ -65,12 +65,13 @@ complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l user -d 'The us
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l all -d 'Shut every door'
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -s h -l help -d 'Print help'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add list show remove rename" -s h -l help -d 'Print help'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add list show remove rename" -f -a "add" -d 'Let a client\'s key open services, and print the profile that its user imports'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add list show remove rename" -f -a "list" -d 'List who may knock'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add list show remove rename" -f -a "show" -d 'Show one user, or print their profile again'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add list show remove rename" -f -a "remove" -d 'Take a user away'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add list show remove rename" -f -a "rename" -d 'Give a user another name'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "add" -d 'Let a client\'s key open services, and print the profile that its user imports'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "invite" -d 'Let a user open services with a key that is made here, and print the profile that holds it, once'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "list" -d 'List who may knock'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "show" -d 'Show one user, or print their profile again'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "remove" -d 'Take a user away'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "rename" -d 'Give a user another name'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l key -d 'The public key that `knockq keygen` printed on the user\'s machine' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l allow -d 'A service that the user may open; may be left out if there is one' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l from -d 'Networks that the user\'s knocks may come from' -r
@@ -78,11 +79,18 @@ complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subc
 bound\t'Bound to the sender\'s address'"
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l allow -d 'A service that the user may open; may be left out if there is one' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l from -d 'Networks that the user\'s knocks may come from' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l source -d 'Take only knocks that are bound to the address they come from' -r -f -a "any\t'Bound to the sender\'s address, or unbound'
+bound\t'Bound to the sender\'s address'"
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l qr -d 'Show the profile as a QR code, for a terminal that is large enough'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from list" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from list" -l json -d 'Print it for programs'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from show" -l config -d 'The server\'s configuration' -r -F
-complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from show" -l profile -d 'Print the profile that the user imports, as `knockq user add` did'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from show" -l profile -d 'Print the profile that the user imports, as `knockq user add` did; it holds no private key'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from show" -l json -d 'Print it for programs'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from show" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from remove" -l config -d 'The server\'s configuration' -r -F
@@ -95,9 +103,9 @@ complete -c knockq -n "__fish_knockq_using_subcommand recover" -s h -l help -d '
 complete -c knockq -n "__fish_knockq_using_subcommand keygen" -l show -d 'Print the public half of the key that is there'
 complete -c knockq -n "__fish_knockq_using_subcommand keygen" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -s h -l help -d 'Print help'
-complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -f -a "add" -d 'Add the profile that the administrator\'s `knockq user add` printed'
+complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -f -a "add" -d 'Add the profile that the administrator\'s `knockq user add` or `user invite` printed'
 complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -f -a "list" -d 'List the hosts that one knocks at'
-complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -f -a "show" -d 'Print a host\'s profile, with its server\'s public key'
+complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -f -a "show" -d 'Print a host\'s profile, with its server\'s public key and that key\'s fingerprint'
 complete -c knockq -n "__fish_knockq_using_subcommand host; and not __fish_seen_subcommand_from add list show remove" -f -a "remove" -d 'Take a host\'s profile away'
 complete -c knockq -n "__fish_knockq_using_subcommand host; and __fish_seen_subcommand_from add" -l same-server -d 'The server is one that another profile has under another address'
 complete -c knockq -n "__fish_knockq_using_subcommand host; and __fish_seen_subcommand_from add" -s h -l help -d 'Print help'

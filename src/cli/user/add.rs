@@ -14,11 +14,11 @@ use crate::crypto::{KeyError, PublicKey};
 #[command(after_help = "Example:\n  knockq user add alice --key 'iMvpU…=' --allow ssh > alice.profile\n\n\
                         One key belongs to one device: give each of alice's a name, such as alice-laptop.")]
 pub(super) struct Add {
-    #[command(flatten)]
-    entry: Entry,
     /// The public key that `knockq keygen` printed on the user's machine
     #[arg(long, value_name = "BASE64")]
     key: String,
+    #[command(flatten)]
+    entry: Entry,
 }
 
 impl Add {

@@ -29,16 +29,16 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 #[command(
     after_help = "Examples:\n  knockq user invite alice --allow ssh | ssh alice@laptop knockq host add home -\n  \
                         knockq user invite alice-phone --qr\n\n\
-                        For who cannot send you a public key. The profile holds the user's private key: whoever reads it can \
+                        For somebody who cannot send you a public key. The profile holds the user's private key: whoever reads it can \
                         knock as them. It is printed once, and this host keeps the public key alone. If the profile is lost, \
                         remove the user and invite again."
 )]
 pub(super) struct Invite {
-    #[command(flatten)]
-    entry: Entry,
     /// Show the profile as a QR code, for a terminal that is large enough
     #[arg(long)]
     qr: bool,
+    #[command(flatten)]
+    entry: Entry,
 }
 
 impl Invite {
