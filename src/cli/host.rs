@@ -97,7 +97,7 @@ fn add(name: &Name, path: &Path, same_server: bool) -> Result<(), Failure> {
     if added.took_key {
         note(&format!("The private key that it brought is this machine's now: {}", home.key_path().display()));
     }
-    if profile.client_private_key.is_some() && !is_pasted {
+    if profile.client_private_key.is_some() && path.is_file() {
         note(&format!("{} still holds the private key: delete it", path.display()));
     }
     Ok(())
