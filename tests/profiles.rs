@@ -569,3 +569,23 @@ fn a_file_of_counters_knows_which_machine_issued_them_and_goes_over_to_the_next(
     world.run(SEND).succeeds();
     assert_eq!(machine(&world.path), here);
 }
+
+#[test]
+fn a_key_that_was_copied_with_its_counters_is_warned_of_once() {
+    let world = knocking_world();
+    let said = |ran: &Ran| ran.errors().matches("warning: this key was used on another machine before").count();
+    let send = || world.run(SEND);
+    assert_eq!([said(&send()), said(&send())], [0, 0]);
+    let copy = world.path("copy");
+    fs::create_dir(&copy).unwrap();
+    let mut cp = Command::new("cp");
+    cp.args(["-a", &world.text(".config"), &world.text(".local"), &world.text("copy")]);
+    assert!(cp.status().unwrap().success());
+
+    let there = elsewhere(&world, &copy, SEND);
+    there.succeeds();
+    assert_eq!(said(&there), 1, "{}", there.errors());
+    assert!(there.errors().contains("`knockq keygen`"), "{}", there.errors());
+    assert_eq!(said(&elsewhere(&world, &copy, SEND)), 0, "once");
+    assert_eq!(said(&send()), 0, "where it belongs");
+}

@@ -12,7 +12,7 @@ use clap::Args;
 use rustix::net::sockopt::set_socket_keepalive;
 
 use super::failure::Failure;
-use super::knock::{KnockArgs, runtime, tell_wait};
+use super::knock::{KnockArgs, runtime, tell};
 use crate::client::connect::Knocker;
 use crate::client::send::RawSockets;
 use crate::client::{Aim, Home};
@@ -41,7 +41,7 @@ impl Connect {
         let sockets = RawSockets::open()?;
         let home = Home::of_environment()?;
         let aim = Arc::new(Aim::find(&home, &self.knock.request(&self.host, Some(&self.port)))?);
-        let knocker = Arc::new(Knocker::new(home, sockets, tell_wait));
+        let knocker = Arc::new(Knocker::new(home, sockets, tell));
         let time = Duration::from_secs(self.timeout.0.into());
         let runtime = runtime()?;
         let stream = runtime.block_on(knocker.connect(&aim, false, time))?;

@@ -9,6 +9,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::failure::Failure;
 use super::note;
+use crate::client::send::Notice;
 use crate::client::{Family, Request, Source};
 
 /// How to knock.
@@ -57,9 +58,17 @@ impl FromStr for SourceArg {
     }
 }
 
-/// Says that a knock has to wait.
-pub(super) fn tell_wait(seconds: u64) {
-    note(&format!("Many knocks in a row: waiting {seconds} s, so that the server takes this one."));
+/// Says what a user should know before the knock leaves.
+pub(super) fn tell(notice: Notice) {
+    match notice {
+        Notice::Waiting(seconds) => {
+            note(&format!("Many knocks in a row: waiting {seconds} s, so that the server takes this one."));
+        }
+        Notice::CopiedKey => note(
+            "warning: this key was used on another machine before. If that one still knocks, make a key for this one: move \
+             the copied one away, `knockq keygen`, and ask for a new profile. This is said once.",
+        ),
+    }
 }
 
 /// What connections run on.

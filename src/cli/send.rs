@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::failure::{Failure, NOT_FOUND, NOT_RUN};
-use super::knock::{KnockArgs, Progress, runtime, tell_wait};
+use super::knock::{KnockArgs, Progress, runtime, tell};
 use super::{note, print};
 use crate::client::connect::confirm;
 use crate::client::send::{Knock, RawSockets};
@@ -57,7 +57,7 @@ impl Send {
         let sockets = if self.print.is_none() { Some(RawSockets::open()?) } else { None };
         let home = Home::of_environment()?;
         let aim = Aim::find(&home, &self.knock.request(&self.host, self.service.as_deref()))?;
-        let knock = Knock::prepare(&home, &aim, aim.server()?, tell_wait)?;
+        let knock = Knock::prepare(&home, &aim, aim.server()?, tell)?;
         let Some(sockets) = sockets else {
             return print(&(knock.packet.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n"));
         };

@@ -14,7 +14,7 @@ use super::checks::checks;
 use super::home::Home;
 use super::port::source_address;
 use super::race::Race;
-use super::send::{Knock, RawSockets, SendError, Sent};
+use super::send::{Knock, Notice, RawSockets, SendError, Sent};
 use crate::service::Name;
 
 /// Time after which a port that answers with resets will not open any more.
@@ -73,12 +73,12 @@ impl From<AimError> for ConnectError {
 pub struct Knocker {
     home: Home,
     sockets: RawSockets,
-    tell: fn(u64),
+    tell: fn(Notice),
 }
 
 impl Knocker {
-    /// `tell` is called before a wait, with its seconds.
-    pub const fn new(home: Home, sockets: RawSockets, tell: fn(u64)) -> Self {
+    /// `tell` is as for [`Knock::prepare`].
+    pub const fn new(home: Home, sockets: RawSockets, tell: fn(Notice)) -> Self {
         Self { home, sockets, tell }
     }
 

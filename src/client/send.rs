@@ -46,6 +46,15 @@ pub struct Knock {
     _port: HeldPort,
 }
 
+/// What a user should know before the knock leaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Notice {
+    /// It waits for so many seconds.
+    Waiting(u64),
+    /// Another machine has issued counters with this key.
+    CopiedKey,
+}
+
 /// What there is to know of a knock that was sent.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Sent {
@@ -165,12 +174,12 @@ impl RawSockets {
 }
 
 impl Knock {
-    /// Issues a counter and builds the packet to one of the server's addresses. `tell` is called before a wait, with its
-    /// seconds.
+    /// Issues a counter and builds the packet to one of the server's addresses. `tell` is called before a wait, and once
+    /// where the key comes from another machine.
     ///
     /// # Errors
     /// [`SendError`]. What was issued stays issued.
-    pub fn prepare(home: &Home, aim: &Aim, server: SocketAddr, tell: impl Fn(u64)) -> Result<Self, SendError> {
+    pub fn prepare(home: &Home, aim: &Aim, server: SocketAddr, tell: impl Fn(Notice)) -> Result<Self, SendError> {
         let Aim { host, profile, details, .. } = aim;
         let own = home.key()?;
         let server_key = &profile.server_key.0;
@@ -182,8 +191,11 @@ impl Knock {
         let mut counters = CounterFile::open(&home.counters(), own.public(), server_key)?;
         let n = counters.issue(unix_now(), window)?;
         let has_future_counter = counters.has_beyond(unix_now().saturating_add(window));
+        if counters.is_from_elsewhere() {
+            tell(Notice::CopiedKey);
+        }
         drop(counters);
-        wait_until(n.saturating_sub(AHEAD.min(window / 2)), tell);
+        wait_until(n.saturating_sub(AHEAD.min(window / 2)), |seconds| tell(Notice::Waiting(seconds)));
 
         let pad = key.pad(n);
         let mut destination = server; // which keeps the interface of a link-local address
