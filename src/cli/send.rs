@@ -61,12 +61,12 @@ impl Send {
         let Some(sockets) = sockets else {
             return print(&(knock.packet.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n"));
         };
-        sockets.send(&knock)?;
-        report(&aim, &knock.sent);
+        let sent = sockets.send(knock)?;
+        drop(sockets);
+        report(&aim, &sent);
         if self.wait || !self.command.is_empty() {
-            wait(&aim, &knock.sent)?;
+            wait(&aim, &sent)?;
         }
-        drop((knock, sockets));
         self.command.split_first().map_or(Ok(()), |(program, arguments)| Err(become_command(program, arguments)))
     }
 }

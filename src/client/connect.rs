@@ -87,9 +87,7 @@ impl Knocker {
     /// # Errors
     /// [`SendError`].
     pub fn knock(&self, aim: &Aim, server: SocketAddr) -> Result<Sent, SendError> {
-        let knock = Knock::prepare(&self.home, aim, server, self.tell)?;
-        self.sockets.send(&knock)?;
-        Ok(knock.sent)
+        self.sockets.send(Knock::prepare(&self.home, aim, server, self.tell)?)
     }
 
     /// Knocks and connects to the service's TCP port, at one of the server's addresses after the other. A knock may get

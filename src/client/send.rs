@@ -42,7 +42,10 @@ pub struct Knock {
     pub packet: Vec<u8>,
     /// What is known of it.
     pub sent: Sent,
-    /// Held until this is dropped.
+    /// Held until it is sent, so that the knocks of a key leave in the order of their counters: a server takes no earlier
+    /// one after a later one.
+    counters: CounterFile,
+    /// Held until it is sent.
     _port: HeldPort,
 }
 
@@ -157,19 +160,21 @@ impl RawSockets {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn send(&self, knock: &Knock) -> Result<(), SendError> {
-        let Sent { server, source, .. } = &knock.sent;
+    pub fn send(&self, knock: Knock) -> Result<Sent, SendError> {
+        let Knock { packet, sent, counters, _port } = knock;
+        let Sent { server, source, .. } = &sent;
         let socket = if server.is_ipv4() { &self.v4 } else { &self.v6 };
         let socket = socket.as_ref().map_err(|&errno| SendError::RawSocket(errno.into()))?;
         // The kernel routes such a packet by this address, not by the one in its header.
-        let packet = [IoSlice::new(&knock.packet)];
-        let sent = match source.ip() {
+        let packet = [IoSlice::new(&packet)];
+        let result = match source.ip() {
             IpAddr::V4(source) => send_from(socket, &packet, &ControlMessage::Ipv4PacketInfo(&from_v4(source)), server),
             IpAddr::V6(source) => send_from(socket, &packet, &ControlMessage::Ipv6PacketInfo(&from_v6(source)), server),
         };
-        sent.map_err(|errno| SendError::Send { server: server.ip(), cause: errno.into() })?;
+        result.map_err(|errno| SendError::Send { server: server.ip(), cause: errno.into() })?;
+        drop(counters);
         thread::sleep(OPENING);
-        Ok(())
+        Ok(sent)
     }
 }
 
@@ -194,7 +199,6 @@ impl Knock {
         if counters.is_from_elsewhere() {
             tell(Notice::CopiedKey);
         }
-        drop(counters);
         wait_until(n.saturating_sub(AHEAD.min(window / 2)), |seconds| tell(Notice::Waiting(seconds)));
 
         let pad = key.pad(n);
@@ -214,7 +218,7 @@ impl Knock {
         let mut source = port.local;
         source.set_port(0);
         let sent = Sent { server, source, bound_to, is_clock_unsynchronized: !is_synchronized(), has_future_counter };
-        Ok(Self { packet, sent, _port: port })
+        Ok(Self { packet, sent, counters, _port: port })
     }
 }
 
