@@ -533,7 +533,7 @@ fn hosts_are_listed_and_shown_and_a_broken_one_hides_no_other() {
     let shown = json(&world.run(&["host", "show", "home", "--json"]));
     assert_eq!(shown["name"], "home");
     assert_eq!(shown["server_key"], *server_key);
-    assert_eq!(shown["services"]["ssh"], serde_json::json!({"selector": 22, "ports": ["tcp/22"]}));
+    assert_eq!(shown["services"]["ssh"], serde_json::json!({"selector": 22, "ports": ["tcp/22"], "open_for": "30s"}));
     assert_eq!(json(&world.run(&["host", "list", "--json"]))[1], shown);
 
     for (broken, mode) in [("garbage\n", 0o600), ("", 0o644)] {

@@ -111,6 +111,9 @@ pub struct ProfileService {
     pub selector: u16,
     /// The ports that it opens.
     pub ports: Vec<Port>,
+    /// How long they stay open; profiles of before do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open_for: Option<Seconds>,
     /// Only one connection gets in.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub once: bool,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::cli::failure::{CONFIGURATION, Failure};
 use crate::cli::init::host_addresses;
 use crate::client::host::{Key, Profile, ProfileService};
-use crate::config::ServerConfig;
+use crate::config::{Seconds, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::service::Name;
 
@@ -29,7 +29,8 @@ pub(super) fn profile(
     }
     let services = config.services.iter().filter(|service| allowed.contains(&service.name)).map(|service| {
         let (selector, ports, once) = (service.selector, service.ports.clone(), service.once);
-        (service.name.clone(), ProfileService { selector, ports, once })
+        let open_for = Some(Seconds(service.open_for));
+        (service.name.clone(), ProfileService { selector, ports, open_for, once })
     });
     Ok(Profile {
         server_key: Key(*config.private_key.public()),
