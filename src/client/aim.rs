@@ -69,6 +69,8 @@ pub struct Aim {
     pub service: Name,
     /// What the service is.
     pub details: ProfileService,
+    /// The number that was asked for, if it was one.
+    pub port: Option<u16>,
     /// Addresses of the server, in the order in which they are tried; their port is 0. There is at least one.
     pub servers: Vec<SocketAddr>,
     /// What the token is bound to.
@@ -127,8 +129,9 @@ impl Aim {
         let (service, details) = (service.clone(), details.clone());
         let family = family(request, profile.source)?;
         let servers = resolve_all(&host, &names, family)?;
+        let port = request.service.and_then(|asked| asked.parse().ok());
         let Request { source, strict, .. } = *request;
-        Ok(Self { host, profile, service, details, servers, source, strict })
+        Ok(Self { host, profile, service, details, port, servers, source, strict })
     }
 
     /// The first address of the server that a way leads to.
@@ -157,9 +160,12 @@ impl Aim {
         own_addresses().contains(&address).then_some(address)
     }
 
-    /// The TCP port that a connection to the service goes to.
+    /// The TCP port that a connection to the service goes to: the one that was asked for, else the first.
     pub fn tcp_port(&self) -> Option<u16> {
-        self.details.ports.iter().find(|port| port.transport == Transport::Tcp).map(|port| port.number)
+        let is_asked = |number| Some(number) == self.port;
+        let has_asked = self.details.ports.iter().any(|port| is_asked(port.number));
+        let mut tcp = self.details.ports.iter().filter(|port| port.transport == Transport::Tcp).map(|port| port.number);
+        tcp.find(|number| is_asked(*number) || !has_asked)
     }
 }
 
@@ -270,7 +276,34 @@ fn resolve(name: &str) -> io::Result<Vec<SocketAddr>> {
 
 #[cfg(test)]
 mod tests {
-    use super::is_same_host;
+    use super::{Aim, Source, is_same_host};
+    use crate::client::Profile;
+
+    const PROFILE: &str = "
+        server_key = 'BwdHR0dHR0dHR0dHR0dHR0dHR0dHR0dHR0dHR0dHRwc='
+        client_key = 'BQVFRUVFRUVFRUVFRUVFRUVFRUVFRUVFRUVFRUVFRQU='
+        address = ['192.0.2.1']
+        knock_ports = ['20000-21023']
+        window = '60s'
+        [services.web]
+        selector = 80
+        ports = ['udp/443', 'tcp/80', 'tcp/443', 'udp/53']";
+
+    #[test]
+    fn a_connection_goes_to_the_port_that_was_asked_for_and_else_to_the_first() {
+        let profile = Profile::parse("profile".as_ref(), PROFILE).unwrap();
+        let name: crate::service::Name = "web".parse().unwrap();
+        let details = profile.services[&name].clone();
+        for (asked, expected) in
+            [(None, Some(80)), (Some(80), Some(80)), (Some(443), Some(443)), (Some(53), None), (Some(7), Some(80))]
+        {
+            let (profile, details) = (profile.clone(), details.clone());
+            let (host, service, servers) = (name.clone(), name.clone(), vec![]);
+            let aim =
+                Aim { host, profile, service, details, port: asked, servers, source: Source::Auto, strict: false };
+            assert_eq!(aim.tcp_port(), expected, "{asked:?}");
+        }
+    }
 
     #[test]
     fn a_host_is_the_same_however_it_is_written() {
