@@ -6,6 +6,8 @@ use std::path::Path;
 
 use crate::client::counter::CounterError;
 use crate::client::port::PortError;
+use crate::client::proxy::ProxyError;
+use crate::client::socks::LoginError;
 use crate::client::specimen::SpecimenError;
 use crate::client::{AimError, ConnectError, HomeError, ProfileError, SendError};
 use crate::config::{ConfigError, Diagnostic, FileError};
@@ -59,6 +61,12 @@ impl Failure {
     /// A hint where there is none yet.
     pub(super) fn or_hint(self, hint: &str) -> Self {
         Self { hint: self.hint.or_else(|| Some(hint.to_owned())), ..self }
+    }
+
+    /// In one line, for a log.
+    pub(super) fn line(&self) -> String {
+        let hint = self.hint.as_ref().map(|hint| format!(". Hint: {hint}")).unwrap_or_default();
+        format!("{}{hint}", self.message).split_whitespace().collect::<Vec<_>>().join(" ")
     }
 
     fn maybe_hint(self, hint: Option<String>) -> Self {
@@ -355,6 +363,26 @@ impl From<ConnectError> for Failure {
                 failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))
             }
             ConnectError::Stopped(_) => failure,
+        }
+    }
+}
+
+impl From<LoginError> for Failure {
+    fn from(error: LoginError) -> Self {
+        match error {
+            LoginError::File(error) => error.into(),
+            LoginError::Content(_) => Self::new(error.to_string())
+                .hint("write it anew: (umask 077; echo alice:\"$(openssl rand -hex 16)\" >FILE)")
+                .code(CONFIGURATION),
+        }
+    }
+}
+
+impl From<ProxyError> for Failure {
+    fn from(error: ProxyError) -> Self {
+        match error {
+            ProxyError::Knock(error) => error.into(),
+            other => Self::new(other.to_string()),
         }
     }
 }

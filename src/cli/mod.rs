@@ -9,6 +9,7 @@ mod host;
 mod init;
 mod keygen;
 mod knock;
+mod proxy;
 mod recover;
 mod ruleset;
 mod send;
@@ -70,6 +71,8 @@ enum Command {
     Send(send::Send),
     /// Client: knock, connect, and pass standard input and output: a ProxyCommand for ssh
     Connect(connect::Connect),
+    /// Client: a SOCKS 5 proxy that knocks at the hosts that one has a profile of
+    Proxy(proxy::Proxy),
     /// One of the daemon's processes; only `knockq serve` can start it
     #[command(hide = true)]
     Configuration(serve::Configuration),
@@ -86,7 +89,7 @@ impl Command {
     const fn knocks(&self) -> bool {
         match self {
             Self::Send(send) => !send.prints(),
-            Self::Connect(_) => true,
+            Self::Connect(_) | Self::Proxy(_) => true,
             _ => false,
         }
     }
@@ -136,6 +139,7 @@ pub fn main() -> ExitCode {
         Command::Host(host) => host.run(),
         Command::Send(send) => send.run(),
         Command::Connect(connect) => connect.run(),
+        Command::Proxy(proxy) => proxy.run(),
         Command::Configuration(configuration) => configuration.run(),
         Command::Monitor(child) => child.run_monitor(),
         Command::Verifier(child) => child.run_verifier(),

@@ -36,6 +36,7 @@ pub enum HomeError {
 }
 
 /// The two directories of the XDG base directory specification that are ours.
+#[derive(Clone)]
 pub struct Home {
     configuration: PathBuf,
     state: PathBuf,

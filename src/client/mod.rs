@@ -9,9 +9,11 @@ pub mod counter;
 pub mod home;
 pub mod host;
 pub mod port;
+pub mod proxy;
 pub mod race;
 pub mod route;
 pub mod send;
+pub mod socks;
 pub mod specimen;
 
 pub use aim::{Aim, AimError, Family, Request, Source};

@@ -84,7 +84,11 @@ impl Race {
     }
 }
 
-async fn attempt(server: SocketAddr, source: IpAddr) -> io::Result<TcpStream> {
+/// One attempt to connect, from an own address.
+///
+/// # Errors
+/// The kernel's.
+pub async fn attempt(server: SocketAddr, source: IpAddr) -> io::Result<TcpStream> {
     let socket = if server.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     // The kernel shall choose the port as it does for any other connection, or an observer could tell by its parity.
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
