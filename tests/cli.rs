@@ -7,6 +7,7 @@ mod world;
 
 use std::fs;
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -68,7 +69,7 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&["keygen", "../x"]).fails(64, &["../x"]);
     world.run(&["host", "add", "../x", "-"]).fails(64, &["is not a name"]);
     assert!(world.run(&["--help"]).succeeds().contains("Exit codes"));
-    for command in ["init", "check", "ruleset", "serve", "recover", "keygen", "send"] {
+    for command in ["init", "check", "ruleset", "serve", "recover", "keygen", "send", "proxy"] {
         assert!(world.run(&[command, "--help"]).succeeds().contains("Example"), "{command} --help has no example");
     }
     for (command, words) in [
@@ -756,6 +757,47 @@ fn send_needs_one_capability_and_gives_it_up() {
         let line = status.lines().find(|line| line.starts_with(set)).unwrap();
         assert_eq!(u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap(), 0, "{line}");
     }
+}
+
+#[test]
+fn a_proxy_listens_on_loopback_alone_and_on_a_port_that_is_free() {
+    let world = World::new();
+    for address in ["0.0.0.0:1080", "192.0.2.1:1080", "[::]:1080", "[::ffff:127.0.0.1]:1080"] {
+        world.run(&["proxy", "--listen", address]).fails(64, &["not an address of loopback", "ssh -L"]);
+    }
+    for address in ["1080", "127.0.0.1", "localhost:1080", "::1:1080", "127.0.0.1:65536"] {
+        world.run(&["proxy", "--listen", address]).fails(64, &["not an address with a port"]);
+    }
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let taken = TcpListener::bind(address).unwrap().local_addr().unwrap();
+        let _taken = TcpListener::bind(taken).unwrap();
+        let ran = world.run(&["proxy", "--listen", address, "--listen", &taken.to_string()]);
+        let expected = format!("--listen {taken}: Address already in use");
+        ran.fails(1, &[&expected, "Hint: does a proxy run already?", &format!("sport = :{}`", taken.port())]);
+        assert!(!ran.errors().contains("Listening"), "all or none");
+    }
+}
+
+#[test]
+fn a_proxy_takes_a_password_from_a_file_that_nobody_else_reads_and_from_nowhere_else() {
+    let world = World::new();
+    let auth = world.text("auth");
+    let proxy = || world.run(&["proxy", "--listen", "127.0.0.1:0", "--auth", &auth]);
+    proxy().fails(78, &[&format!("{auth}: No such file")]);
+    fs::write(&auth, "alice:secret\n").unwrap();
+    for mode in [0o644, 0o640, 0o604] {
+        fs::set_permissions(&auth, fs::Permissions::from_mode(mode)).unwrap();
+        let expected = format!("{auth}: must not be readable by others (mode {mode:04o})");
+        proxy().fails(78, &[&expected, "Hint: chmod 600 "]);
+    }
+    fs::set_permissions(&auth, fs::Permissions::from_mode(0o600)).unwrap();
+    for text in ["alice\n", "alice:\n", ":secret\n", "alice:secret\nbob:secret\n"] {
+        fs::write(&auth, text).unwrap();
+        let ran = proxy();
+        ran.fails(78, &[&format!("{auth}: is not one line `user:password`"), "Hint: "]);
+        assert!(!ran.errors().contains("secret"), "{}", ran.errors());
+    }
+    world.run(&["proxy", "--password", "secret"]).fails(64, &["unexpected argument '--password'"]);
 }
 
 #[test]

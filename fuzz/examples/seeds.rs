@@ -27,6 +27,7 @@ fn main() {
     control();
     handed_over();
     netlink();
+    socks();
 }
 
 fn write(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
@@ -275,4 +276,16 @@ fn netlink() {
     let header = [2, 32, 0, 0, 254, 0, 0, 1, 0, 0, 0, 0];
     let route = [&header[..], &attribute(1, &[192, 0, 2, 1]), &attribute(8 | 0x8000, &metrics)].concat();
     write("netlink", "route", [&[0], message(24, &route).as_slice()].concat());
+}
+
+fn socks() {
+    let greetings = [("open", &[5, 1, 0][..]), ("login", b"\x05\x02\0\x02\x01\x05alice\x06secret")];
+    let v6 = [&[4][..], &[0; 15], &[1]].concat();
+    for (way, greeting) in greetings {
+        for (kind, address) in [("v4", &[1, 127, 0, 0, 1][..]), ("v6", &v6), ("name", b"\x03\x06server")] {
+            write("socks", &format!("{way}-{kind}"), [greeting, &[5, 1, 0], address, &[0, 22]].concat());
+        }
+    }
+    write("socks", "bind", [5, 1, 0, 5, 2, 0, 1, 127, 0, 0, 1, 0, 22]);
+    write("socks", "version-4", b"\x04\x01\0\x16\x7f\0\0\x01alice\0");
 }

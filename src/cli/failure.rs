@@ -369,12 +369,11 @@ impl From<ConnectError> for Failure {
 
 impl From<LoginError> for Failure {
     fn from(error: LoginError) -> Self {
-        match error {
+        let failure = match error {
             LoginError::File(error) => error.into(),
-            LoginError::Content(_) => Self::new(error.to_string())
-                .hint("write it anew: (umask 077; echo alice:\"$(openssl rand -hex 16)\" >FILE)")
-                .code(CONFIGURATION),
-        }
+            LoginError::Content(_) => Self::new(error.to_string()).code(CONFIGURATION),
+        };
+        failure.or_hint("write it anew: (umask 077; echo \"alice:$(openssl rand -hex 16)\" >FILE)")
     }
 }
 

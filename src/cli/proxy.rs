@@ -122,16 +122,16 @@ fn tell(event: Event<'_>) {
         Event::Knocked { aim: Aim { host, service, .. }, server } => {
             format!("Knocked at {host} ({}) for {service}", server.ip())
         }
-        Event::Failed { target, error } => format!("{target}: {}", Failure::from(error).line()),
+        Event::Failed { target, error } => format!("Failed for {target}: {}", Failure::from(error).line()),
         Event::Client { peer, error } => {
             let remedy = match error {
                 SocksError::Version => ": have it use SOCKS 5, neither SOCKS 4 nor an HTTP proxy",
                 SocksError::NoMethod => ": --auth and what the client was told must agree",
                 _ => "",
             };
-            format!("refused the client at {peer}: {error}{remedy}")
+            format!("Refused the client at {peer}: {error}{remedy}")
         }
-        Event::Full(connections) => format!("{connections} connections at once: more wait until one ends"),
-        Event::Accept(error) => format!("cannot accept a connection: {error}"),
+        Event::Full(connections) => format!("{connections} connections at once: more have to wait until one ends"),
+        Event::Accept(error) => format!("Cannot accept a connection: {error}"),
     });
 }

@@ -217,14 +217,15 @@ impl Proxy {
 
     /// Through a door that is open, or that a knock opens.
     async fn through_door(&self, aim: &Arc<Aim>, port: u16) -> Result<TcpStream, ProxyError> {
-        let deadline = Instant::now() + KNOCKED;
+        let arrived = Instant::now();
         let doors = Arc::clone(self.doors.lock().await.entry((aim.host.clone(), aim.service.clone())).or_default());
         loop {
             // Whoever knocks holds this meanwhile, and the others wait for that knock.
-            let mut known = timeout_at(deadline, doors.lock()).await.map_err(|_| ProxyError::Busy)?;
+            let mut known = timeout_at(arrived + KNOCKED, doors.lock()).await.map_err(|_| ProxyError::Busy)?;
             let Some(door) = known.open(aim) else {
                 let begun = Instant::now();
-                let stream = self.knocker.connect(aim, false, deadline.saturating_duration_since(begun)).await?;
+                let waited = Duration::from_secs((begun - arrived).as_secs()); // whole ones, for it may be told
+                let stream = self.knocker.connect(aim, false, KNOCKED.saturating_sub(waited)).await?;
                 known.add(&stream, begun, &aim.details);
                 let server = stream.peer_addr().map_err(ProxyError::Straight)?;
                 (self.tell)(Event::Knocked { aim, server });

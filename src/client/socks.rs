@@ -147,9 +147,10 @@ impl Login {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let line = text.strip_suffix('\n').unwrap_or(text);
-        let (user, password) = line.split_once(':').filter(|_| !line.contains(char::is_control))?;
-        let fits = |word: &str| (1..=255).contains(&word.len());
+        let mut lines = text.strip_prefix('\u{feff}').unwrap_or(text).lines(); // whatever system it was written on
+        let (Some(line), None) = (lines.next(), lines.next()) else { return None };
+        let (user, password) = line.split_once(':')?;
+        let fits = |word: &str| (1..=255).contains(&word.len()) && !word.contains(char::is_control);
         (fits(user) && fits(password)).then(|| Self::new(user.as_bytes(), password.as_bytes()))
     }
 
@@ -347,10 +348,13 @@ mod tests {
     #[test]
     fn a_login_is_one_line_with_a_colon() {
         let long = "x".repeat(256);
-        for text in ["", "alice", ":x", "alice:", "alice:x\nbob:y\n", "alice:x\r\n", &format!("a:{long}")] {
+        for text in ["", "alice", ":x", "alice:", "alice:x\nbob:y\n", "alice:x\n\n", "al\tice:x", &format!("a:{long}")]
+        {
             assert!(Login::parse(text).is_none(), "{text:?}");
         }
-        assert!(Login::parse("alice:x").is_some() && Login::parse("alice:pass:word\n").is_some());
+        for text in ["alice:x:y", "alice:x:y\n", "alice:x:y\r\n", "\u{feff}alice:x:y\n"] {
+            assert!(Login::parse(text).is_some_and(|login| login.is(&Login::new(b"alice", b"x:y"))), "{text:?}");
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod paths;
 mod persona;
 #[path = "../support/prober.rs"]
 mod prober;
+mod proxy;
 #[path = "../support/persona.rs"]
 mod recorded;
 mod reload;
