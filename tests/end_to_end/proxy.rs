@@ -154,7 +154,7 @@ fn curl(lab: &Lab, proxy: &Proxy, url: &str, more: &[&str]) -> Output {
     lab.alice.enter(|| {
         let mut command = Command::new("curl");
         command.args(["--silent", "--show-error", "--fail", "--max-time", "60", "--noproxy", ""]);
-        command.args(["--socks5-hostname", &proxy.address.to_string(), url]).args(more).output().unwrap()
+        command.args(["--proxy", &format!("socks5h://{}", proxy.address), url]).args(more).output().unwrap()
     })
 }
 
@@ -246,6 +246,24 @@ fn hosts_and_ports_without_a_profile_are_reached_straight_and_nothing_is_told_of
         let (log, refused) = (proxy.log(), proxy.count("Refused the client at"));
         assert_eq!((log.lines().count(), refused), (5, 4), "{log}"); // it listens; a name, three commands
         assert!(!daemon.log().contains("granted"), "{}", daemon.log());
+    }
+}
+
+#[test]
+fn a_broken_profile_may_be_that_of_a_host_without_one_and_stops_no_other() {
+    let lab = Lab::new();
+    let _names = Names(&lab);
+    lab.alice.serve(9000);
+    let _daemon = lab.start();
+    let broken = lab.home("alice").join(".config/knockq/hosts/broken.toml");
+    fs::write(&broken, "address = 1\n").unwrap();
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o600)).unwrap();
+    for family in FAMILIES {
+        let proxy = Proxy::start(&lab, family, &[]);
+        assert_eq!(proxy.connect(&lab.alice, &Target::Address(family.alice()), 9000).err(), Some(1));
+        let expected = format!("Failed for {}: {}:1:", SocketAddr::new(family.alice(), 9000), broken.display());
+        eventually("a line in the log", || proxy.log().lines().any(|line| line.starts_with(&expected)));
+        assert!(proxy.reaches(&lab.alice, &Target::name(family), 22));
     }
 }
 
