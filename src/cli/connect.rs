@@ -44,7 +44,7 @@ impl Connect {
         let knocker = Arc::new(Knocker::new(home, sockets, tell));
         let time = Duration::from_secs(self.timeout.0.into());
         let runtime = runtime()?;
-        let stream = runtime.block_on(knocker.connect(&aim, false, time))?;
+        let stream = runtime.block_on(knocker.connect(&aim, time))?;
         let fail = |error: io::Error| Failure::new(format!("{} {}: {error}", self.host, self.port));
         let stream =
             stream.into_std().and_then(|stream| stream.set_nonblocking(false).map(|()| stream)).map_err(fail)?;

@@ -12,7 +12,6 @@ use tokio::task::spawn_blocking;
 use super::aim::{Aim, AimError};
 use super::checks::checks;
 use super::home::Home;
-use super::port::source_address;
 use super::race::Race;
 use super::send::{Knock, Notice, RawSockets, SendError, Sent};
 use crate::service::Name;
@@ -91,16 +90,11 @@ impl Knocker {
     }
 
     /// Knocks and connects to the service's TCP port, at one of the server's addresses after the other. A knock may get
-    /// lost, so it knocks again now and then. Where the door `is_open` already, the first knock is left out.
+    /// lost, so it knocks again now and then.
     ///
     /// # Errors
     /// [`ConnectError`], that of the last address.
-    pub async fn connect(
-        self: &Arc<Self>,
-        aim: &Arc<Aim>,
-        is_open: bool,
-        time: Duration,
-    ) -> Result<TcpStream, ConnectError> {
+    pub async fn connect(self: &Arc<Self>, aim: &Arc<Aim>, time: Duration) -> Result<TcpStream, ConnectError> {
         let port = aim.tcp_port();
         let port = port.ok_or_else(|| ConnectError::NoTcp { host: aim.host.clone(), service: aim.service.clone() })?;
         let mut left = time;
@@ -108,7 +102,7 @@ impl Knocker {
         while let Some(server) = addresses.next() {
             let begun = Instant::now();
             let time = if addresses.peek().is_some() { left.min(ADDRESS) } else { left };
-            match self.connect_to(aim, server, port, is_open, time).await {
+            match self.connect_to(aim, server, port, time).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) if addresses.peek().is_none() => return Err(error),
                 Err(_) => left = left.saturating_sub(begun.elapsed()),
@@ -122,27 +116,20 @@ impl Knocker {
         aim: &Arc<Aim>,
         server: SocketAddr,
         port: u16,
-        is_open: bool,
         time: Duration,
     ) -> Result<TcpStream, ConnectError> {
-        let mut sent = None;
-        let source = if is_open {
-            source_address(server, aim.own_source()).map_err(AimError::from)?
-        } else {
-            sent.insert(self.knock_aside(aim, server).await?).source.ip()
-        };
-        let mut race = Race::new(at(server, port), source);
+        let mut sent = self.knock_aside(aim, server).await?;
+        let mut race = Race::new(at(server, port), sent.source.ip());
         let again = async |race: &mut Race, second| {
             if AGAIN.contains(&second) {
-                let knocked = self.knock_aside(aim, server).await?;
-                race.come_from(knocked.source.ip());
-                sent = Some(knocked);
+                sent = self.knock_aside(aim, server).await?;
+                race.come_from(sent.source.ip());
             }
             Ok(())
         };
         match reach(&mut race, time, again).await? {
             Some(stream) => Ok(stream),
-            None => Err(still_shut(aim, at(server, port), time, sent.as_ref())),
+            None => Err(still_shut(aim, at(server, port), time, &sent)),
         }
     }
 
@@ -168,7 +155,7 @@ pub async fn confirm(aim: &Aim, sent: &Sent, time: Duration, tick: impl Fn(u64))
     };
     match reach(&mut race, time, tick).await? {
         Some(_) => Ok(true),
-        None => Err(still_shut(aim, at(sent.server, port), time, Some(sent))),
+        None => Err(still_shut(aim, at(sent.server, port), time, sent)),
     }
 }
 
@@ -198,6 +185,6 @@ const fn at(mut server: SocketAddr, port: u16) -> SocketAddr {
     server
 }
 
-fn still_shut(aim: &Aim, server: SocketAddr, time: Duration, sent: Option<&Sent>) -> ConnectError {
-    ConnectError::StillShut { server, seconds: time.as_secs(), checks: checks(aim, sent) }
+fn still_shut(aim: &Aim, server: SocketAddr, time: Duration, sent: &Sent) -> ConnectError {
+    ConnectError::StillShut { server, seconds: time.as_secs(), checks: checks(aim, Some(sent)) }
 }

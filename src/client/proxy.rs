@@ -225,7 +225,7 @@ impl Proxy {
             let Some(door) = known.open(aim) else {
                 let begun = Instant::now();
                 let waited = Duration::from_secs((begun - arrived).as_secs()); // whole ones, for it may be told
-                let stream = self.knocker.connect(aim, false, KNOCKED.saturating_sub(waited)).await?;
+                let stream = self.knocker.connect(aim, KNOCKED.saturating_sub(waited)).await?;
                 known.add(&stream, begun, &aim.details);
                 let server = stream.peer_addr().map_err(ProxyError::Straight)?;
                 (self.tell)(Event::Knocked { aim, server });
