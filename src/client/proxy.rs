@@ -24,7 +24,7 @@ use super::send::SendError;
 use super::socks::{self, Login, Reply, SocksError, Target};
 use crate::service::Name;
 
-/// Connections at once. Each takes two of the 1024 descriptors that a process commonly may have, and a few more begins.
+/// Connections at once. Each takes two of the 1024 descriptors that a process commonly may have, and a few while it begins.
 const CONNECTIONS: usize = 256;
 
 /// Time within which a client must have said where it wants to go.
@@ -91,6 +91,9 @@ const fn reply_to(kind: ErrorKind) -> Reply {
     }
 }
 
+/// Time for which it is not told again that there are so many connections.
+const TOLD: Duration = Duration::from_secs(60);
+
 /// What there is to tell. Nothing is told of connections that need no knock.
 pub enum Event<'a> {
     /// A door was knocked at, and a connection went through.
@@ -155,6 +158,7 @@ impl Proxy {
 
     /// Serves whoever comes. Connections are tasks of the [`tokio::task::LocalSet`] that this runs in, and end with it.
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let mut told: Option<Instant> = None;
         loop {
             let (client, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -165,7 +169,8 @@ impl Proxy {
                     continue;
                 }
             };
-            if self.places.available_permits() == 0 {
+            if self.places.available_permits() == 0 && told.is_none_or(|at| at.elapsed() > TOLD) {
+                told = Some(Instant::now());
                 (self.tell)(Event::Full(CONNECTIONS));
             }
             let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };

@@ -16,13 +16,13 @@ use nix::unistd::Pid;
 use crate::lab::{self, FAMILIES, Family, Host, Lab, eventually, knockq, succeeds};
 
 /// Debian's OpenSSH server in the lab's server, until this is dropped.
-struct Sshd {
+pub(crate) struct Sshd {
     child: Child,
     log: PathBuf,
 }
 
 impl Sshd {
-    fn start(lab: &Lab) -> Self {
+    pub(crate) fn start(lab: &Lab) -> Self {
         fs::create_dir_all("/run/sshd").unwrap();
         let directory = lab.directory.path.join("ssh");
         fs::create_dir(&directory).unwrap();
@@ -70,7 +70,7 @@ impl Drop for Sshd {
 }
 
 /// ssh or scp on alice's host, with this added to its configuration.
-fn ssh(lab: &Lab, program: &str, more: &str, arguments: &[&str]) -> Command {
+pub(crate) fn ssh(lab: &Lab, program: &str, more: &str, arguments: &[&str]) -> Command {
     let directory = lab.directory.path.join("ssh");
     let config = format!("{more}\n{}", fs::read_to_string(directory.join("config")).unwrap());
     let file = directory.join("config.with-more");

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -11,6 +11,7 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::client::{Sshd, ssh};
 use crate::lab::{FAMILIES, Family, Host, Lab, PATIENCE, echoes, eventually, knockq, succeeds};
 
 /// A proxy on loopback of alice's host.
@@ -199,28 +200,15 @@ fn ssh_goes_through_a_door_by_way_of_the_proxy() {
     let lab = Lab::network();
     lab.configure("[services.ssh]\nports = [\"tcp/22\"]\nopen_for = \"6s\"\n");
     lab.add_user("alice", &["ssh"]);
-    let directory = lab.directory.path.display();
-    lab.server.sh(&format!(
-        "cd {directory}; mkdir -p /run/sshd; for k in host own; do ssh-keygen -q -t ed25519 -N '' -f $k; done
-         printf '%s\n' 'HostKey {directory}/host' 'AuthorizedKeysFile {directory}/own.pub' 'StrictModes no' \
-         'UsePAM no' 'PermitRootLogin yes' 'PidFile none' >sshd_config"
-    ));
-    let _sshd = Killed(lab.server.enter(|| {
-        let mut command = Command::new("/usr/sbin/sshd");
-        command.args(["-D", "-f"]).arg(lab.directory.path.join("sshd_config"));
-        command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
-    }));
-    eventually("sshd", || lab.server.enter(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 22))).is_ok());
+    let _sshd = Sshd::start(&lab);
     let _names = Names(&lab);
     let _daemon = lab.start();
     for family in FAMILIES {
         let proxy = Proxy::start(&lab, family, &[]);
         let name = if family == Family::V4 { "server4" } else { "server6" };
-        let said = lab.alice.sh(&format!(
-            "ssh -F none -i {directory}/own -o UserKnownHostsFile=/dev/null -o StrictHostKeyChecking=no -o LogLevel=ERROR \
-             -o ProxyCommand='nc.openbsd -X 5 -x {} %h %p' root@{name} 'head -c 300000 /dev/zero | wc -c; wc -c' </dev/null",
-            proxy.address
-        ));
+        let way = format!("ProxyCommand nc.openbsd -X 5 -x {} %h %p\nHostKeyAlias {}", proxy.address, family.server());
+        let mut ssh = ssh(&lab, "ssh", &way, &[name, "head -c 300000 /dev/zero | wc -c; wc -c"]);
+        let said = succeeds(&lab.alice.enter(|| ssh.output().unwrap()));
         assert_eq!(said.split_whitespace().collect::<Vec<_>>(), ["300000", "0"]);
         assert_eq!(proxy.count("Knocked"), 1, "{}", proxy.log());
     }
