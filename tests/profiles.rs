@@ -116,7 +116,7 @@ fn what_else_befell_a_pasted_profile_is_told_with_its_remedy() {
         (profile.replace("= \"", "= \u{201c}").replace("\"\n", "\u{201d}\n"), &["stdin:2:", changed]),
         (profile.replace(" = ", "\u{a0}=\u{a0}"), &["stdin:2:", changed]),
         (format!("$ knockq user show alice --profile\n{profile}"), &["stdin:1:3: ", alone]),
-        (format!("{profile}The daemon has taken it over.\n"), &["stdin:11:5: ", alone]),
+        (format!("{profile}The daemon has taken it over.\n"), &["stdin:12:5: ", alone]),
         (format!("{profile}{profile}"), &["stdin:", "duplicate key", alone]),
         (profile[..profile.find("[services").unwrap()].to_owned(), &["missing field `services`", alone]),
         (profile[..profile.find("ports = [\"tcp").unwrap()].to_owned(), &["missing field `ports`", alone]),

@@ -37,6 +37,9 @@ _knockq() {
             knockq,keygen)
                 cmd="knockq__subcmd__keygen"
                 ;;
+            knockq,proxy)
+                cmd="knockq__subcmd__proxy"
+                ;;
             knockq,recover)
                 cmd="knockq__subcmd__recover"
                 ;;
@@ -92,7 +95,7 @@ _knockq() {
 
     case "${cmd}" in
         knockq)
-            opts="-h -V --help --version init check ruleset serve confirm grants revoke user recover keygen host send connect"
+            opts="-h -V --help --version init check ruleset serve confirm grants revoke user recover keygen host send connect proxy"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -292,6 +295,32 @@ _knockq() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__proxy)
+            opts="-4 -6 -h --listen --auth --source --strict --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --listen)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --auth)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --source)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

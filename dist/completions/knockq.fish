@@ -39,6 +39,7 @@ complete -c knockq -n "__fish_knockq_needs_command" -f -a "keygen" -d 'Client: m
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "host" -d 'Client: the hosts that one knocks at'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "send" -d 'Client: knock'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "connect" -d 'Client: knock, connect, and pass standard input and output: a ProxyCommand for ssh'
+complete -c knockq -n "__fish_knockq_needs_command" -f -a "proxy" -d 'Client: a SOCKS 5 proxy that knocks at the hosts that one has a profile of'
 complete -c knockq -n "__fish_knockq_using_subcommand init" -l protect -d 'A port to shut to all but those who knock' -r
 complete -c knockq -n "__fish_knockq_using_subcommand init" -l knock-ports -d 'Ports to knock at, such as 20000-21023 [default: 1024 where nobody listens]' -r
 complete -c knockq -n "__fish_knockq_using_subcommand init" -l address -d 'Name or address that clients reach this host by [default: its own addresses]' -r
@@ -127,3 +128,10 @@ complete -c knockq -n "__fish_knockq_using_subcommand connect" -s 4 -d 'Knock ov
 complete -c knockq -n "__fish_knockq_using_subcommand connect" -s 6 -d 'Knock over IPv6'
 complete -c knockq -n "__fish_knockq_using_subcommand connect" -l strict -d 'Refuse to knock where this host\'s timestamps would let an observer tell a knock from a connection'
 complete -c knockq -n "__fish_knockq_using_subcommand connect" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -l listen -d 'Where to listen: an address of loopback; may be given several times' -r
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -l auth -d 'Let in only who has the user and password in this file: one line, user:password, that you alone may read' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -l source -d 'The address that the server sees, to which the knock is bound; `none` binds it to none' -r
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -s 4 -d 'Knock over IPv4'
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -s 6 -d 'Knock over IPv6'
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -l strict -d 'Refuse to knock where this host\'s timestamps would let an observer tell a knock from a connection'
+complete -c knockq -n "__fish_knockq_using_subcommand proxy" -s h -l help -d 'Print help'

@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::task::{LocalSet, spawn_local};
 
 use super::failure::Failure;
-use super::knock::{KnockArgs, runtime, tell_wait};
+use super::knock::{self, KnockArgs, runtime};
 use super::note;
 use crate::client::connect::Knocker;
 use crate::client::proxy::{self, Event};
@@ -67,7 +67,7 @@ impl Proxy {
         let sockets = RawSockets::open()?;
         let login = self.auth.as_deref().map(Login::read).transpose()?;
         let home = Home::of_environment()?;
-        let knocker = Knocker::new(home.clone(), sockets, tell_wait);
+        let knocker = Knocker::new(home.clone(), sockets, knock::tell);
         let proxy = Arc::new(proxy::Proxy::new(home, self.knock.request("", None), knocker, login, tell));
         let runtime = runtime()?;
         let done = LocalSet::new().block_on(&runtime, self.serve(&proxy));
