@@ -61,8 +61,9 @@ test-kernels:
 # End to end once more on the next Debian's kernel, which has tables that nobody else can flush (Linux 6.9), and with this
 # one's nft, which cannot say so, as on a host with a backported kernel. With
 # TARGET=x86_64-unknown-linux-musl (`rustup target add` it) also with the other C library, which makes other system calls.
+# TESTS="table:: owned::" runs those alone.
 test-newer-kernel:
-	KERNEL_SUITE=trixie RUST_TEST_THREADS=4 $(CARGO) test --target $(TARGET) --test end_to_end
+	KERNEL_SUITE=trixie RUST_TEST_THREADS=4 $(CARGO) test --target $(TARGET) --test end_to_end -- $(TESTS)
 
 # What docs/faults.md says, as far as it is about faults alone. `make test` runs it too.
 test-faults:
