@@ -4,22 +4,22 @@ use super::address::{is_global, is_nat64};
 use super::aim::{Aim, Source};
 use super::send::Sent;
 
-/// One line for each. Nothing is known of a knock that was not `sent`.
-pub fn checks(aim: &Aim, sent: Option<&Sent>) -> Vec<String> {
+/// One line for each.
+pub fn checks(aim: &Aim, sent: &Sent) -> Vec<String> {
     let (known, others): (Vec<_>, Vec<_>) = all(aim, sent).into_iter().partition(|(is_known, _)| *is_known);
     known.into_iter().chain(others).map(|(_, text)| text).collect()
 }
 
 /// With whether something is known that makes it likely.
-fn all(aim: &Aim, sent: Option<&Sent>) -> Vec<(bool, String)> {
+fn all(aim: &Aim, sent: &Sent) -> Vec<(bool, String)> {
     let window = aim.profile.window;
-    let is_unsynchronized = sent.is_some_and(|sent| sent.is_clock_unsynchronized);
+    let is_unsynchronized = sent.is_clock_unsynchronized;
     let clock =
         if is_unsynchronized { "nobody keeps this machine's clock right, says its kernel" } else { "the clocks" };
-    let mut all = vec![(is_unsynchronized, format!("{clock}: both must agree to within {window} (timedatectl)"))];
-    all.extend(sent.map(|sent| address(aim, sent)));
     let knock_ports = &aim.profile.knock_ports;
-    all.extend([
+    vec![
+        (is_unsynchronized, format!("{clock}: both must agree to within {window} (timedatectl)")),
+        address(aim, sent),
         (false, format!("a firewall on the way may drop SYNs to the knock ports ({knock_ports}): try another network")),
         (
             false,
@@ -32,8 +32,7 @@ fn all(aim: &Aim, sent: Option<&Sent>) -> Vec<(bool, String)> {
                 .to_owned(),
         ),
         (false, "the service must run, and the server's other firewall rules must allow it".to_owned()),
-    ]);
-    all
+    ]
 }
 
 /// What the token holds for, against where the server may see the connection come from.

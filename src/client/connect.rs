@@ -186,5 +186,5 @@ const fn at(mut server: SocketAddr, port: u16) -> SocketAddr {
 }
 
 fn still_shut(aim: &Aim, server: SocketAddr, time: Duration, sent: &Sent) -> ConnectError {
-    ConnectError::StillShut { server, seconds: time.as_secs(), checks: checks(aim, Some(sent)) }
+    ConnectError::StillShut { server, seconds: time.as_secs(), checks: checks(aim, sent) }
 }
