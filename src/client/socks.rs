@@ -231,15 +231,14 @@ async fn request<S: AsyncRead + Unpin>(client: &mut S) -> Result<Target, SocksEr
         return Err(SocksError::Version);
     }
     let host = match address_type {
-        V4 => IpAddr::from(bytes::<4>(client).await?).into(),
-        V6 => IpAddr::from(bytes::<16>(client).await?).to_canonical().into(),
-        DOMAIN => {
-            let name = counted(client).await?;
-            std::str::from_utf8(&name).ok().and_then(|name| name.parse().ok()).ok_or(SocksError::Name)?
-        }
+        V4 => Some(IpAddr::from(bytes::<4>(client).await?).into()),
+        V6 => Some(IpAddr::from(bytes::<16>(client).await?).to_canonical().into()),
+        DOMAIN => str::from_utf8(&counted(client).await?).ok().and_then(|name| name.parse().ok()),
         _ => return Err(SocksError::AddressType),
     };
+    // All is read before it is judged: closing a connection with bytes unread may take the answer away from the client.
     let port = u16::from_be_bytes(bytes(client).await?);
+    let host = host.ok_or(SocksError::Name)?;
     if command == CONNECT { Ok(Target { host, port }) } else { Err(SocksError::Command) }
 }
 

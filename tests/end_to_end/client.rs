@@ -163,8 +163,12 @@ fn an_idle_ssh_session_outlives_its_door() {
 
 /// Takes one connection, and hands it to this.
 fn answer(host: &Host, port: u16, serve: impl FnOnce(TcpStream) + Send + 'static) -> thread::JoinHandle<()> {
-    let listener = host.enter(|| TcpListener::bind(("::", port)).unwrap());
-    thread::spawn(move || serve(listener.accept().unwrap().0))
+    let mut listener = None;
+    eventually("a port to listen on", || {
+        listener = host.enter(|| TcpListener::bind(("::", port))).ok(); // connections of before may still be there
+        listener.is_some()
+    });
+    thread::spawn(move || serve(listener.unwrap().accept().unwrap().0))
 }
 
 fn connect(lab: &Lab, family: Family, more: &[&str]) -> Command {
@@ -304,7 +308,7 @@ fn a_host_may_be_named_by_its_profile_by_an_address_or_by_its_name() {
     // Names of its own, as /etc/hosts has them for this host alone.
     let own = format!("/etc/netns/{}", lab.alice.name);
     fs::create_dir_all(&own).unwrap();
-    fs::write(format!("{own}/hosts"), "fd77:1::1 server.knockq.example\n10.77.1.1 other.knockq.example\n").unwrap();
+    fs::write(format!("{own}/hosts"), "fd77:1::1 Server.Knockq.Example\n10.77.1.1 other.knockq.example\n").unwrap();
     let send = |name: &str| {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &lab.alice.name]).arg(knockq()).args(["send", name, "--wait"]);
