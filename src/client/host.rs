@@ -15,7 +15,7 @@ use super::{Home, HomeError};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::{Diagnostic, FileError, Seconds};
 use crate::crypto::{KnockPorts, PrivateKey, PublicKey};
-use crate::service::{HostAddress, Name, Port};
+use crate::service::{HostAddress, Name, Port, Transport};
 
 /// Bytes of a profile at most.
 pub const MAX_LEN: usize = 1 << 20;
@@ -325,21 +325,24 @@ impl Profile {
         Ok(secure_file::create(&home.host_path(name), &self.to_text(), Privacy::Secret)?)
     }
 
-    /// The service of this name or with this port; with none given, the default or the only one.
+    /// The service of this name or with this port, of two that share a number the one over TCP; with none given, the default
+    /// or the only one.
     ///
     /// # Errors
     /// [`ProfileError::NoService`].
     pub fn service(&self, host: &Name, asked: Option<&str>) -> Result<(&Name, &ProfileService), ProfileError> {
-        let is_port = |service: &ProfileService| {
-            let number = asked.and_then(|asked| asked.parse::<u16>().ok());
-            number.is_some_and(|number| service.ports.iter().any(|port| port.number == number))
+        let number = asked.and_then(|asked| asked.parse::<u16>().ok());
+        let by_port = |transport| {
+            let is_asked = |port: &Port| Some(port.number) == number && port.transport == transport;
+            self.services.iter().find(|(_, service)| service.ports.iter().any(is_asked))
         };
         let found = match (asked, &self.default) {
             (Some(asked), _) => self
                 .services
                 .iter()
                 .find(|(name, _)| name.as_str() == asked)
-                .or_else(|| self.services.iter().find(|(_, service)| is_port(service))),
+                .or_else(|| by_port(Transport::Tcp))
+                .or_else(|| by_port(Transport::Udp)),
             (None, Some(default)) => self.services.get_key_value(default),
             (None, None) => self.services.iter().next().filter(|_| self.services.len() == 1),
         };
