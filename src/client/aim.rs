@@ -228,7 +228,7 @@ impl Found {
 /// Whether both name the same host: one address however it is written, or one name in DNS (RFC 4343: without regard to case).
 fn is_same_host(one: &str, other: &str) -> bool {
     match (one.parse::<IpAddr>(), other.parse::<IpAddr>()) {
-        (Ok(one), Ok(other)) => one == other,
+        (Ok(one), Ok(other)) => one.to_canonical() == other.to_canonical(),
         _ => one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.')),
     }
 }
@@ -271,12 +271,20 @@ fn resolve_all(host: &Name, names: &[HostAddress], family: Family) -> Result<Vec
 }
 
 fn resolve(name: &str) -> io::Result<Vec<SocketAddr>> {
-    Ok((name, 0).to_socket_addrs()?.collect())
+    Ok((name, 0).to_socket_addrs()?.map(canonical).collect())
+}
+
+/// The kernel connects over IPv4 to an IPv4 address that is written as an IPv6 one (RFC 4291 section 2.5.5.2).
+fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V4(v4) => (v4, address.port()).into(),
+        IpAddr::V6(_) => address, // with its interface
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Aim, Source, is_same_host};
+    use super::{Aim, Source, is_same_host, resolve};
     use crate::client::Profile;
 
     const PROFILE: &str = "
@@ -306,11 +314,35 @@ mod tests {
     }
 
     #[test]
+    fn a_number_of_two_services_means_the_one_over_tcp() {
+        let text = PROFILE.replace("[services.web]", "[services.vpn]\nselector = 1\nports = ['udp/443']\n[services.web]");
+        let profile = Profile::parse("profile".as_ref(), &text).unwrap();
+        let host = "home".parse().unwrap();
+        for (asked, expected) in [("443", "web"), ("53", "web"), ("vpn", "vpn")] {
+            assert_eq!(profile.service(&host, Some(asked)).unwrap().0.as_str(), expected, "{asked}");
+        }
+    }
+
+    #[test]
+    fn an_ipv4_address_is_one_however_it_is_resolved() {
+        for (name, expected) in [
+            ("::ffff:192.0.2.1", "192.0.2.1:0"),
+            ("192.0.2.1", "192.0.2.1:0"),
+            ("2001:db8::1", "[2001:db8::1]:0"),
+            ("fe80::1%1", "[fe80::1%1]:0"),
+        ] {
+            assert!(resolve(name).unwrap().iter().all(|address| address.to_string() == expected), "{name}");
+        }
+    }
+
+    #[test]
     fn a_host_is_the_same_however_it_is_written() {
         for (one, other, expected) in [
             ("server.example.org", "Server.Example.ORG.", true),
             ("2001:db8::1", "2001:DB8:0::1", true),
             ("192.0.2.1", "192.0.2.1", true),
+            ("192.0.2.1", "::ffff:192.0.2.1", true),
+            ("192.0.2.1", "::192.0.2.1", false),
             ("192.0.2.1", "192.0.2.10", false),
             ("server.example.org", "server.example", false),
         ] {

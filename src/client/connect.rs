@@ -12,6 +12,7 @@ use tokio::task::spawn_blocking;
 use super::aim::{Aim, AimError};
 use super::checks::checks;
 use super::home::Home;
+use super::port::PortError;
 use super::race::Race;
 use super::send::{Knock, Notice, RawSockets, SendError, Sent};
 use crate::service::Name;
@@ -19,8 +20,11 @@ use crate::service::Name;
 /// Time after which a port that answers with resets will not open any more.
 const REFUSED: Duration = Duration::from_secs(2);
 
-/// Time that an address gets before the next one is tried.
+/// Time that an address gets at most before the next one is tried.
 const ADDRESS: Duration = Duration::from_secs(3);
+
+/// Time that it gets at least, as long as there is any: each one that is tried costs a knock.
+const ADDRESS_LEAST: Duration = Duration::from_secs(1);
 
 /// Seconds after which one knocks again, because the knock before may have been lost.
 const AGAIN: [u64; 4] = [1, 3, 7, 15];
@@ -89,26 +93,29 @@ impl Knocker {
         self.sockets.send(Knock::prepare(&self.home, aim, server, self.tell)?)
     }
 
-    /// Knocks and connects to the service's TCP port, at one of the server's addresses after the other. A knock may get
-    /// lost, so it knocks again now and then.
+    /// Knocks and connects to the service's TCP port, at one of the server's addresses after the other, as many as there is
+    /// time for. A knock may get lost, so it knocks again now and then.
     ///
     /// # Errors
-    /// [`ConnectError`], that of the last address.
+    /// [`ConnectError`], that of the last address that a way leads to.
     pub async fn connect(self: &Arc<Self>, aim: &Arc<Aim>, time: Duration) -> Result<TcpStream, ConnectError> {
         let port = aim.tcp_port();
         let port = port.ok_or_else(|| ConnectError::NoTcp { host: aim.host.clone(), service: aim.service.clone() })?;
-        let mut left = time;
-        let mut addresses = aim.servers.iter().copied().peekable();
-        while let Some(server) = addresses.next() {
-            let begun = Instant::now();
-            let time = if addresses.peek().is_some() { left.min(ADDRESS) } else { left };
-            match self.connect_to(aim, server, port, time).await {
+        let begun = Instant::now();
+        let (mut failure, mut addresses) = (None, aim.servers.iter());
+        while let Some(&server) = addresses.next() {
+            let left = time.saturating_sub(begun.elapsed());
+            if left.is_zero() && failure.is_some() {
+                break;
+            }
+            match self.connect_to(aim, server, port, share(left, addresses.len())).await {
                 Ok(stream) => return Ok(stream),
-                Err(error) if addresses.peek().is_none() => return Err(error),
-                Err(_) => left = left.saturating_sub(begun.elapsed()),
+                // Says less than what was met on the way to another.
+                Err(ConnectError::Send(SendError::Port(PortError::NoRoute { .. }))) if failure.is_some() => {}
+                Err(error) => failure = Some(error),
             }
         }
-        Err(AimError::NoAddress { host: aim.host.clone(), family: "usable" }.into())
+        Err(failure.unwrap_or_else(|| AimError::NoAddress { host: aim.host.clone(), family: "usable" }.into()))
     }
 
     async fn connect_to(
@@ -139,6 +146,12 @@ impl Knocker {
         let knocked = spawn_blocking(move || knocker.knock(&aim, server)).await;
         Ok(knocked.map_err(|error| ConnectError::Stopped(error.into()))??)
     }
+}
+
+/// What an address gets of the time that is left, where so many follow.
+fn share(left: Duration, following: usize) -> Duration {
+    let Some(following) = u32::try_from(following).ok().filter(|&following| following > 0) else { return left };
+    (left / following.saturating_add(1)).clamp(ADDRESS_LEAST, ADDRESS).min(left)
 }
 
 /// Connects to the service after a knock, and closes the connection; `false` if that cannot tell whether the door is open,
@@ -186,5 +199,28 @@ const fn at(mut server: SocketAddr, port: u16) -> SocketAddr {
 }
 
 fn still_shut(aim: &Aim, server: SocketAddr, time: Duration, sent: &Sent) -> ConnectError {
-    ConnectError::StillShut { server, seconds: time.as_secs(), checks: checks(aim, sent) }
+    let seconds = time.saturating_add(Duration::from_millis(500)).as_secs(); // of a share, to the nearest one
+    ConnectError::StillShut { server, seconds, checks: checks(aim, sent) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Duration, share};
+
+    #[test]
+    fn each_address_has_its_share_of_the_time_and_the_last_all_that_is_left() {
+        for (left, following, expected) in [
+            (10_000, 0, 10_000),
+            (10_000, 1, 3000),
+            (2000, 1, 1000),
+            (10_000, 4, 2000),
+            (10_000, 9999, 1000),
+            (500, 1, 500),
+            (0, 1, 0),
+            (0, 0, 0),
+        ] {
+            let shared = share(Duration::from_millis(left), following);
+            assert_eq!(shared, Duration::from_millis(expected), "{left} ms, {following} follow");
+        }
+    }
 }
