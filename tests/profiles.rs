@@ -9,7 +9,7 @@ mod world;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,6 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use knockq::client::counter::CounterFile;
 use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, PublicKey, Side};
+use rustix::fs::{FlockOperation, flock};
 
 use killer::run_until_call;
 use world::{KNOCKQ, Ran, World, json};
@@ -500,6 +501,27 @@ fn eight_sends_at_once_lose_no_counter_and_use_none_twice() {
     assert_eq!(used, written);
 }
 
+/// A process that was stopped, or hangs, has its locks for ever.
+#[test]
+fn a_send_that_another_process_keeps_waiting_says_so_and_goes_on_once_it_can() {
+    let world = knocking_world();
+    world.run(SEND).succeeds();
+    let flows = issued(&world).with_file_name("flows.lock");
+    for path in [issued(&world).with_extension("lock"), flows] {
+        let lock = File::open(&path).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let mut waiting = world.command(SEND).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut said = String::new();
+        BufReader::new(waiting.stderr.take().unwrap()).read_line(&mut said).unwrap();
+        let expected =
+            format!("which has held {0} for 3 s. If it has hung, see which it is with `fuser {0}`", path.display());
+        assert!(said.contains(&expected), "{said}");
+        assert!(waiting.try_wait().unwrap().is_none());
+        drop(lock);
+        Ran(waiting.wait_with_output().unwrap()).succeeds();
+    }
+}
+
 #[test]
 fn a_send_that_is_killed_at_any_call_makes_no_counter_repeat() {
     let world = knocking_world();
@@ -552,7 +574,7 @@ fn a_file_of_counters_knows_which_machine_issued_them_and_goes_over_to_the_next(
     let is_from_elsewhere = |home: &Path| {
         let [client, server] = ["client_key", "server_key"]
             .map(|key| field(&read(&world.path(".config/knockq/hosts/home.toml")), key).parse::<PublicKey>().unwrap());
-        let file = CounterFile::open(&home.join(".local/state/knockq/counters"), &client, &server).unwrap();
+        let file = CounterFile::open(&home.join(".local/state/knockq/counters"), &client, &server, |_| {}).unwrap();
         file.is_from_elsewhere()
     };
     assert!(!is_from_elsewhere(&copy), "a copy on the same machine, a restored backup for one, is no matter");

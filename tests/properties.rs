@@ -624,7 +624,7 @@ fn processes_with_clocks_of_their_own_never_issue_one_counter() {
             ordeal.now += ordeal.numbers.below(3);
             let clock = ordeal.hostile_clock();
             // Each knock locks and reads anew, as `knockq send` does.
-            let mut counters = CounterFile::open(&directory, &client, &server).unwrap();
+            let mut counters = CounterFile::open(&directory, &client, &server, |_| {}).unwrap();
             issued.extend(counters.issue(clock, 60).ok());
         }
         issued

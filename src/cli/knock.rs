@@ -64,6 +64,10 @@ pub(super) fn tell(notice: Notice) {
         Notice::Waiting(seconds) => {
             note(&format!("Many knocks in a row: waiting {seconds} s, so that the server takes this one."));
         }
+        Notice::Locked(lock) => note(&format!(
+            "Waiting for another knockq, which has held {0} for 3 s. If it has hung, see which it is with `fuser {0}`, and end it.",
+            lock.display()
+        )),
         Notice::CopiedKey => note(
             "warning: this key was used on another machine before. If that one still knocks, make a key for this one: move \
              the copied one away, `knockq keygen`, and ask for a new profile. This is said once.",

@@ -315,7 +315,8 @@ mod tests {
 
     #[test]
     fn a_number_of_two_services_means_the_one_over_tcp() {
-        let text = PROFILE.replace("[services.web]", "[services.vpn]\nselector = 1\nports = ['udp/443']\n[services.web]");
+        let text =
+            PROFILE.replace("[services.web]", "[services.vpn]\nselector = 1\nports = ['udp/443']\n[services.web]");
         let profile = Profile::parse("profile".as_ref(), &text).unwrap();
         let host = "home".parse().unwrap();
         for (asked, expected) in [("443", "web"), ("53", "web"), ("vpn", "vpn")] {

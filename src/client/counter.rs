@@ -6,8 +6,11 @@ use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
@@ -21,6 +24,12 @@ const KEPT: usize = 4096;
 
 /// Flows of this boot that are remembered.
 const FLOWS: usize = 4096;
+
+/// Time for which another process may have a lock before it is told: each knock has it for some milliseconds.
+const LOCKED: Duration = Duration::from_secs(3);
+
+/// Pause before a lock that another process has is tried again.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Names one installation of a system (machine-id(5)).
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -140,15 +149,21 @@ pub struct CounterFile {
 }
 
 impl CounterFile {
-    /// Locks and reads the file; the lock is held until this is dropped.
+    /// Locks and reads the file; the lock is held until this is dropped. `tell` is called with the lock's file where
+    /// another process has held it for 3 s; then this waits on.
     ///
     /// # Errors
     /// [`CounterError`].
-    pub fn open(directory: &Path, client: &PublicKey, server: &PublicKey) -> Result<Self, CounterError> {
+    pub fn open(
+        directory: &Path,
+        client: &PublicKey,
+        server: &PublicKey,
+        tell: impl FnOnce(&Path),
+    ) -> Result<Self, CounterError> {
         secure_file::create_directory(directory)?;
         let name = hex(Sha256::new().chain_update(client.as_bytes()).chain_update(server.as_bytes()));
         let path = directory.join(&name);
-        let lock = lock(&directory.join(format!("{name}.lock")))?;
+        let lock = lock(&directory.join(format!("{name}.lock")), tell)?;
         let damaged = || CounterError::Damaged { path: path.clone() };
         let mut contents = match secure_file::read_if_there(&path, Privacy::Secret) {
             Ok(Some(text)) => Contents::parse(&text).ok_or_else(damaged)?,
@@ -201,14 +216,14 @@ pub struct FlowFile {
 }
 
 impl FlowFile {
-    /// Locks and reads the file; flows of an earlier boot are forgotten.
+    /// Locks and reads the file; flows of an earlier boot are forgotten. `tell` is as for [`CounterFile::open`].
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn open(directory: &Path) -> Result<Self, FileError> {
+    pub fn open(directory: &Path, tell: impl FnOnce(&Path)) -> Result<Self, FileError> {
         secure_file::create_directory(directory)?;
         let path = directory.join("flows");
-        let lock = lock(&directory.join("flows.lock"))?;
+        let lock = lock(&directory.join("flows.lock"), tell)?;
         let boot = std::fs::read_to_string(BOOT_ID).map_err(|cause| FileError::io(Path::new(BOOT_ID), cause))?;
         let boot = boot.trim().to_owned();
         let text = secure_file::read_if_there(&path, Privacy::Secret)?;
@@ -235,9 +250,19 @@ impl FlowFile {
     }
 }
 
-fn lock(path: &Path) -> Result<File, FileError> {
+/// Waits for as long as it takes, for no counter may be issued without it; but not in silence.
+fn lock(path: &Path, tell: impl FnOnce(&Path)) -> Result<File, FileError> {
     let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().create(true).append(true).mode(0o600))?;
-    flock(&file, FlockOperation::LockExclusive).map_err(|errno| FileError::io(path, errno))?;
+    let fail = |errno| FileError::io(path, errno);
+    let begun = Instant::now();
+    while begun.elapsed() < LOCKED {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => thread::sleep(LOCK_PAUSE),
+            done => return done.map(|()| file).map_err(fail),
+        }
+    }
+    tell(path);
+    flock(&file, FlockOperation::LockExclusive).map_err(fail)?;
     Ok(file)
 }
 

@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::slice;
 use std::thread;
 use std::time::Duration;
@@ -50,10 +51,12 @@ pub struct Knock {
 }
 
 /// What a user should know before the knock leaves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Notice {
     /// It waits for so many seconds.
     Waiting(u64),
+    /// Another process has held this lock for some seconds: it may have been stopped.
+    Locked(PathBuf),
     /// Another machine has issued counters with this key.
     CopiedKey,
 }
@@ -193,7 +196,8 @@ impl Knock {
         let key = KnockKey::new(&secrets);
         let window = u64::from(profile.window.0);
 
-        let mut counters = CounterFile::open(&home.counters(), own.public(), server_key)?;
+        let tell_lock = |lock: &Path| tell(Notice::Locked(lock.to_owned()));
+        let mut counters = CounterFile::open(&home.counters(), own.public(), server_key, tell_lock)?;
         let n = counters.issue(unix_now(), window)?;
         let has_future_counter = counters.has_beyond(unix_now().saturating_add(window));
         if counters.is_from_elsewhere() {
@@ -204,7 +208,7 @@ impl Knock {
         let pad = key.pad(n);
         let mut destination = server; // which keeps the interface of a link-local address
         destination.set_port(pad.knock_port(&profile.knock_ports));
-        let port = unused_port(home, destination, aim.own_source())?;
+        let port = unused_port(home, destination, aim.own_source(), tell_lock)?;
         let persona = persona(&port, aim.strict)?;
         let bound_to = binding(aim.source, profile.source, port.local.ip(), server.ip());
         let token = key.seal(n, details.selector, bound_to.map_or(Binding::Unbound, Binding::Bound));
@@ -269,8 +273,13 @@ fn persona(port: &HeldPort, strict: bool) -> Result<Persona, SendError> {
 }
 
 /// A held port whose flow no earlier knock of this boot had.
-fn unused_port(home: &Home, destination: SocketAddr, source: Option<IpAddr>) -> Result<HeldPort, SendError> {
-    let mut flows = FlowFile::open(&home.counters())?;
+fn unused_port(
+    home: &Home,
+    destination: SocketAddr,
+    source: Option<IpAddr>,
+    tell: impl FnOnce(&Path),
+) -> Result<HeldPort, SendError> {
+    let mut flows = FlowFile::open(&home.counters(), tell)?;
     let mut held = Vec::new(); // so that the kernel chooses another each time
     for _ in 0..PORT_TRIES {
         let port = HeldPort::new(destination, source)?;
