@@ -142,6 +142,11 @@ fn install_says_what_is_missing_and_changes_nothing_then() {
     let stage = Stage::new();
     fails(&stage.make("install", "/no/such/binary"), &["/no/such/binary: is not built yet", "Hint: make"]);
     assert_eq!(stage.files(), [""; 0]);
+    for prefix in ["/opt/with space", "/opt/a&b", "/opt/%h", "opt"] {
+        let destination = format!("DESTDIR={}", stage.0.display());
+        let ran = make(&["install", &format!("BINARY={KNOCKQ}"), &destination, &format!("PREFIX={prefix}")]);
+        fails(&ran, &[&format!("BINDIR={prefix}/bin: is not an absolute path")]);
+    }
     let prefix = format!("PREFIX={}", stage.0.display());
     for target in ["install", "uninstall"] {
         let ran = Command::new("setpriv")
