@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Args;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::sockopt::set_socket_keepalive;
 
 use super::failure::Failure;
@@ -59,8 +60,8 @@ fn splice(stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     set_socket_keepalive(&stream, true)?;
     // Not std's, whose output waits for the end of a line.
-    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let mut input = Patient(io::stdin().as_fd().try_clone_to_owned()?.into());
+    let output = Patient(io::stdout().as_fd().try_clone_to_owned()?.into());
     rustix::stdio::dup2_stdout(File::open("/dev/null")?)?; // so that dropping `output` closes it
     let (mut writer, reader) = (stream.try_clone()?, stream);
     let sender = thread::spawn(move || {
@@ -77,8 +78,44 @@ fn splice(stream: TcpStream) -> io::Result<()> {
 }
 
 /// Closes both in the end.
-fn receive(mut reader: TcpStream, mut output: File) -> io::Result<()> {
+fn receive(mut reader: TcpStream, mut output: Patient) -> io::Result<()> {
     copy(&mut reader, &mut output)
+}
+
+/// A descriptor that other programs have as well: any of them may have set it not to wait. This waits all the same.
+struct Patient(File);
+
+impl Patient {
+    fn wait(&self, until: PollFlags) -> io::Result<()> {
+        poll(&mut [PollFd::new(&self.0, until)], None)?;
+        Ok(())
+    }
+}
+
+impl Read for Patient {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(PollFlags::IN)?,
+                done => return done,
+            }
+        }
+    }
+}
+
+impl Write for Patient {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(PollFlags::OUT)?,
+                done => return done,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Through memory. Knowing what they are, std would have the kernel splice them, and until a pipe can go on its other end

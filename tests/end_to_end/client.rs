@@ -1,7 +1,7 @@
 //! The client as people use it every day: with ssh, in scripts, by other names than the profile's.
 
 use std::fs::{self, File, Permissions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write, pipe};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::ioctl_fionread;
 
 use crate::lab::{self, FAMILIES, Family, Host, Lab, eventually, knockq, succeeds};
 
@@ -224,6 +226,37 @@ fn each_direction_of_a_connection_ends_by_itself_and_its_end_is_the_commands() {
         let broken = child.wait_with_output().unwrap();
         let said = String::from_utf8_lossy(&broken.stderr).into_owned();
         assert!(broken.status.code() == Some(1) && said.contains("reset by peer"), "{said}");
+        served.join().unwrap();
+    }
+}
+
+/// Whoever else has a descriptor may set it so: it belongs to all of them.
+#[test]
+fn nothing_is_lost_over_standard_input_and_output_that_do_not_wait() {
+    let lab = lab_with_services("[services.ssh]\nports = [\"tcp/22\"]\nopen_for = \"6s\"\nonce = true\n");
+    let _daemon = lab.start();
+    for family in FAMILIES {
+        let served = answer(&lab.server, 22, |mut stream| {
+            stream.write_all(b"hello").unwrap();
+            let mut all = vec![0; 1_000_000];
+            stream.read_exact(&mut all).unwrap();
+            stream.write_all(&all).unwrap();
+        });
+        let ((input, mut sender), (mut receiver, output)) = (pipe().unwrap(), pipe().unwrap());
+        fcntl_setfl(&input, OFlags::NONBLOCK).unwrap();
+        fcntl_setfl(&output, OFlags::NONBLOCK).unwrap();
+        let mut command = connect(&lab, family, &[]);
+        let child = lab.alice.enter(|| command.stdin(input).stdout(output).spawn().unwrap());
+        drop(command);
+        let mut hello = [0; 5];
+        receiver.read_exact(&mut hello).unwrap(); // by then it waits for its input
+        sender.write_all(&vec![7; 1_000_000]).unwrap();
+        drop(sender);
+        eventually("a full pipe", || ioctl_fionread(&receiver).unwrap() > 60_000);
+        let mut all = Vec::new();
+        receiver.read_to_end(&mut all).unwrap();
+        assert!(all == vec![7; 1_000_000], "{} bytes", all.len());
+        succeeds(&child.wait_with_output().unwrap());
         served.join().unwrap();
     }
 }
