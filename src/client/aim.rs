@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -10,6 +11,9 @@ use super::home::Home;
 use super::host::{Profile, ProfileError, ProfileService};
 use super::port::{PortError, source_address};
 use crate::service::{HostAddress, Name, Transport};
+
+/// Time after which no further name is looked up: a resolver that does not answer takes ten seconds for each.
+const RESOLVING: Duration = Duration::from_secs(10);
 
 /// Which addresses of the server count.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -250,10 +254,13 @@ fn family(request: &Request<'_>, profile: Option<IpAddr>) -> Result<Family, AimE
 }
 
 /// All addresses of the wanted family: those of the first name first, each name's as the resolver orders them for a
-/// connection (RFC 6724).
+/// connection (RFC 6724). Of many names those are left out that there is no time for.
 fn resolve_all(host: &Name, names: &[HostAddress], family: Family) -> Result<Vec<SocketAddr>, AimError> {
-    let (mut servers, mut failure) = (Vec::new(), None);
+    let (mut servers, mut failure, begun) = (Vec::new(), None, Instant::now());
     for name in names {
+        if begun.elapsed() >= RESOLVING && name.as_str().parse::<IpAddr>().is_err() {
+            continue;
+        }
         match resolve(name.as_str()) {
             Ok(addresses) => servers.extend(addresses.into_iter().filter(|address| family.has(address))),
             Err(cause) => failure = Some(AimError::Resolve { name: name.to_string(), cause }),

@@ -363,6 +363,29 @@ fn a_host_may_be_named_by_its_profile_by_an_address_or_by_its_name() {
     daemon.stop();
 }
 
+/// Each name would take its resolver's ten seconds, two minutes in all.
+#[test]
+fn names_that_no_resolver_answers_for_do_not_keep_a_knock_from_an_address() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    let names: Vec<String> = (0..12).map(|n| format!("server{n}.knockq.example")).collect();
+    let addresses: Vec<&str> = names.iter().map(String::as_str).chain(["10.77.1.1"]).collect();
+    set_addresses(&lab, &addresses);
+    lab.server.nft(&["add table inet other"]);
+    lab.server.nft(&["add chain inet other input { type filter hook input priority 10; }"]);
+    lab.server.nft(&["add rule inet other input udp dport 53 drop"]);
+    let own = format!("/etc/netns/{}", lab.alice.name);
+    fs::create_dir_all(&own).unwrap();
+    fs::write(format!("{own}/resolv.conf"), "nameserver 10.77.1.1\n").unwrap();
+    File::options().create(true).append(true).open("/etc/resolv.conf").unwrap(); // which ip lays the other over
+    let mut command = Command::new("timeout");
+    command.args(["60", "ip", "netns", "exec", &lab.alice.name]).arg(knockq()).args(["connect", "server", "22"]);
+    let connected = command.env("HOME", lab.home("alice")).stdin(Stdio::null()).output().unwrap();
+    fs::remove_dir_all(own).unwrap();
+    assert_eq!(succeeds(&connected), "welcome to 22\n");
+    daemon.stop();
+}
+
 #[test]
 fn an_address_that_no_way_leads_to_is_left_for_the_next() {
     let lab = Lab::new();
