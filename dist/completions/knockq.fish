@@ -120,7 +120,7 @@ complete -c knockq -n "__fish_knockq_using_subcommand send" -l print -d 'Print t
 complete -c knockq -n "__fish_knockq_using_subcommand send" -s 4 -d 'Knock over IPv4'
 complete -c knockq -n "__fish_knockq_using_subcommand send" -s 6 -d 'Knock over IPv6'
 complete -c knockq -n "__fish_knockq_using_subcommand send" -l strict -d 'Refuse to knock where this host\'s timestamps would let an observer tell a knock from a connection'
-complete -c knockq -n "__fish_knockq_using_subcommand send" -l wait -d 'Confirm by connecting to the service, and say what to check if it stays shut'
+complete -c knockq -n "__fish_knockq_using_subcommand send" -l wait -d 'Confirm by connecting to the service, for up to 10 s, and say what to check if it stays shut'
 complete -c knockq -n "__fish_knockq_using_subcommand send" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c knockq -n "__fish_knockq_using_subcommand connect" -l source -d 'The address that the server sees, to which the knock is bound; `none` binds it to none' -r
 complete -c knockq -n "__fish_knockq_using_subcommand connect" -l timeout -d 'Time within which the connection must stand' -r

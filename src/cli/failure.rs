@@ -272,7 +272,9 @@ impl From<ProfileError> for Failure {
             ProfileError::Exists(name) => {
                 failure.hint(format!("choose another name, or take the old one away: knockq host remove {name}"))
             }
-            ProfileError::Missing(_) => failure.hint("add one with `knockq host add NAME PROFILE`"),
+            ProfileError::Missing(_) => {
+                failure.hint("see which there are with `knockq host list`; `knockq host add NAME PROFILE` adds one")
+            },
             ProfileError::KnownKey { .. } => {
                 failure.hint("if both are one server, add it with --same-server; else somebody copied a key")
             }

@@ -110,7 +110,8 @@ fn remedy(text: &str) -> &'static str {
     } else if text.contains(['\u{201c}', '\u{201d}', '\u{201e}', '\u{a0}']) {
         "quotation marks or spaces were changed on the way: have it sent as a file"
     } else {
-        "give all of what was printed and nothing else: from the line `# knockq profile of …` to the last one of [services…]"
+        "give all of what was printed and nothing else: from the line `# knockq profile of …` to the last one of [services…]. \
+         `knockq user show NAME --profile` on the server prints it again"
     }
 }
 

@@ -175,12 +175,13 @@ impl Init {
             found => format!("{} (set `address` in [server] if clients use another)", found.join(", ")),
         };
         let service = config.services.first().map(|service| service.name.to_string()).unwrap_or_default();
+        let allow: String = config.services.iter().map(|service| format!(" --allow {}", service.name)).collect();
         format!(
             "Wrote {} and beside it server.key, users.d/ and knockq.nft; counters are in {}.\n\
              Server key: {}\nKnock ports: {}\nAddresses in profiles: {}\n\n\
              Next:\n  \
              1. On the client:  knockq keygen\n  \
-             2. Here:           knockq user add NAME --key PUBLIC-KEY --allow {service}{option}\n  \
+             2. Here:           knockq user add NAME --key PUBLIC-KEY{allow}{option}\n  \
              3. On the client:  knockq host add HOST -      (paste the profile that step 2 printed)\n  \
              4. Here:           knockq serve{option}\n  \
              5. On the client:  knockq send HOST {service} --wait\n\n\

@@ -28,8 +28,8 @@ use crate::client::{Aim, Home};
     after_help = "Examples:\n  knockq proxy\n  curl --proxy socks5h://127.0.0.1:1080 http://server.example.org/\n  \
                         ssh -o ProxyCommand='nc -X 5 -x 127.0.0.1:1080 %h %p' alice@server.example.org\n  \
                         knockq proxy --listen 127.0.0.1:1081 --listen '[::1]:1081' --auth ~/.config/knockq/proxy\n\n\
-                        A browser, here Firefox: Settings, Network Settings, Manual proxy configuration; SOCKS Host 127.0.0.1,\n\
-                        Port 1080, SOCKS v5, and Proxy DNS when using SOCKS v5.\n\n\
+                        A browser, here Firefox: Settings, Network Settings, Manual proxy configuration; \
+                        SOCKS Host 127.0.0.1, Port 1080, SOCKS v5, and Proxy DNS when using SOCKS v5.\n\n\
                         Whoever can connect to it can use your doors: on a machine of several users, say --auth."
 )]
 pub(super) struct Proxy {

@@ -25,11 +25,11 @@ const WAIT: Duration = Duration::from_secs(10);
 pub(super) struct Send {
     /// The host: its name as given to `knockq host add`, or a name or address of its server
     host: String,
-    /// A service's name or port; may be left out if there is one
+    /// A service's name or port; may be left out if there is one, or the profile has a default
     service: Option<String>,
     #[command(flatten)]
     knock: KnockArgs,
-    /// Confirm by connecting to the service, and say what to check if it stays shut
+    /// Confirm by connecting to the service, for up to 10 s, and say what to check if it stays shut
     #[arg(long, conflicts_with = "print")]
     wait: bool,
     /// Print the packet instead of sending it; its counter is used up
@@ -80,7 +80,8 @@ fn report(aim: &Aim, sent: &Sent) {
     note(&format!("Knocked at {host} ({server}) for {service}; {binding}"));
     if sent.is_clock_unsynchronized {
         note(
-            "warning: the kernel says that this machine's clock is not synchronised; a server takes knocks of its own time",
+            "warning: nobody keeps this machine's clock right, says its kernel, and a server takes knocks of its own time only: \
+             see timedatectl",
         );
     }
     if sent.has_future_counter {

@@ -74,6 +74,8 @@ fn exists(name: &Name, config: &Path) -> Failure {
         Some(device) => format!("give another device of theirs a name of its own, such as {device}; else {remove}"),
         None => format!("choose another name, or {remove}"),
     };
+    // The command that failed has most likely emptied the file that held the profile.
+    let hint = format!("{hint}. `knockq user show {name} --profile` prints the profile again");
     Failure::new(format!("user {name}: exists already")).hint(hint).code(CONFIGURATION)
 }
 
