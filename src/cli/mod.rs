@@ -34,7 +34,13 @@ const CONFIG: &str = "/etc/knockq/knockq.toml";
     name = "knockq",
     version,
     about = "Hides network services: one SYN that looks like any other opens a closed port, for its sender, for a while",
-    after_help = "Examples:\n  knockq init --protect tcp/22   # on a server\n  knockq keygen                  # on a client\n\n\
+    after_help = "Example, from nothing to an open door:\n  \
+                  client$ knockq keygen\n  \
+                  server# knockq init --protect tcp/22\n  \
+                  server# knockq user add alice --key 'iMvpU…=' > alice.profile\n  \
+                  server# knockq serve\n  \
+                  client$ knockq host add home alice.profile\n  \
+                  client$ knockq send home --wait\n\n\
                   Exit codes: 0 done, 1 failed, 64 usage, 77 permission, 78 configuration.",
     disable_help_subcommand = true
 )]

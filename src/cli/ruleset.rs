@@ -13,7 +13,7 @@ use crate::nft;
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  knockq ruleset --output /etc/knockq/knockq.nft\n  knockq ruleset --load   # what the boot does\n\n\
-                        `serve` keeps knockq.nft, beside the configuration, what it loaded last."
+                        `serve` keeps what it loaded last in knockq.nft, beside the configuration."
 )]
 pub(super) struct PrintRuleset {
     #[command(flatten)]
