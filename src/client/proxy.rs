@@ -27,8 +27,8 @@ use crate::service::Name;
 /// Connections at once. Each takes two of the 1024 descriptors that a process commonly may have, and a few while it begins.
 const CONNECTIONS: usize = 256;
 
-/// Time within which a client must have said where it wants to go.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Time within which a client must have said where it wants to go. It is on this machine, and has a place meanwhile.
+const HANDSHAKE: Duration = Duration::from_secs(3);
 
 /// Time within which a connection through a door must stand, all knocks included.
 const KNOCKED: Duration = Duration::from_secs(10);
