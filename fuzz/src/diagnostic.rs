@@ -3,8 +3,12 @@
 use std::path::Path;
 
 /// Checks `PATH:LINE:COLUMN: MESSAGE`, the line, and a caret under the column: the place is in the text, the caret stands
-/// under the very character, and nothing in it could move a terminal's cursor.
+/// under the very character, and nothing in it could move a terminal's cursor. Of a text with a private key no line is shown.
 pub fn check(path: &Path, text: &str, diagnostic: &str) {
+    if text.contains("client_private_key") {
+        assert!(!diagnostic.contains('\n'), "{diagnostic:?}");
+        return;
+    }
     let lines: Vec<&str> = diagnostic.split('\n').collect();
     let [head, shown, caret] = lines[..] else { panic!("not three lines: {diagnostic:?}") };
     assert!(!diagnostic.contains(|c: char| c.is_control() && c != '\n'), "{diagnostic:?}");
