@@ -24,6 +24,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Time that something may take that does happen: an emulated machine is slow.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -291,6 +292,8 @@ impl Lab {
     pub fn network() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        // This process plays the services of all labs, and some serve hundreds of connections.
+        setrlimit(Resource::Nofile, Rlimit { current: Some(8192), maximum: Some(8192) }).unwrap();
         let [alice, mallory, server] = ["alice", "mallory", "server"].map(|role| Host::new(number, role));
         for (place, client) in [(1, &alice), (2, &mallory)] {
             server.uplink(&format!("eth{place}"), client, &format!("10.77.{place}"), &format!("fd77:{place}:"));
