@@ -80,7 +80,7 @@ fn report(aim: &Aim, sent: &Sent) {
     note(&format!("Knocked at {host} ({server}) for {service}; {binding}"));
     if sent.is_clock_unsynchronized {
         note(
-            "warning: nobody keeps this machine's clock right, says its kernel, and a server takes knocks of its own time only: \
+            "warning: this machine's clock is not synchronised, says its kernel, and a server takes knocks of its own time only: \
              see timedatectl",
         );
     }

@@ -15,7 +15,7 @@ fn all(aim: &Aim, sent: &Sent) -> Vec<(bool, String)> {
     let window = aim.profile.window;
     let is_unsynchronized = sent.is_clock_unsynchronized;
     let clock =
-        if is_unsynchronized { "nobody keeps this machine's clock right, says its kernel" } else { "the clocks" };
+        if is_unsynchronized { "this machine's clock is not synchronised, says its kernel" } else { "the clocks" };
     let knock_ports = &aim.profile.knock_ports;
     vec![
         (is_unsynchronized, format!("{clock}: both must agree to within {window} (timedatectl)")),
