@@ -12,6 +12,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -23,7 +24,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, bind, connect, shutdown, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Time that something may take that does happen: an emulated machine is slow.
@@ -83,13 +84,15 @@ pub fn has_ipv6() -> bool {
 /// A host: a network namespace that goes away with it.
 pub struct Host {
     pub name: String,
+    /// Of its services.
+    listeners: Mutex<Vec<TcpListener>>,
 }
 
 impl Host {
     pub fn new(lab: u32, role: &str) -> Self {
         let name = format!("kq{}-{lab}-{role}", std::process::id());
         run(Command::new("ip").args(["netns", "add", &name]));
-        let host = Self { name };
+        let host = Self { name, listeners: Mutex::default() };
         if has_ipv6() {
             // Else an address is none for two seconds, until it is known to be unique.
             host.sysctl("net/ipv6/conf/default/accept_dad", "0");
@@ -175,14 +178,14 @@ impl Host {
         }
     }
 
-    /// Serves a banner, then echoes, on every address of this host until the process ends.
+    /// Serves a banner, then echoes, on every address of this host.
     pub fn serve(&self, port: u16) {
         let any = if has_ipv6() { "::" } else { "0.0.0.0" };
         let listener = self.enter(|| TcpListener::bind((any, port)).unwrap());
+        self.listeners.lock().unwrap().push(listener.try_clone().unwrap());
         thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
+            while let Ok((mut stream, _)) = listener.accept() {
                 thread::spawn(move || {
-                    let mut stream = stream;
                     let _ = stream.write_all(format!("welcome to {port}\n").as_bytes());
                     let mut buffer = [0; 64];
                     while let Ok(length @ 1..) = stream.read(&mut buffer) {
@@ -236,7 +239,11 @@ impl Host {
 }
 
 impl Drop for Host {
+    /// A socket that is left would keep the namespace, with all that the kernel has in it.
     fn drop(&mut self) {
+        for listener in self.listeners.lock().unwrap().iter() {
+            let _ = shutdown(listener, Shutdown::Both);
+        }
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
 }
