@@ -244,7 +244,7 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
     for (field, value) in [("CapBnd", "00000000000031e0"), ("NoNewPrivs", "1"), ("Seccomp", "2")] {
         assert!(status.contains(&format!("{field}:\t{value}\n")), "{field}: {status}");
     }
-    let accounts = machine.says("ps -o user,args | grep '[k]nockq: '");
+    let accounts = machine.says("ps -eo user:32,args | grep '[k]nockq: '");
     assert!(accounts.lines().all(|line| line.starts_with("knockq")), "not as nobody: {accounts}");
     let within = format!("nsenter -t {keeper} -m ");
     for path in ["/etc/knockq", "/var/lib/knockq", "/run/knockq"] {
