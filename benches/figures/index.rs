@@ -83,6 +83,7 @@ fn verifier(users: usize, window: u64) -> Verifier {
             services: vec![0],
             source: SourcePolicy::Any,
             from: Vec::new(),
+            open_for: None,
             expires: None,
         }
     };
@@ -96,6 +97,7 @@ fn verifier(users: usize, window: u64) -> Verifier {
             ports: vec![ssh],
             open_for: 30,
             once: false,
+            kill: false,
         }],
         users: (0..users).map(user).collect(),
     };
