@@ -148,7 +148,7 @@ fn a_configuration_that_is_wrong_is_shown_with_its_place() {
         ("[server]", "[server]\ntrusted = [\"10.0.0.0/33\"]", &["knockq.toml:4:"]),
         ("[server]", "[server\n", &["knockq.toml:3:"]),
         ("[services.ssh]", "[services.\"a b\"]", &["`a b` is not a name"]),
-        ("open_for = \"30s\"", "on_close = \"kill\"", &["on_close is not built yet"]),
+        ("open_for = \"30s\"", "on_close = \"stop\"", &["unknown variant `stop`", "`keep` or `kill`"]),
         ("open_for = \"30s\"", "\n[services.two]\nports = [\"tcp/22\"]", &["have the same selector 22", "Hint: "]),
     ];
     for (from, to, said) in cases {
@@ -165,8 +165,16 @@ fn a_user_that_is_wrong_is_shown_with_its_place() {
     let cases: &[(&str, &str, &[&str])] = &[
         ("[\"ssh\"]", "[\"mail\"]", &["alice.toml:2:15: there is no service `mail`", "Hint: services are: ssh"]),
         ("services", "servces", &["alice.toml:2:1: unknown field `servces`"]),
-        ("services", "expires = 2030-01-01\nservices", &["alice.toml:2:11: expires is not built yet"]),
-        ("services", "add_to = [\"inet filter a\"]\nservices", &["add_to is not built yet"]),
+        ("services", "expires = 18:00:00\nservices", &["alice.toml:2:11: `18:00:00` is no date: write 2027-01-31"]),
+        ("services", "expires = 5\nservices", &["alice.toml:2:11: ", "write 2027-01-31"]),
+        ("services", "open_for = \"0s\"\nservices", &["alice.toml:2:12: open_for must be from 1s to 365d, not 0s"]),
+        (
+            "services",
+            "add_to = [\"filter a\"]\nservices",
+            &["alice.toml:2:", "`filter a` is no set", "`inet filter alice`"],
+        ),
+        ("services", "add_to = [\"inet knockq a\"]\nservices", &["table inet knockq is knockq's own"]),
+        ("services", "psk_file = \"alice.psk\"\nservices", &["users.d/alice.psk: No such file"]),
         ("services", "source = \"some\"\nservices", &["alice.toml:2:10: unknown variant `some`"]),
         ("services", "from = [\"10.0.0\"]\nservices", &["alice.toml:2:", "`10.0.0` is no network"]),
     ];
@@ -384,19 +392,30 @@ fn users_are_listed_and_shown_and_their_profiles_printed_again() {
     let world = World::new();
     let own = world.run(&["keygen", "--show"]).succeeds();
     let networks = ["--from", "10.0.0.0/8", "--from", "2001:db8::7", "--source", "bound"];
-    let printed = world.user_add("bob", OTHER_KEY, &networks).succeeds();
+    let limits =
+        ["--open-for", "15s", "--expires", "2027-01-31", "--add-to", "inet filter bob", "--add-to", "ip nat bob"];
+    let printed = world.user_add("bob", OTHER_KEY, &[&networks[..], &limits].concat()).succeeds();
+    assert!(printed.contains("open_for = \"15s\""), "for how long the client's door is open: {printed}");
     let listed = world.user(&["list"]).succeeds();
     let lines: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(
         lines,
         [
-            vec!["NAME", "SERVICES", "SOURCE", "FROM", "KEY"],
-            vec!["alice", "ssh", "any", "-", own.trim_end()],
-            vec!["bob", "ssh", "bound", "10.0.0.0/8,2001:db8::7/128", OTHER_KEY],
+            vec!["NAME", "SERVICES", "SOURCE", "FROM", "EXPIRES", "KEY"],
+            vec!["alice", "ssh", "any", "-", "-", own.trim_end()],
+            vec!["bob", "ssh", "bound", "10.0.0.0/8,2001:db8::7/128", "2027-01-31T00:00:00Z", OTHER_KEY],
         ]
     );
     let shown = world.user(&["show", "bob"]).succeeds();
-    for text in [OTHER_KEY, "ssh", "bound", "10.0.0.0/8,2001:db8::7/128", &world.text("etc/users.d/bob.toml")] {
+    for text in [
+        OTHER_KEY,
+        "ssh",
+        "bound",
+        "10.0.0.0/8,2001:db8::7/128",
+        "15s",
+        "inet filter bob,ip nat bob",
+        &world.text("etc/users.d/bob.toml"),
+    ] {
         assert!(shown.contains(text), "`{text}` is not in:\n{shown}");
     }
     assert_eq!(world.user(&["show", "bob", "--profile"]).succeeds(), printed, "what `user add` printed");
@@ -409,6 +428,9 @@ fn users_are_listed_and_shown_and_their_profiles_printed_again() {
     assert_eq!(listed[1]["services"], serde_json::json!(["ssh"]));
     assert_eq!(listed[1]["source"], "bound");
     assert_eq!(listed[1]["from"], serde_json::json!(["10.0.0.0/8", "2001:db8::7/128"]));
+    assert_eq!(listed[1]["open_for"], "15s");
+    assert_eq!(listed[1]["expires"], "2027-01-31T00:00:00Z");
+    assert_eq!(listed[1]["add_to"], serde_json::json!(["inet filter bob", "ip nat bob"]));
 
     world.user(&["show", "carol"]).fails(78, &["user carol: there is no ", "users.d/carol.toml", "Hint: "]);
     world.edit("etc/users.d/bob.toml", "[\"ssh\"]", "[]");

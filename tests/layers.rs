@@ -17,11 +17,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "serve/monitor.rs",
         &[
+            "service",
             "queue",
             "nft",
             "super::book",
             "super::calls",
             "super::channel",
+            "super::clock",
             "super::control",
             "super::frames",
             "super::handover",

@@ -348,6 +348,7 @@ fn user(place: usize, services: Vec<usize>) -> (User, KnockKey) {
         services,
         source: SourcePolicy::Any,
         from: Vec::new(),
+        open_for: None,
         expires: None,
     };
     (entry, KnockKey::new(&derive(Side::Client, &own, server.public())))

@@ -351,7 +351,7 @@ _knockq() {
             return 0
             ;;
         knockq__subcmd__revoke)
-            opts="-h --user --all --config --help"
+            opts="-h --user --all --kill --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -453,13 +453,17 @@ _knockq() {
             return 0
             ;;
         knockq__subcmd__user__subcmd__add)
-            opts="-h --key --allow --from --source --config --help"
+            opts="-h --key --psk-file --allow --from --source --open-for --expires --add-to --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --key)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --psk-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -473,6 +477,18 @@ _knockq() {
                     ;;
                 --source)
                     COMPREPLY=($(compgen -W "any bound" -- "${cur}"))
+                    return 0
+                    ;;
+                --open-for)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --expires)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --add-to)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --config)
@@ -487,7 +503,7 @@ _knockq() {
             return 0
             ;;
         knockq__subcmd__user__subcmd__invite)
-            opts="-h --qr --allow --from --source --config --help"
+            opts="-h --qr --allow --from --source --open-for --expires --add-to --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -503,6 +519,18 @@ _knockq() {
                     ;;
                 --source)
                     COMPREPLY=($(compgen -W "any bound" -- "${cur}"))
+                    return 0
+                    ;;
+                --open-for)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --expires)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --add-to)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --config)

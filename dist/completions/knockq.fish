@@ -65,6 +65,7 @@ complete -c knockq -n "__fish_knockq_using_subcommand grants" -s h -l help -d 'P
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l user -d 'The user whose doors are shut; what others hold open stays open' -r
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l all -d 'Shut every door'
+complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l kill -d 'End their established connections too'
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "add" -d 'Let a client\'s key open services, and print the profile that its user imports'
@@ -74,16 +75,23 @@ complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "remove" -d 'Take a user away'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "rename" -d 'Give a user another name'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l key -d 'The public key that `knockq keygen` printed on the user\'s machine' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l psk-file -d 'A file with a pre-shared key, which the user needs too; it stays where it is (mode 0600)' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l allow -d 'A service that the user may open; may be left out if there is one' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l from -d 'Networks that the user\'s knocks may come from' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l source -d 'Take only knocks that are bound to the address they come from' -r -f -a "any\t'Bound to the sender\'s address, or unbound'
 bound\t'Bound to the sender\'s address'"
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l open-for -d 'A knock opens for so long at most, if the service allows more: 90s, 15m, 2h, 1d' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l expires -d 'From then on the user opens nothing: 2027-01-31, or 2027-01-31T18:00:00Z' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l add-to -d 'A set of yours that the user\'s address is added to while a door is open: \'inet filter alice\'' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l allow -d 'A service that the user may open; may be left out if there is one' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l from -d 'Networks that the user\'s knocks may come from' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l source -d 'Take only knocks that are bound to the address they come from' -r -f -a "any\t'Bound to the sender\'s address, or unbound'
 bound\t'Bound to the sender\'s address'"
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l open-for -d 'A knock opens for so long at most, if the service allows more: 90s, 15m, 2h, 1d' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l expires -d 'From then on the user opens nothing: 2027-01-31, or 2027-01-31T18:00:00Z' -r
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l add-to -d 'A set of yours that the user\'s address is added to while a door is open: \'inet filter alice\'' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -l qr -d 'Show the profile as a QR code, for a terminal that is large enough'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from invite" -s h -l help -d 'Print help (see more with \'--help\')'

@@ -101,10 +101,11 @@ fn client_page(knockq: &Command, docs: &Docs) -> Result<String, String> {
 }
 
 /// The sections of docs/configuration.md that whoever looks after a server may need when there is no network to read it over.
-const OPERATION: [&str; 6] = [
+const OPERATION: [&str; 7] = [
     "Before you shut the door",
     "Locked out",
     "When the daemon stops by itself",
+    "Ending connections",
     "The table and your nftables.conf",
     "The counter store",
     "Installed",

@@ -10,9 +10,9 @@ use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use knockq::nft::{Door, OpenDoor, Ruleset};
 use knockq::packet::{Flow, Syn};
 use knockq::serve::configuration::{Fixed, Plan};
-use knockq::serve::control::{Reply, Request, Selection};
+use knockq::serve::control::{Reply, Request, Revocation, Selection};
 use knockq::serve::frames::Frame;
-use knockq::serve::policy::{Opening, Policy};
+use knockq::serve::policy::{Allowance, Opening, Policy};
 use knockq::serve::sandbox::Identity;
 use knockq::serve::settings::Settings;
 use knockq::service::{Answer, Name, Port};
@@ -131,6 +131,7 @@ fn frames() {
         source: source.parse().unwrap(),
         port: port.parse().unwrap(),
         once,
+        bound: false,
         seconds,
         user: name(user),
         service: name(service),
@@ -162,7 +163,7 @@ fn control() {
     let request = |request: &Request| [&[1], postcard::to_stdvec(request).unwrap().as_slice()].concat();
     write("control", "reload", request(&Request::Reload));
     write("control", "confirm", request(&Request::Confirm));
-    let revoke = |selection| request(&Request::Revoke(selection));
+    let revoke = |selection| request(&Request::Revoke(Revocation { selection, kill: false }));
     write("control", "revoke-all", revoke(Selection::All));
     write("control", "revoke-user", revoke(Selection::User("alice".parse().unwrap())));
     write("control", "revoke-v4", revoke(Selection::Source("192.0.2.0/24".parse().unwrap())));
@@ -183,11 +184,21 @@ fn handed_over() {
         owns_table: true,
         answer: Answer::Reset,
         grants_per_minute: 600,
-        services: HashMap::from([(ssh.clone(), Opening { ports: vec![port], once: false, seconds: 30 })]),
-        users: HashMap::from([("alice".parse().unwrap(), vec![ssh.clone()])]),
+        services: HashMap::from([(ssh.clone(), Opening { ports: vec![port], once: false, seconds: 30, kill: false })]),
+        users: HashMap::from([(
+            "alice".parse().unwrap(),
+            Allowance {
+                services: vec![ssh.clone()],
+                from: vec!["192.0.2.0/24".parse().unwrap()],
+                add_to: vec!["inet filter alice".parse().unwrap()],
+                ..Allowance::default()
+            },
+        )]),
+        log_closings: false,
     };
     seed("policy", 0, postcard::to_stdvec(&policy).unwrap());
-    seed("selection", 1, postcard::to_stdvec(&Selection::Source("192.0.2.0/24".parse().unwrap())).unwrap());
+    let selection = Selection::Source("192.0.2.0/24".parse().unwrap());
+    seed("selection", 1, postcard::to_stdvec(&Revocation { selection, kill: true }).unwrap());
     let door = Door { source, port, once: false };
     let open = OpenDoor { door, comment: "alice ssh".to_owned(), left: Some(Duration::from_secs(9)) };
     seed("doors", 2, postcard::to_stdvec(&vec![open]).unwrap());
@@ -222,12 +233,13 @@ fn handed_over() {
         services: vec![0],
         source: SourcePolicy::Bound,
         from: vec!["192.0.2.0/24".parse().unwrap()],
-        expires: None,
+        open_for: None,
+            expires: None,
     };
     let registry = Registry {
         window: 60,
         knock_ports: KnockPorts::new([20_000..=21_023]).unwrap(),
-        services: vec![Service { name: ssh, selector: 22, ports: vec![port], open_for: 30, once: false }],
+        services: vec![Service { name: ssh, selector: 22, ports: vec![port], open_for: 30, once: false, kill: false }],
         users: vec![user],
     };
     let settings = Settings { identity, server: *server.public(), store_path: "store".to_owned(), registry };

@@ -358,11 +358,12 @@ fn keys() -> (Registry, Vec<KnockKey>) {
         services: vec![0, 1],
         source: if place == 2 { SourcePolicy::Bound } else { SourcePolicy::Any },
         from: if place == 1 { vec!["203.0.113.0/24".parse().unwrap()] } else { Vec::new() },
-        expires: None,
+        open_for: None,
+            expires: None,
     };
     let service = |name: &str, ports: &[&str], once| {
         let ports: Vec<Port> = ports.iter().map(|port| port.parse().unwrap()).collect();
-        Service { name: name.parse().unwrap(), selector: ports[0].number, ports, open_for: 30, once }
+        Service { name: name.parse().unwrap(), selector: ports[0].number, ports, open_for: 30, once, kill: false }
     };
     let registry = Registry {
         window: WINDOW,

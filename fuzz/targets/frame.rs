@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use knockq::serve::frames::{FRAME_LEN, Frame, FrameError};
-use knockq::serve::policy::{Opening, Policy};
+use knockq::serve::policy::{Allowance, Opening, Policy};
 use knockq::serve::sandbox::Identity;
 use knockq::service::{Answer, Name, Port};
 use libfuzzer_sys::fuzz_target;
@@ -21,20 +21,29 @@ const DOORS: [(&str, &str, &str, bool, u32); 5] = [
 
 static POLICY: LazyLock<Policy> = LazyLock::new(|| {
     let mut services: HashMap<Name, Opening> = HashMap::new();
-    let mut users: HashMap<Name, Vec<Name>> = HashMap::new();
+    let mut users: HashMap<Name, Allowance> = HashMap::new();
     for (user, service, port, once, seconds) in DOORS {
         let (user, service, port) = (user.parse().unwrap(), service.parse::<Name>().unwrap(), port.parse().unwrap());
-        let opening = services.entry(service.clone()).or_insert_with(|| Opening { ports: Vec::new(), once, seconds });
+        let opening = services.entry(service.clone()).or_insert_with(|| Opening { ports: Vec::new(), once, seconds, kill: false });
         if !opening.ports.contains(&port) {
             opening.ports.push(port);
         }
-        let may: &mut Vec<Name> = users.entry(user).or_default();
+        let may = &mut users.entry(user).or_default().services;
         if !may.contains(&service) {
             may.push(service);
         }
     }
     let identity = Identity { uid: 1, gid: 1 };
-    Policy { identity, queue: 1, owns_table: true, answer: Answer::Drop, grants_per_minute: 600, services, users }
+    Policy {
+        identity,
+        queue: 1,
+        owns_table: true,
+        answer: Answer::Drop,
+        grants_per_minute: 600,
+        services,
+        users,
+        log_closings: false,
+    }
 });
 
 fuzz_target!(|bytes: &[u8]| {

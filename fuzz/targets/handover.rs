@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 
 use knockq::nft::OpenDoor;
 use knockq::serve::configuration::Plan;
-use knockq::serve::control::Selection;
+use knockq::serve::control::Revocation;
 use knockq::serve::handover::{seal, unseal};
 use knockq::serve::policy::Policy;
 use knockq::serve::settings::Settings;
@@ -18,7 +18,7 @@ fuzz_target!(|bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else { return };
     match kind % 5 {
         0 => check_value::<Policy>(bytes),
-        1 => check_value::<Selection>(bytes),
+        1 => check_value::<Revocation>(bytes),
         2 => check_value::<Vec<OpenDoor>>(bytes),
         // These two hold keys or cannot be compared, but write every list in order.
         3 => check_bytes::<Plan>(bytes),

@@ -1,14 +1,18 @@
 //! `knockq check`
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::path::PathBuf;
 
 use clap::Args;
 
-use super::failure::Failure;
+use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
+use crate::nft::{Doors, ElementError, SetError, SetName};
 use crate::serve::configuration::accounts;
 use crate::serve::ending::ServeError;
 use crate::serve::store::{Store, StoreError};
@@ -32,6 +36,7 @@ impl Check {
         }
         check_store(&config)?;
         warn_of_ephemeral_ports(&config);
+        check_sets(&config)?;
         let (services, users) = (config.services.len(), config.users.len());
         let knock_ports = config.knock_ports.iter().count();
         print(&format!(
@@ -58,6 +63,30 @@ fn check_store(config: &ServerConfig) -> Result<(), Failure> {
         Ok(None) | Err(StoreError::InUse) => Ok(()),
         Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }
+}
+
+/// The administrator's sets that users are added to. Only who may change the packet filter can look at them.
+fn check_sets(config: &ServerConfig) -> Result<(), Failure> {
+    let named = config.users.iter().flat_map(|user| user.add_to.iter().map(move |set| (set, &user.path)));
+    let named: BTreeMap<&SetName, &PathBuf> = named.collect();
+    if named.is_empty() {
+        return Ok(());
+    }
+    let mut doors = Doors::new()?;
+    for (set, entry) in named {
+        match doors.check_set(set) {
+            Ok(()) => {}
+            Err(SetError::Kernel(_, ElementError::Refused(error))) if error.kind() == ErrorKind::PermissionDenied => {
+                note(&format!("warning: only root can see whether set {set} is there"));
+            }
+            Err(error) => {
+                return Err(Failure::new(format!("{}: add_to: {error}", entry.display()))
+                    .hint(format!("nft add set {set} '{{ type ipv4_addr; flags timeout; }}', or ipv6_addr"))
+                    .code(CONFIGURATION));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A connection of this host's own may take a knock port in that range as its source.

@@ -11,6 +11,7 @@ use crate::client::socks::LoginError;
 use crate::client::specimen::SpecimenError;
 use crate::client::{AimError, ConnectError, HomeError, ProfileError, SendError};
 use crate::config::{ConfigError, Diagnostic, FileError};
+use crate::crypto::KeyError;
 use crate::nft::{ElementError, NftError, TableError};
 use crate::packet::PersonaError;
 use crate::queue::QueueError;
@@ -257,6 +258,12 @@ impl From<HomeError> for Failure {
             HomeError::NoHome => failure.hint("set HOME, or XDG_CONFIG_HOME and XDG_STATE_HOME"),
             HomeError::File(error) => error.into(),
             HomeError::NoKey { .. } => failure.hint("make one with `knockq keygen`"),
+            HomeError::NoPresharedKey { .. } => {
+                failure.hint("put there what the administrator has given you besides the profile, mode 0600")
+            }
+            HomeError::Key { cause: KeyError::ZeroPresharedKey, .. } => {
+                failure.hint("have the administrator make another")
+            }
             HomeError::Key { .. } => failure.hint("restore it, or move it away and make another with `knockq keygen`"),
         }
     }

@@ -11,8 +11,8 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{Network, ServerConfig};
-use crate::nft::{self, Doors, OpenDoor};
-use crate::serve::control::{self, ControlError, Reply, Request, Selection};
+use crate::nft::{self, Door, Doors, ElementError, Flows, OpenDoor};
+use crate::serve::control::{self, ControlError, Reply, Request, Revocation, Selection};
 use crate::serve::start;
 use crate::service::{Name, Port};
 
@@ -34,6 +34,7 @@ struct Shown<'a> {
     /// `None` if somebody opened it by hand.
     user: Option<&'a str>,
     service: Option<&'a str>,
+    bound: bool,
     once: bool,
     /// `None` if it stays open for ever, which only a hand can have done.
     seconds_left: Option<u64>,
@@ -59,9 +60,16 @@ impl Grants {
 
 impl<'a> Shown<'a> {
     fn of(open: &'a OpenDoor) -> Self {
-        let (user, service) = open.comment.split_once(' ').unzip();
-        let (source, port, once) = (open.door.source, open.door.port, open.door.once);
-        Self { source, port, user, service, once, seconds_left: open.left.map(|left| left.as_secs()) }
+        let opener = open.opener();
+        Self {
+            source: open.door.source,
+            port: open.door.port,
+            user: opener.map(|(user, ..)| user),
+            service: opener.map(|(_, service, _)| service),
+            bound: opener.is_some_and(|(.., bound)| bound),
+            once: open.door.once,
+            seconds_left: open.left.map(|left| left.as_secs()),
+        }
     }
 
     /// Its cells; somebody's own element has neither user nor service.
@@ -87,12 +95,17 @@ fn time_left(seconds: u64) -> String {
 
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  knockq revoke 203.0.113.9\n  knockq revoke --user alice\n  knockq revoke --all\n\n\
-                        Established connections live on."
+    after_help = "Examples:\n  knockq revoke 203.0.113.9\n  knockq revoke --user alice\n  knockq revoke --all\n  \
+                        knockq revoke 203.0.113.9 --kill\n\n\
+                        Established connections live on, unless --kill ends them: those of the user or the address, also if their \
+                        doors have shut long ago. Of a user, the daemon knows the addresses since its start."
 )]
 pub(super) struct Revoke {
     #[command(flatten)]
     selection: SelectionArgs,
+    /// End their established connections too
+    #[arg(long)]
+    kill: bool,
     #[command(flatten)]
     config: ConfigArg,
 }
@@ -129,17 +142,37 @@ impl Revoke {
                 .code(CONFIGURATION));
         }
         let (runtime, queue) = runtime(&self.config.config);
-        match ask(&runtime, &Request::Revoke(selection)) {
+        let revocation = Revocation { selection, kill: self.kill };
+        match ask(&runtime, &Request::Revoke(revocation.clone())) {
             // A daemon that is not there holds no book, and no table.
             Err(Refusal::Control(ControlError::NotRunning { .. })) => {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
                 meant.iter().try_for_each(|open| doors.close(&open.door))?;
+                if revocation.kill {
+                    end_connections(&mut doors, &revocation.selection, &meant, &self.config.config)?;
+                }
             }
             asked => asked?,
         }
         report(&meant, &nft::open_doors()?)
     }
+}
+
+/// What the daemon would do, but for what only it remembers.
+fn end_connections(doors: &mut Doors, selection: &Selection, meant: &[OpenDoor], config: &Path) -> Result<(), Failure> {
+    let config = ServerConfig::load(config)?;
+    let guarded = |port: &Port| config.services.iter().any(|service| service.ports.contains(port));
+    let is_meant = |door: &Door| {
+        let was_open = meant.iter().any(|open| (open.door.source, open.door.port) == (door.source, door.port));
+        was_open || (selection.is_source(door.source) && guarded(&door.port))
+    };
+    let mut flows = Flows::new().map_err(ElementError::from)?;
+    for flow in flows.find(is_meant)? {
+        doors.keep_ended(&flow.door)?;
+        flows.forget(flow)?;
+    }
+    Ok(())
 }
 
 fn covers(selection: &Selection, open: &OpenDoor) -> bool {

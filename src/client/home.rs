@@ -1,13 +1,13 @@
 //! Where a user's key, profiles and counters are.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 use crate::config::FileError;
 use crate::config::secure_file::{self, Privacy};
-use crate::crypto::{KeyError, PrivateKey};
+use crate::crypto::{KeyError, PresharedKey, PrivateKey};
 use crate::service::Name;
 
 /// Why the user's own files cannot be used.
@@ -25,7 +25,13 @@ pub enum HomeError {
         /// Where it would be.
         path: PathBuf,
     },
-    /// The key file holds no key.
+    /// The profile names a pre-shared key that is not there.
+    #[error("{}: the pre-shared key is missing", path.display())]
+    NoPresharedKey {
+        /// Where it would be.
+        path: PathBuf,
+    },
+    /// A key file holds no key.
     #[error("{}: {cause}", path.display())]
     Key {
         /// The file.
@@ -62,6 +68,18 @@ impl Home {
     /// The private key's file.
     pub fn key_path(&self) -> PathBuf {
         self.configuration.join("key")
+    }
+
+    /// The pre-shared key of a profile, if it names one.
+    ///
+    /// # Errors
+    /// When its file is not there, or is not one that nobody else can read.
+    pub fn preshared(&self, file: Option<&Path>) -> Result<Option<PresharedKey>, HomeError> {
+        let Some(file) = file else { return Ok(None) };
+        let path = self.configuration.join(file);
+        let text = secure_file::read_if_there(&path, Privacy::Secret)?;
+        let text = text.ok_or_else(|| HomeError::NoPresharedKey { path: path.clone() })?;
+        text.parse().map(Some).map_err(|cause| HomeError::Key { path, cause })
     }
 
     /// The directory of the host profiles.

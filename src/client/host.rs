@@ -43,6 +43,9 @@ pub struct Profile {
     /// The address that the server sees this client come from, where it is fixed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<IpAddr>,
+    /// The file of the pre-shared key, named from where the own key is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub psk_file: Option<PathBuf>,
     /// What this user may open.
     pub services: BTreeMap<Name, ProfileService>,
 }
@@ -259,6 +262,7 @@ impl Profile {
             return Err(ProfileError::Exists(name.clone()));
         }
         self.check_server(home, name, same_server)?;
+        home.preshared(self.psk_file.as_deref())?;
         // First the key: without a profile it stands in no second try's way.
         if let Some(key) = brought {
             home.adopt_key(key)?;

@@ -191,7 +191,8 @@ impl Knock {
         let Aim { host, profile, details, .. } = aim;
         let own = home.key()?;
         let server_key = &profile.server_key.0;
-        let secrets = KnockSecrets::derive(Side::Client, &own, server_key, None)
+        let preshared = home.preshared(profile.psk_file.as_deref())?;
+        let secrets = KnockSecrets::derive(Side::Client, &own, server_key, preshared.as_ref())
             .map_err(|cause| SendError::Key { host: host.clone(), cause })?;
         let key = KnockKey::new(&secrets);
         let window = u64::from(profile.window.0);

@@ -30,6 +30,14 @@ pub enum ConfigError {
         /// Why not.
         cause: KeyError,
     },
+    /// The file of a user's pre-shared key holds none.
+    #[error("{}: {cause}", path.display())]
+    PresharedKey {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: KeyError,
+    },
     /// A user's key is none.
     #[error("{}: {cause}", path.display())]
     Key {
@@ -48,6 +56,9 @@ impl ConfigError {
             Self::File(error) | Self::ServerKeyFile(error) => error.hint(),
             Self::Content(diagnostic) => diagnostic.hint.clone(),
             Self::ServerKey { .. } => Some(SERVER_KEY.to_owned()),
+            Self::PresharedKey { .. } => {
+                Some("restore it; or make another, for the user too: head -c 32 /dev/urandom | base64".to_owned())
+            }
             Self::Key { .. } => Some("the user makes one with `knockq keygen` on their machine".to_owned()),
         }
     }

@@ -2,6 +2,7 @@
 
 pub mod diagnostic;
 pub mod duration;
+pub mod expiry;
 pub mod network;
 pub mod secure_file;
 pub mod server;
@@ -9,6 +10,7 @@ pub mod users;
 
 pub use diagnostic::{ConfigError, Diagnostic};
 pub use duration::Seconds;
+pub use expiry::Expiry;
 pub use network::Network;
 pub use secure_file::FileError;
 pub use server::ServerConfig;

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use toml::{Spanned, Value};
+use toml::Spanned;
 
 use super::secure_file::{self, Privacy};
 use super::users::{self, UserEntry};
-use super::{ConfigError, Diagnostic, Network, Seconds};
+use super::{ConfigError, Diagnostic, Expiry, Network, Seconds};
 use crate::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use crate::nft::Ruleset;
 use crate::service::{Answer, HostAddress, Name, Port, Transport};
@@ -30,7 +30,7 @@ pub const QUEUE: u16 = 4097;
 const WINDOWS: RangeInclusive<Seconds> = Seconds(5)..=Seconds(600);
 
 /// Seconds that a service may stay open for one knock: up to a year.
-const OPENINGS: RangeInclusive<Seconds> = Seconds(1)..=Seconds(365 * 86_400);
+pub(super) const OPENINGS: RangeInclusive<Seconds> = Seconds(1)..=Seconds(365 * 86_400);
 
 /// Doors that may be opened in a minute, unless `grants_per_minute` says otherwise: ten a second.
 const GRANTS: u32 = 600;
@@ -54,6 +54,8 @@ pub struct ServerConfig {
     pub queue: u16,
     /// Doors that may be opened in a minute at most, whoever asks.
     pub grants_per_minute: u32,
+    /// Doors that shut have a line in the log.
+    pub log_closings: bool,
     /// Account that the verifier runs as.
     pub account: String,
     /// Networks that are never gated.
@@ -90,6 +92,8 @@ struct Server {
     ruleset: RulesetMode,
     queue: Option<u16>,
     grants_per_minute: Option<Spanned<u32>>,
+    #[serde(default)]
+    log_closings: bool,
     user: Option<Name>,
     #[serde(default)]
     trusted: Vec<Network>,
@@ -118,7 +122,19 @@ struct ServiceTable {
     #[serde(default)]
     once: bool,
     selector: Option<u16>,
-    on_close: Option<Spanned<Value>>,
+    #[serde(default)]
+    on_close: OnClose,
+}
+
+/// What becomes of established connections when a door shuts.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum OnClose {
+    /// They live on.
+    #[default]
+    Keep,
+    /// They end.
+    Kill,
 }
 
 impl ServerConfig {
@@ -132,8 +148,9 @@ impl ServerConfig {
         let at = |span, message: String| Diagnostic::new(path, &text, span, message);
         let File { server, services } = file;
 
-        let window = within(server.window, Seconds(60), &WINDOWS, "window", &at)?;
-        let grants_per_minute = within(server.grants_per_minute, GRANTS, &GRANTS_PER_MINUTE, "grants_per_minute", &at)?;
+        let window = within_or(server.window, Seconds(60), &WINDOWS, "window", &at)?;
+        let grants_per_minute =
+            within_or(server.grants_per_minute, GRANTS, &GRANTS_PER_MINUTE, "grants_per_minute", &at)?;
         let services = services
             .into_iter()
             .map(|(name, table)| service(name, table, &at))
@@ -154,6 +171,7 @@ impl ServerConfig {
             ruleset_mode: server.ruleset,
             queue: server.queue.unwrap_or(QUEUE),
             grants_per_minute,
+            log_closings: server.log_closings,
             account: server.user.map_or_else(|| "knockq".to_owned(), String::from),
             trusted: server.trusted.into_iter().map(|network| network.0).collect(),
             addresses: server.address,
@@ -175,7 +193,8 @@ impl ServerConfig {
     /// When a key agrees on nothing, which loading has ruled out.
     pub fn registry(&self) -> Result<Registry, ConfigError> {
         let user = |entry: &UserEntry| {
-            let secrets = KnockSecrets::derive(Side::Server, &self.private_key, &entry.public_key, None)
+            let preshared = entry.preshared.as_ref().map(|(_, key)| key);
+            let secrets = KnockSecrets::derive(Side::Server, &self.private_key, &entry.public_key, preshared)
                 .map_err(|cause| ConfigError::Key { path: entry.path.clone(), cause })?;
             Ok(User {
                 name: entry.name.clone(),
@@ -184,7 +203,8 @@ impl ServerConfig {
                 services: entry.services.clone(),
                 source: entry.source,
                 from: entry.from.clone(),
-                expires: None,
+                open_for: entry.open_for.map(|cap| cap.0),
+                expires: entry.expires.map(Expiry::unix),
             })
         };
         Ok(Registry {
@@ -210,38 +230,43 @@ impl ServerConfig {
     }
 }
 
-type At<'a> = dyn Fn(Range<usize>, String) -> Diagnostic + 'a;
+/// Where in a file something is wrong, and what.
+pub(super) type At<'a> = dyn Fn(Range<usize>, String) -> Diagnostic + 'a;
 
-fn within<T: Copy + PartialOrd + Display>(
+fn within_or<T: Copy + PartialOrd + Display>(
     value: Option<Spanned<T>>,
     default: T,
     allowed: &RangeInclusive<T>,
     what: &str,
     at: &At<'_>,
 ) -> Result<T, Diagnostic> {
-    match value {
-        None => Ok(default),
-        Some(value) if allowed.contains(value.get_ref()) => Ok(value.into_inner()),
-        Some(value) => {
-            let (least, most) = (allowed.start(), allowed.end());
-            Err(at(value.span(), format!("{what} must be from {least} to {most}, not {}", value.get_ref())))
-        }
+    value.map_or(Ok(default), |value| within(value, allowed, what, at))
+}
+
+/// A value that is neither too small nor too large.
+pub(super) fn within<T: Copy + PartialOrd + Display>(
+    value: Spanned<T>,
+    allowed: &RangeInclusive<T>,
+    what: &str,
+    at: &At<'_>,
+) -> Result<T, Diagnostic> {
+    if allowed.contains(value.get_ref()) {
+        return Ok(value.into_inner());
     }
+    let (least, most) = (allowed.start(), allowed.end());
+    Err(at(value.span(), format!("{what} must be from {least} to {most}, not {}", value.get_ref())))
 }
 
 fn service(name: Name, table: Spanned<ServiceTable>, at: &At<'_>) -> Result<(Service, Range<usize>), Diagnostic> {
     let ServiceTable { ports, open_for, once, selector, on_close } = table.into_inner();
-    if let Some(on_close) = on_close {
-        return Err(at(on_close.span(), "on_close is not built yet".to_owned()).with_hint("leave it out"));
-    }
-    let open_for = within(open_for, Seconds(30), &OPENINGS, "open_for", at)?;
+    let open_for = within_or(open_for, Seconds(30), &OPENINGS, "open_for", at)?;
     let span = ports.span();
     let ports = ports.into_inner();
     let Some(first) = ports.first() else {
         return Err(at(span, format!("service {name} has no port")).with_hint("ports = [\"tcp/22\"]"));
     };
     let selector = selector.unwrap_or(first.number);
-    Ok((Service { name, selector, ports, open_for: open_for.0, once }, span))
+    Ok((Service { name, selector, ports, open_for: open_for.0, once, kill: on_close == OnClose::Kill }, span))
 }
 
 fn check_services(

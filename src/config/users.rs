@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::Deserialize;
-use toml::{Spanned, Value};
+use toml::Spanned;
 
 use super::secure_file::{self, Privacy};
-use super::{ConfigError, Diagnostic, FileError, Network};
-use crate::crypto::{KeyError, PublicKey};
+use super::server::{OPENINGS, within};
+use super::{ConfigError, Diagnostic, Expiry, FileError, Network, Seconds};
+use crate::crypto::{KeyError, PresharedKey, PublicKey};
+use crate::nft::SetName;
 use crate::service::{Name, NameError};
 use crate::verify::{Service, SourcePolicy};
 
@@ -27,6 +29,14 @@ pub struct UserEntry {
     pub source: SourcePolicy,
     /// Networks they may come from; none listed means any.
     pub from: Vec<IpNet>,
+    /// For how long a knock of theirs opens a service at most.
+    pub open_for: Option<Seconds>,
+    /// From when on they open nothing.
+    pub expires: Option<Expiry>,
+    /// What both sides hold besides their keys, with its file.
+    pub preshared: Option<(PathBuf, PresharedKey)>,
+    /// Sets of the administrator's own that have them as long as they are let in.
+    pub add_to: Vec<SetName>,
 }
 
 impl UserEntry {
@@ -45,10 +55,10 @@ struct File {
     source: Source,
     #[serde(default)]
     from: Vec<Network>,
-    add_to: Option<Spanned<Value>>,
-    expires: Option<Spanned<Value>>,
-    psk_file: Option<Spanned<Value>>,
-    open_for: Option<Spanned<Value>>,
+    add_to: Option<Spanned<Vec<SetName>>>,
+    expires: Option<Expiry>,
+    psk_file: Option<PathBuf>,
+    open_for: Option<Spanned<Seconds>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -58,6 +68,9 @@ enum Source {
     Any,
     Bound,
 }
+
+/// Sets that one user may be added to: each costs a question to the kernel at each knock.
+const MAX_SETS: usize = 16;
 
 /// Reads every user of a directory, in the order of their names.
 ///
@@ -82,15 +95,11 @@ fn load_one(
         .map_err(|error: NameError| at(0..0, error.to_string()).with_hint("rename the file: its name is the user's"))?;
     let file: File = toml::from_str(&text).map_err(|error| Diagnostic::of_toml(path, &text, &error))?;
 
-    let unbuilt = [
-        ("add_to", &file.add_to),
-        ("expires", &file.expires),
-        ("psk_file", &file.psk_file),
-        ("open_for", &file.open_for),
-    ];
-    if let Some((what, Some(value))) = unbuilt.into_iter().find(|(_, value)| value.is_some()) {
-        return Err(at(value.span(), format!("{what} is not built yet")).with_hint("leave it out").into());
+    let open_for = file.open_for.map(|cap| within(cap, &OPENINGS, "open_for", &at)).transpose()?;
+    if let Some(sets) = file.add_to.as_ref().filter(|sets| sets.get_ref().len() > MAX_SETS) {
+        return Err(at(sets.span(), format!("add_to lists more than {MAX_SETS} sets")).into());
     }
+    let preshared = file.psk_file.map(|file| preshared(path, &file)).transpose()?;
     let at_key = |message| at(file.public_key.span(), message);
     let public_key: PublicKey =
         file.public_key.get_ref().parse().map_err(|error: KeyError| at_key(error.to_string()))?;
@@ -114,7 +123,25 @@ fn load_one(
         Source::Any => SourcePolicy::Any,
         Source::Bound => SourcePolicy::Bound,
     };
-    Ok(UserEntry { name, path: path.to_owned(), public_key, services: places, source, from })
+    Ok(UserEntry {
+        name,
+        path: path.to_owned(),
+        public_key,
+        services: places,
+        source,
+        from,
+        open_for,
+        expires: file.expires,
+        preshared,
+        add_to: file.add_to.map(Spanned::into_inner).unwrap_or_default(),
+    })
+}
+
+/// A user's pre-shared key, from a file that is named from where the user's own is.
+fn preshared(entry: &Path, file: &Path) -> Result<(PathBuf, PresharedKey), ConfigError> {
+    let path = entry.with_file_name(file);
+    let key = secure_file::read(&path, Privacy::Secret)?.parse();
+    key.map(|key| (path.clone(), key)).map_err(|cause| ConfigError::PresharedKey { path, cause })
 }
 
 /// The `*.toml` files of a directory, sorted; none if there is no directory.

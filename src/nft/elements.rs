@@ -9,8 +9,8 @@ use netlink_packet_core::{
     NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
-    DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
-    TableAttribute, TableFlags, TableMessage,
+    DataAttribute, ListAttribute, NfTablesMessage, SetAttribute, SetElementAttribute, SetElementList,
+    SetElementMessage, SetMessage, TableAttribute, TableFlags, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{
@@ -22,7 +22,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::TABLE;
+use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER};
+use super::sets::{Layout, Member, SetError, SetName};
 use crate::service::{Port, Transport};
+
+/// The family of our table.
+const INET: NetfilterProtoFamily = NetfilterProtoFamily::Inet;
 
 /// Times that a transaction is tried again when another one is in its way.
 const RETRIES: usize = 20;
@@ -32,6 +37,13 @@ const COMMENT_MAX: usize = 253;
 
 /// The sets of doors, and whether theirs are for one connection.
 pub(super) const SETS: [(&str, bool); 4] = [("open4", false), ("open6", false), ("once4", true), ("once6", true)];
+
+/// The sets of those whose connections were ended: nothing that is none of a connection's goes to them from that port.
+pub(super) const ENDED: [&str; 2] = ["ended4", "ended6"];
+
+/// Seconds for which an ended connection is kept from beginning again with a packet of the server's: longer than any
+/// service waits for an answer.
+const ENDED_FOR: Duration = Duration::from_hours(24);
 
 /// One element: this source may connect to this port.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -54,16 +66,12 @@ impl Door {
         }
     }
 
-    /// The concatenation `addr . inet_proto . inet_service`: each part padded to four bytes.
+    const fn place(&self) -> Place<'static> {
+        Place { family: INET, table: TABLE, set: self.set() }
+    }
+
     fn key(&self) -> Vec<u8> {
-        let mut key = match self.source {
-            IpAddr::V4(address) => address.octets().to_vec(),
-            IpAddr::V6(address) => address.octets().to_vec(),
-        };
-        key.extend([self.port.transport.number(), 0, 0, 0]);
-        key.extend(self.port.number.to_be_bytes());
-        key.extend([0, 0]);
-        key
+        key(self.source, Some(self.port))
     }
 
     /// The door with this key.
@@ -76,6 +84,37 @@ impl Door {
         let number = u16::from_be_bytes([high, low]);
         Some(Self { source: v4().or_else(v6)?, port: Port { transport, number }, once }).filter(|_| number != 0)
     }
+}
+
+impl Member {
+    fn place(&self) -> Place<'_> {
+        Place { family: self.set.family(), table: &self.set.table, set: &self.set.set }
+    }
+
+    fn key(&self) -> Vec<u8> {
+        key(self.source, self.port)
+    }
+}
+
+/// An address, or the concatenation `addr . inet_proto . inet_service`: each part padded to four bytes.
+fn key(source: IpAddr, port: Option<Port>) -> Vec<u8> {
+    let mut key = match source {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    if let Some(Port { transport, number }) = port {
+        key.extend([transport.number(), 0, 0, 0]);
+        key.extend(number.to_be_bytes());
+        key.extend([0, 0]);
+    }
+    key
+}
+
+/// A set, wherever it is.
+struct Place<'a> {
+    family: NetfilterProtoFamily,
+    table: &'a str,
+    set: &'a str,
 }
 
 /// Why the kernel's sets could not be changed.
@@ -130,12 +169,7 @@ impl Doors {
     /// # Errors
     /// When the table or the set is gone, the set is full, or the capability is missing.
     pub fn open(&mut self, door: &Door, timeout: Duration, comment: &str) -> Result<(), ElementError> {
-        let added = || element(door, Some(timeout), comment);
-        self.transact(&[
-            (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
-            (NfTablesMessage::DeleteSetElement(element(door, None, "")), 0),
-            (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
-        ])
+        self.renew(&door.place(), &door.key(), timeout, comment)
     }
 
     /// Closes a door, whether it is open or not.
@@ -143,10 +177,88 @@ impl Doors {
     /// # Errors
     /// As [`Doors::open`].
     pub fn close(&mut self, door: &Door) -> Result<(), ElementError> {
-        self.transact(&[
-            (NfTablesMessage::NewSetElement(element(door, Some(Duration::from_secs(1)), "")), NLM_F_CREATE),
-            (NfTablesMessage::DeleteSetElement(element(door, None, "")), 0),
-        ])
+        self.delete(&door.place(), &door.key())
+    }
+
+    /// Adds a source to a set of the administrator's for so long from now on, or gives it that time.
+    ///
+    /// # Errors
+    /// As [`Doors::open`].
+    pub fn add_member(&mut self, member: &Member, timeout: Duration, comment: &str) -> Result<(), ElementError> {
+        self.renew(&member.place(), &member.key(), timeout, comment)
+    }
+
+    /// Takes a source out of a set of the administrator's, whether it is in it or not.
+    ///
+    /// # Errors
+    /// As [`Doors::open`].
+    pub fn delete_member(&mut self, member: &Member) -> Result<(), ElementError> {
+        self.delete(&member.place(), &member.key())
+    }
+
+    /// The element that a set of the administrator's has for a door; `None` where the set is for the other family. The kernel
+    /// is asked each time, for the set may be another one by now.
+    ///
+    /// # Errors
+    /// [`SetError`]: the set is not there, or cannot take a source.
+    pub fn member(&mut self, set: &SetName, door: &Door) -> Result<Option<Member>, SetError> {
+        self.layout(set).map(|layout| set.member(layout, door))
+    }
+
+    /// Whether a set of the administrator's can take sources.
+    ///
+    /// # Errors
+    /// [`SetError`]: the set is not there, or cannot take a source.
+    pub fn check_set(&mut self, set: &SetName) -> Result<(), SetError> {
+        self.layout(set).map(|_| ())
+    }
+
+    fn layout(&mut self, set: &SetName) -> Result<Layout, SetError> {
+        let fail = |error| SetError::Kernel(set.clone(), error);
+        let attributes = vec![SetAttribute::Table(set.table.clone()), SetAttribute::Name(set.set.clone())];
+        let mut request = Vec::new();
+        self.append(&mut request, set.family(), NfTablesMessage::GetSet(SetMessage { attributes }).into(), 0);
+        self.socket.send(&request, 0).map_err(|error| fail(error.into()))?;
+        let mut answer = Vec::with_capacity(8192);
+        self.socket.recv(&mut answer, 0).map_err(|error| fail(error.into()))?;
+        match read(&answer) {
+            Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => Err(SetError::Missing(set.clone())),
+            Some(Err(error)) => Err(fail(ElementError::Refused(error))),
+            _ => set.layout(answer.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default()),
+        }
+    }
+
+    /// Keeps connections that were ended from beginning again with a packet of the server's.
+    ///
+    /// # Errors
+    /// As [`Doors::open`].
+    pub fn keep_ended(&mut self, door: &Door) -> Result<(), ElementError> {
+        let [v4, v6] = ENDED;
+        let place = Place { set: if door.source.is_ipv4() { v4 } else { v6 }, ..door.place() };
+        self.renew(&place, &door.key(), ENDED_FOR, "")
+    }
+
+    fn renew(&mut self, place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> Result<(), ElementError> {
+        let added = || element(place, key, Some(timeout), comment);
+        self.transact(
+            place.family,
+            &[
+                (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
+                (NfTablesMessage::DeleteSetElement(element(place, key, None, "")), 0),
+                (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
+            ],
+        )
+    }
+
+    fn delete(&mut self, place: &Place<'_>, key: &[u8]) -> Result<(), ElementError> {
+        let second = Some(Duration::from_secs(1));
+        self.transact(
+            place.family,
+            &[
+                (NfTablesMessage::NewSetElement(element(place, key, second, "")), NLM_F_CREATE),
+                (NfTablesMessage::DeleteSetElement(element(place, key, None, "")), 0),
+            ],
+        )
     }
 
     /// Makes the table, owned by this socket and persistent: then it survives another's `flush ruleset` and the death of
@@ -155,12 +267,12 @@ impl Doors {
     /// # Errors
     /// Any but that the kernel or the table that is there does not allow it.
     pub fn own_table(&mut self) -> Result<Ownership, ElementError> {
-        match self.transact(&[(own(), NLM_F_CREATE | NLM_F_EXCL)]) {
+        match self.transact(INET, &[(own(), NLM_F_CREATE | NLM_F_EXCL)]) {
             Err(ElementError::Refused(error)) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(ElementError::Refused(error)) if is_unsupported(&error) => return Ok(Ownership::Unsupported),
             done => return done.map(|()| Ownership::Made),
         }
-        match self.transact(&[(own(), NLM_F_CREATE)]) {
+        match self.transact(INET, &[(own(), NLM_F_CREATE)]) {
             Err(ElementError::Refused(error)) if is_unsupported(&error) => Ok(Ownership::Unsupported),
             done => done.map(|()| Ownership::Adopted),
         }
@@ -172,38 +284,46 @@ impl Doors {
     /// When it is not there, or another's.
     pub fn delete_table(&mut self) -> Result<(), ElementError> {
         let attributes = vec![TableAttribute::Name(TABLE.to_owned())];
-        self.transact(&[(NfTablesMessage::DeleteTable(TableMessage { attributes }), 0)])
+        self.transact(INET, &[(NfTablesMessage::DeleteTable(TableMessage { attributes }), 0)])
     }
 
     /// Sends a batch as one transaction and reads the kernel's verdict, which is there when `send` returns.
-    fn transact(&mut self, messages: &[(NfTablesMessage, u16)]) -> Result<(), ElementError> {
+    fn transact(
+        &mut self,
+        family: NetfilterProtoFamily,
+        messages: &[(NfTablesMessage, u16)],
+    ) -> Result<(), ElementError> {
         for _ in 0..RETRIES {
-            match self.try_transact(messages) {
+            match self.try_transact(family, messages) {
                 Err(ElementError::Refused(error)) if is_transient(&error) => {}
                 done => return done,
             }
         }
-        self.try_transact(messages)
+        self.try_transact(family, messages)
     }
 
-    fn try_transact(&mut self, messages: &[(NfTablesMessage, u16)]) -> Result<(), ElementError> {
+    fn try_transact(
+        &mut self,
+        family: NetfilterProtoFamily,
+        messages: &[(NfTablesMessage, u16)],
+    ) -> Result<(), ElementError> {
         let mut batch = Vec::new();
         let last = messages.len().saturating_sub(1);
-        self.append(&mut batch, ControlMessage::BatchBegin.into(), 0);
+        self.append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin.into(), 0);
         for (place, (message, flags)) in messages.iter().enumerate() {
             let ack = if place == last { NLM_F_ACK } else { 0 };
-            self.append(&mut batch, message.clone().into(), flags | ack);
+            self.append(&mut batch, family, message.clone().into(), flags | ack);
         }
-        self.append(&mut batch, ControlMessage::BatchEnd.into(), 0);
+        self.append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd.into(), 0);
         self.socket.send(&batch, 0)?;
         self.verdict()
     }
 
-    fn append(&mut self, batch: &mut Vec<u8>, inner: NetfilterMessageInner, flags: u16) {
+    fn append(&mut self, batch: &mut Vec<u8>, family: NetfilterProtoFamily, inner: NetfilterMessageInner, flags: u16) {
         // A batch names its subsystem in the header of its first and last message.
-        let (family, subsystem) = match inner {
-            NetfilterMessageInner::None(_) => (NetfilterProtoFamily::Unspec, NetfilterSubsystem::NfTables.into()),
-            _ => (NetfilterProtoFamily::Inet, 0_u8),
+        let subsystem = match inner {
+            NetfilterMessageInner::None(_) => NetfilterSubsystem::NfTables.into(),
+            _ => 0_u8,
         };
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
@@ -255,8 +375,8 @@ fn own() -> NfTablesMessage {
     })
 }
 
-fn element(door: &Door, timeout: Option<Duration>, comment: &str) -> SetElementMessage {
-    let mut element = vec![SetElementAttribute::Key(DataAttribute::Value(door.key()))];
+fn element(place: &Place<'_>, key: &[u8], timeout: Option<Duration>, comment: &str) -> SetElementMessage {
+    let mut element = vec![SetElementAttribute::Key(DataAttribute::Value(key.to_vec()))];
     if let Some(timeout) = timeout {
         // The kernel reads 0 as never: what is left of a door must not become for ever.
         let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1);
@@ -267,8 +387,8 @@ fn element(door: &Door, timeout: Option<Duration>, comment: &str) -> SetElementM
     }
     SetElementMessage {
         attributes: vec![
-            SetElementList::Table(TABLE.to_owned()),
-            SetElementList::Set(door.set().to_owned()),
+            SetElementList::Table(place.table.to_owned()),
+            SetElementList::Set(place.set.to_owned()),
             SetElementList::Elements(vec![ListAttribute::Element(element)]),
         ],
     }

@@ -10,17 +10,37 @@ use serde::{Deserialize, Serialize};
 use super::Door;
 use super::elements::SETS;
 use super::load::{NftError, list_set};
-use crate::service::{Port, Transport};
+use crate::service::{Name, Port, Transport};
+
+/// What the comment of a door ends in that was opened by a bound token.
+const BOUND: &str = "bound";
 
 /// A door that is open.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct OpenDoor {
     /// Which.
     pub door: Door,
-    /// What its element says of it: `user service` if the daemon opened it.
+    /// What its element says of it: `user service`, and maybe `bound`, if the daemon opened it.
     pub comment: String,
     /// How long it stays open, in whole seconds; `None` for ever, which the daemon never opens a door for.
     pub left: Option<Duration>,
+}
+
+impl OpenDoor {
+    /// Who opened it for what, and whether by a token that was bound to the source; `None` if somebody opened it by hand.
+    pub fn opener(&self) -> Option<(&str, &str, bool)> {
+        let (user, rest) = self.comment.split_once(' ')?;
+        Some(match rest.split_once(' ') {
+            Some((service, how)) => (user, service, how == BOUND),
+            None => (user, rest, false),
+        })
+    }
+}
+
+/// What an element says of a door, for [`OpenDoor::opener`].
+pub fn comment(user: &Name, service: &Name, bound: bool) -> String {
+    let how = if bound { " bound" } else { "" };
+    format!("{user} {service}{how}")
 }
 
 /// All doors that are open.

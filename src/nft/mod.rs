@@ -1,16 +1,21 @@
 //! The kernel's side: the table, and the elements of its sets.
 
+mod attributes;
 pub mod elements;
+pub mod flows;
 pub mod list;
 pub mod load;
 pub mod ruleset;
+pub mod sets;
 pub mod table;
 pub mod watch;
 
 pub use elements::{Door, Doors, ElementError, Ownership};
-pub use list::{OpenDoor, open_doors};
+pub use flows::Flows;
+pub use list::{OpenDoor, comment, open_doors};
 pub use load::{NftError, check};
 pub use ruleset::{Ruleset, is_whole};
+pub use sets::{Member, SetError, SetName};
 pub use table::{TableError, install, is_live, remove};
 pub use watch::{Loss, Watch};
 

@@ -51,12 +51,18 @@ limit rate 1/week burst 1 packets; }
 add set inet TABLE once6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags dynamic,timeout; \
 limit rate 1/week burst 1 packets; }
 
+# Whose connections were ended: until a day later the server cannot go on with them.
+add set inet TABLE ended4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+add set inet TABLE ended6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+
 add chain inet TABLE knock { type filter hook prerouting priority raw; policy accept; }
 add chain inet TABLE gate { type filter hook prerouting priority dstnat - 10; policy accept; }
 add chain inet TABLE door
+add chain inet TABLE ended { type filter hook postrouting priority srcnat - 10; policy accept; }
 flush chain inet TABLE knock
 flush chain inet TABLE gate
 flush chain inet TABLE door
+flush chain inet TABLE ended
 flush set inet TABLE guarded
 flush set inet TABLE trusted4
 flush set inet TABLE trusted6
@@ -76,6 +82,11 @@ add rule inet TABLE gate fib daddr type unicast accept
 add rule inet TABLE gate ct state established accept
 add rule inet TABLE gate tcp dport KNOCK_PORTS KNOCK_VERDICT
 add rule inet TABLE gate meta l4proto . th dport @guarded goto door
+
+# Of a connection that conntrack was made to forget, a packet of the server's would begin another, and what answers that is
+# established.
+add rule inet TABLE ended ct state new ip daddr . meta l4proto . th sport @ended4 drop
+add rule inet TABLE ended ct state new ip6 daddr . meta l4proto . th sport @ended6 drop
 
 add rule inet TABLE door ip saddr @trusted4 accept
 add rule inet TABLE door ip6 saddr @trusted6 accept

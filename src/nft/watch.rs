@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use netlink_packet_core::{NetlinkBuffer, NlasIterator};
+use netlink_packet_core::NetlinkBuffer;
 use netlink_packet_netfilter::NetfilterSubsystem;
 use netlink_packet_netfilter::nftables::TableFlags;
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::TABLE;
-use super::elements::{Door, SETS};
+use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, attributes, messages, number};
+use super::elements::{Door, ENDED, SETS};
 
 /// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
 const GROUP: u32 = 7;
@@ -52,6 +53,8 @@ pub struct Told {
     is_edit: bool,
     /// The doors that were deleted, each by itself, and not made again since.
     deleted: HashSet<Door>,
+    /// Sets were made that are none of ours.
+    new_sets: bool,
 }
 
 impl Watch {
@@ -98,6 +101,11 @@ impl Watch {
     pub fn take_deleted(&mut self) -> HashSet<Door> {
         std::mem::take(&mut self.told.deleted)
     }
+
+    /// Whether others have made sets. They are told once.
+    pub const fn take_new_sets(&mut self) -> bool {
+        std::mem::replace(&mut self.told.new_sets, false)
+    }
 }
 
 impl AsFd for Watch {
@@ -114,7 +122,10 @@ impl Told {
             if is_end_of_transaction(message) {
                 self.edits = self.edits.saturating_add(usize::from(std::mem::take(&mut self.is_edit)));
             }
-            let Some(change) = Change::read(message) else { continue };
+            let Some(change) = Change::read(message) else {
+                self.new_sets |= kind(message) == Some(NEW_SET) && !is_for_check(message);
+                continue;
+            };
             match change.kind {
                 DELETE_ELEMENT => self.deleted.extend(change.doors()),
                 NEW_ELEMENT => change.doors().for_each(|door| {
@@ -151,19 +162,13 @@ impl Told {
 
 /// The kernel says so to all, whichever table it was about.
 fn is_end_of_transaction(message: &[u8]) -> bool {
-    let message = NetlinkBuffer::new_checked(message).map(|message| message.message_type().to_be_bytes());
-    message.is_ok_and(|message| message == [u8::from(NetfilterSubsystem::NfTables), NEW_GENERATION])
+    kind(message) == Some(NEW_GENERATION)
 }
 
-/// The messages of a datagram, up to one that goes beyond its end.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = datagram;
-    std::iter::from_fn(move || {
-        let length = rest.first_chunk::<4>().and_then(|length| usize::try_from(u32::from_ne_bytes(*length)).ok())?;
-        let message = rest.get(..length).filter(|message| message.len() >= 16)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(message)
-    })
+/// What kind of message of nf_tables this is, if it is one.
+fn kind(message: &[u8]) -> Option<u8> {
+    let [subsystem, kind] = NetlinkBuffer::new_checked(message).ok()?.message_type().to_be_bytes();
+    (subsystem == u8::from(NetfilterSubsystem::NfTables)).then_some(kind)
 }
 
 /// Kinds of messages (`enum nf_tables_msg_types` of linux/netfilter/nf_tables.h).
@@ -197,11 +202,11 @@ const KEY: u16 = 1;
 /// Attribute of a key: its bytes (`NFTA_DATA_VALUE`).
 const VALUE: u16 = 1;
 
-/// Bytes of `struct nfgenmsg`, which stands before the attributes.
-const FAMILY_HEADER: usize = 4;
-
-/// Bytes of `struct nlattr`, which stands before a value.
-const ATTRIBUTE_HEADER: usize = 4;
+/// Whether a message is about the table that is made for comparison only.
+fn is_for_check(message: &[u8]) -> bool {
+    let attributes = message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default();
+    attribute(attributes, TABLE_NAME).is_some_and(|name| name.starts_with(TABLE.as_bytes()))
+}
 
 /// A change of our table. Of what the kernel tells, only names, flags and doors are looked at: the rest is as deep as rules
 /// are.
@@ -213,12 +218,8 @@ struct Change<'a> {
 impl<'a> Change<'a> {
     /// `None` if it is about something else.
     fn read(message: &'a [u8]) -> Option<Self> {
-        let message = NetlinkBuffer::new_checked(message).ok()?;
-        let [subsystem, kind] = message.message_type().to_be_bytes();
-        let change = Self { kind, attributes: message.payload().get(FAMILY_HEADER..)? };
-        let is_ours =
-            subsystem == u8::from(NetfilterSubsystem::NfTables) && change.name(TABLE_NAME)? == TABLE.as_bytes();
-        is_ours.then_some(change)
+        let change = Self { kind: kind(message)?, attributes: message.get(MESSAGE_HEADER + FAMILY_HEADER..)? };
+        (change.name(TABLE_NAME)? == TABLE.as_bytes()).then_some(change)
     }
 
     /// Whatever is changed but the doors.
@@ -234,12 +235,12 @@ impl<'a> Change<'a> {
     }
 
     fn is_dormant(&self) -> bool {
-        let flags = self.attribute(TABLE_FLAGS).and_then(|flags| flags.first_chunk::<4>());
-        flags.is_some_and(|flags| u32::from_be_bytes(*flags) & TableFlags::Dormant.bits() != 0)
+        number(self.attributes, TABLE_FLAGS).is_some_and(|flags| flags & TableFlags::Dormant.bits() != 0)
     }
 
     fn is_of_doors(&self) -> bool {
         self.set_of_doors().is_some()
+            || self.name(SET_NAME).is_some_and(|name| ENDED.iter().any(|set| name == set.as_bytes()))
     }
 
     /// Whether the doors of the set that it is about are for one connection, if it is about a set of doors.
@@ -251,7 +252,7 @@ impl<'a> Change<'a> {
     /// The doors that its elements are.
     fn doors(&self) -> impl Iterator<Item = Door> + use<'a> {
         let once = self.set_of_doors();
-        let elements = self.attribute(ELEMENTS).unwrap_or_default();
+        let elements = attribute(self.attributes, ELEMENTS).unwrap_or_default();
         attributes(elements).filter_map(move |(_, element)| {
             let (_, key) = attributes(element).find(|(kind, _)| *kind == KEY)?;
             let (_, value) = attributes(key).find(|(kind, _)| *kind == VALUE)?;
@@ -261,20 +262,8 @@ impl<'a> Change<'a> {
 
     /// A text without its terminator.
     fn name(&self, kind: u16) -> Option<&'a [u8]> {
-        self.attribute(kind)?.split(|&byte| byte == 0).next()
+        attribute(self.attributes, kind)?.split(|&byte| byte == 0).next()
     }
-
-    fn attribute(&self, kind: u16) -> Option<&'a [u8]> {
-        attributes(self.attributes).find(|(found, _)| *found == kind).map(|(_, value)| value)
-    }
-}
-
-/// Kinds and values, up to one that goes beyond the end.
-fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    NlasIterator::new(bytes).map_while(Result::ok).filter_map(|found| {
-        let (kind, end) = (found.kind(), usize::from(found.length()));
-        Some((kind, found.into_inner().get(ATTRIBUTE_HEADER..end)?))
-    })
 }
 
 #[cfg(test)]

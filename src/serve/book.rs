@@ -4,9 +4,10 @@
 //! user's grant back leaves the others'.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-use crate::nft::Door;
+use crate::nft::{Door, Member};
 use crate::service::Name;
 
 /// Doors at most: what the kernel's four sets hold.
@@ -15,10 +16,11 @@ pub const MAX_DOORS: usize = 4 * 65_535;
 /// Users who hold one door open at most.
 const MAX_GRANTS: usize = 1024;
 
-/// The live grants of every door.
-#[derive(Default)]
-pub struct Book {
-    doors: HashMap<Door, Vec<Grant>>,
+/// The live grants of every door, or of whatever else the kernel has an element for as long as they last.
+pub struct Book<K = Door> {
+    doors: HashMap<K, Vec<Grant>>,
+    /// No grant ends before.
+    first_end: Option<Instant>,
 }
 
 /// One user's time at a door.
@@ -30,6 +32,12 @@ pub struct Grant {
     pub service: Name,
     /// When it ends.
     pub until: Instant,
+    /// By a token that was bound to the source.
+    pub bound: bool,
+    /// Connections end with it.
+    pub kill: bool,
+    /// Elements of the administrator's sets that it has part in.
+    pub members: Vec<Member>,
 }
 
 impl Grant {
@@ -39,70 +47,93 @@ impl Grant {
     }
 }
 
-impl Book {
-    /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. A door for one
-    /// connection holds one grant: those before it may be spent.
-    pub fn note(&mut self, door: Door, grant: Grant, now: Instant) -> Option<Vec<Grant>> {
+impl<K> Default for Book<K> {
+    fn default() -> Self {
+        Self { doors: HashMap::new(), first_end: None }
+    }
+}
+
+impl<K: Clone + Eq + Hash> Book<K> {
+    /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. A door that holds one
+    /// grant `alone`, for it is open to one connection, loses those before it: they may be spent.
+    pub fn note(&mut self, door: K, grant: Grant, alone: bool, now: Instant) -> Option<Vec<Grant>> {
         if self.doors.len() >= MAX_DOORS && !self.doors.contains_key(&door) {
             return None;
         }
         let grants = self.doors.entry(door).or_default();
-        let is_over = |other: &mut Grant| door.once || other.until <= now || other.is_renewed_by(&grant);
+        let is_over = |other: &mut Grant| alone || other.until <= now || other.is_renewed_by(&grant);
         let replaced: Vec<Grant> = grants.extract_if(.., is_over).collect();
         let has_room = grants.len() < MAX_GRANTS;
         if has_room {
+            self.first_end = Some(self.first_end.map_or(grant.until, |first| first.min(grant.until)));
             grants.push(grant);
         }
         has_room.then_some(replaced)
     }
 
     /// Takes a note back: what it took the place of stands.
-    pub fn take_back(&mut self, door: &Door, note: &Grant, replaced: Vec<Grant>) {
+    pub fn take_back(&mut self, door: &K, note: &Grant, replaced: Vec<Grant>) {
         if let Some(grants) = self.doors.get_mut(door) {
             grants.retain(|grant| !grant.is_renewed_by(note));
             grants.extend(replaced);
         }
     }
 
-    /// Strikes a user's grants out; `false` if there was none.
-    pub fn strike(&mut self, door: &Door, user: &Name) -> bool {
-        let Some(grants) = self.doors.get_mut(door) else { return false };
-        let before = grants.len();
-        grants.retain(|grant| grant.user != *user);
-        grants.len() < before
+    /// Strikes a user's grants out, and tells them.
+    pub fn strike(&mut self, door: &K, user: &Name) -> Vec<Grant> {
+        self.doors
+            .get_mut(door)
+            .map_or_else(Vec::new, |grants| grants.extract_if(.., |grant| grant.user == *user).collect())
+    }
+
+    /// Strikes out what a user was granted for one service.
+    pub fn strike_grant(&mut self, door: &K, struck: &Grant) {
+        if let Some(grants) = self.doors.get_mut(door) {
+            grants.retain(|grant| !grant.is_renewed_by(struck));
+        }
     }
 
     /// Strikes all grants of a door out, and tells them.
-    pub fn strike_door(&mut self, door: &Door) -> Vec<Grant> {
+    pub fn strike_door(&mut self, door: &K) -> Vec<Grant> {
         self.doors.remove(door).unwrap_or_default()
     }
 
     /// Strikes every such grant out; tells the doors that may change by it.
-    pub fn strike_all(&mut self, is_meant: impl Fn(&Door, &Grant) -> bool) -> Vec<(Door, Grant)> {
+    pub fn strike_all(&mut self, is_meant: impl Fn(&K, &Grant) -> bool) -> Vec<(K, Grant)> {
         let struck = self.doors.iter_mut().flat_map(|(door, grants)| {
             let struck: Vec<Grant> = grants.extract_if(.., |grant| is_meant(door, grant)).collect();
-            struck.into_iter().map(|grant| (*door, grant))
+            struck.into_iter().map(|grant| (door.clone(), grant))
         });
         struck.collect()
     }
 
     /// The grant that keeps a door open for longest, and for how long.
-    pub fn longest(&self, door: &Door, now: Instant) -> Option<(&Grant, Duration)> {
+    pub fn longest(&self, door: &K, now: Instant) -> Option<(&Grant, Duration)> {
         let grants = self.doors.get(door)?.iter().filter(|grant| grant.until > now);
         grants.max_by_key(|grant| grant.until).map(|grant| (grant, grant.until.saturating_duration_since(now)))
     }
 
-    /// The doors that should stand open, but for those of one connection, which may be spent.
-    pub fn standing(&self, now: Instant) -> Vec<Door> {
-        self.doors.keys().filter(|door| !door.once && self.longest(door, now).is_some()).copied().collect()
+    /// What has time left.
+    pub fn standing(&self, now: Instant) -> impl Iterator<Item = &K> {
+        self.doors.keys().filter(move |door| self.longest(door, now).is_some())
     }
 
-    /// Forgets what has run out. Call it now and then.
-    pub fn forget(&mut self, now: Instant) {
-        self.doors.retain(|_, grants| {
-            grants.retain(|grant| grant.until > now);
-            !grants.is_empty()
-        });
+    /// Forgets what has run out, and tells it. Call it now and then: it looks at all only if something may have.
+    pub fn forget(&mut self, now: Instant) -> Vec<(K, Grant)> {
+        if self.first_end.is_none_or(|first| first > now) {
+            return Vec::new();
+        }
+        let over = self.strike_all(|_, grant| grant.until <= now);
+        self.doors.retain(|_, grants| !grants.is_empty());
+        self.first_end = self.doors.values().flatten().map(|grant| grant.until).min();
+        over
+    }
+}
+
+impl Book {
+    /// The doors that should stand open, but for those of one connection, which may be spent.
+    pub fn to_restore(&self, now: Instant) -> Vec<Door> {
+        self.standing(now).filter(|door| !door.once).copied().collect()
     }
 }
 
@@ -119,7 +150,14 @@ mod tests {
     }
 
     fn grant(user: &str, now: Instant, seconds: u64) -> Grant {
-        Grant { user: name(user), service: name("ssh"), until: now + Duration::from_secs(seconds) }
+        Grant {
+            user: name(user),
+            service: name("ssh"),
+            until: now + Duration::from_secs(seconds),
+            bound: false,
+            kill: false,
+            members: Vec::new(),
+        }
     }
 
     fn left(book: &Book, once: bool, now: Instant) -> Option<u64> {
@@ -128,61 +166,61 @@ mod tests {
 
     #[test]
     fn a_door_stays_open_for_the_longest_of_its_grants() {
-        let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
-        assert!(book.note(door(false), grant("bob", now, 30), now).is_some());
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        assert!(book.note(door(false), grant("alice", now, 60), false, now).is_some());
+        assert!(book.note(door(false), grant("bob", now, 30), false, now).is_some());
         assert_eq!(left(&book, false, now), Some(60));
         let later = now + Duration::from_secs(50);
-        assert!(book.note(door(false), grant("bob", later, 30), later).is_some());
+        assert!(book.note(door(false), grant("bob", later, 30), false, later).is_some());
         assert_eq!(left(&book, false, later), Some(30));
-        assert_eq!(book.standing(later), [door(false)]);
+        assert_eq!(book.to_restore(later), [door(false)]);
     }
 
     #[test]
     fn a_users_grant_for_one_service_takes_no_time_from_that_for_another_with_the_same_port() {
-        let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        assert!(book.note(door(false), grant("alice", now, 60), false, now).is_some());
         let shorter = Grant { service: name("rescue"), ..grant("alice", now, 30) };
-        let replaced = book.note(door(false), shorter.clone(), now).unwrap();
+        let replaced = book.note(door(false), shorter.clone(), false, now).unwrap();
         assert_eq!(left(&book, false, now), Some(60));
         book.take_back(&door(false), &shorter, replaced);
         assert_eq!(left(&book, false, now), Some(60));
-        assert!(book.strike(&door(false), &name("alice")));
+        assert_eq!(book.strike(&door(false), &name("alice")).len(), 1);
         assert_eq!(left(&book, false, now), None);
     }
 
     #[test]
     fn striking_one_user_out_leaves_the_others() {
-        let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
-        assert!(book.note(door(false), grant("bob", now, 30), now).is_some());
-        assert!(book.strike(&door(false), &name("alice")));
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        assert!(book.note(door(false), grant("alice", now, 60), false, now).is_some());
+        assert!(book.note(door(false), grant("bob", now, 30), false, now).is_some());
+        assert_eq!(book.strike(&door(false), &name("alice")).len(), 1);
         assert_eq!(left(&book, false, now), Some(30));
-        assert!(!book.strike(&door(false), &name("alice")), "twice");
-        assert!(book.strike(&door(false), &name("bob")));
+        assert_eq!(book.strike(&door(false), &name("alice")), [], "twice");
+        assert_eq!(book.strike(&door(false), &name("bob")).len(), 1);
         assert_eq!(left(&book, false, now), None);
-        assert!(!book.strike(&door(true), &name("bob")), "another door");
+        assert_eq!(book.strike(&door(true), &name("bob")), [], "another door");
     }
 
     #[test]
     fn a_door_for_one_connection_is_never_prolonged_by_a_grant_that_may_be_spent_nor_restored() {
-        let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(true), grant("alice", now, 60), now).is_some());
-        assert!(book.note(door(true), grant("bob", now, 30), now).is_some());
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        assert!(book.note(door(true), grant("alice", now, 60), true, now).is_some());
+        assert!(book.note(door(true), grant("bob", now, 30), true, now).is_some());
         assert_eq!(left(&book, true, now), Some(30));
-        assert!(book.standing(now).is_empty());
+        assert!(book.to_restore(now).is_empty());
     }
 
     #[test]
     fn a_note_that_is_taken_back_leaves_what_was_there() {
         for once in [false, true] {
-            let (mut book, now) = (Book::default(), Instant::now());
-            assert!(book.note(door(once), grant("alice", now, 30), now).is_some());
-            let replaced = book.note(door(once), grant("alice", now, 60), now).unwrap();
+            let (mut book, now) = (Book::<Door>::default(), Instant::now());
+            assert!(book.note(door(once), grant("alice", now, 30), once, now).is_some());
+            let replaced = book.note(door(once), grant("alice", now, 60), once, now).unwrap();
             assert_eq!(left(&book, once, now), Some(60));
             book.take_back(&door(once), &grant("alice", now, 60), replaced);
             assert_eq!(left(&book, once, now), Some(30));
-            let replaced = book.note(door(once), grant("bob", now, 60), now).unwrap();
+            let replaced = book.note(door(once), grant("bob", now, 60), once, now).unwrap();
             book.take_back(&door(once), &grant("bob", now, 60), replaced);
             assert_eq!(left(&book, once, now), Some(30), "another's");
         }
@@ -190,11 +228,14 @@ mod tests {
 
     #[test]
     fn what_has_run_out_is_forgotten() {
-        let (mut book, now) = (Book::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), now).is_some());
-        book.forget(now + Duration::from_secs(59));
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        assert!(book.note(door(false), grant("alice", now, 60), false, now).is_some());
+        let again = grant("bob", now, 90);
+        assert!(book.note(door(false), again.clone(), false, now).is_some());
+        assert_eq!(book.forget(now + Duration::from_secs(59)), []);
+        assert_eq!(book.forget(now + Duration::from_secs(60)), [(door(false), grant("alice", now, 60))]);
         assert_eq!(book.doors.len(), 1);
-        book.forget(now + Duration::from_secs(60));
+        assert_eq!(book.forget(now + Duration::from_secs(90)), [(door(false), again)]);
         assert!(book.doors.is_empty());
     }
 }

@@ -10,12 +10,13 @@ use super::channel::{Channel, Message};
 use super::children::CONFIGURATION;
 use super::ending::ServeError;
 use super::handover;
-use super::policy::{Opening, Policy};
+use super::policy::{Allowance, Opening, Policy};
 use super::sandbox::{self, Identity, SandboxError};
 use super::settings::Settings;
 use super::vocabulary::Breach;
-use crate::config::ServerConfig;
 use crate::config::server::RulesetMode;
+use crate::config::users::UserEntry;
+use crate::config::{Expiry, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::nft::Ruleset;
 use crate::verify::Service;
@@ -145,11 +146,23 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
 }
 
 fn policy(config: &ServerConfig, identity: Identity) -> Policy {
-    let opening =
-        |service: &Service| Opening { ports: service.ports.clone(), once: service.once, seconds: service.open_for };
+    let opening = |service: &Service| Opening {
+        ports: service.ports.clone(),
+        once: service.once,
+        seconds: service.open_for,
+        kill: service.kill,
+    };
     let name = |place: &usize| config.services.get(*place).map(|service| service.name.clone());
     let services = config.services.iter().map(|service| (service.name.clone(), opening(service)));
-    let users = config.users.iter().map(|user| (user.name.clone(), user.services.iter().filter_map(name).collect()));
+    let allowance = |user: &UserEntry| Allowance {
+        services: user.services.iter().filter_map(name).collect(),
+        from: user.from.clone(),
+        bound: user.must_bind(),
+        open_for: user.open_for.map(|cap| cap.0),
+        expires: user.expires.map(Expiry::unix),
+        add_to: user.add_to.clone(),
+    };
+    let users = config.users.iter().map(|user| (user.name.clone(), allowance(user)));
     Policy {
         identity,
         queue: config.queue,
@@ -158,5 +171,6 @@ fn policy(config: &ServerConfig, identity: Identity) -> Policy {
         grants_per_minute: config.grants_per_minute,
         services: services.collect(),
         users: users.collect(),
+        log_closings: config.log_closings,
     }
 }

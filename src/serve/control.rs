@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -36,9 +37,18 @@ pub enum Request {
     /// Read the configuration again.
     Reload,
     /// Shut doors.
-    Revoke(Selection),
+    Revoke(Revocation),
     /// Keep the gate that `serve --try` set up.
     Confirm,
+}
+
+/// Which doors are shut, and how.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Whose.
+    pub selection: Selection,
+    /// Connections that came in by them end too.
+    pub kill: bool,
 }
 
 /// Which doors.
@@ -60,6 +70,20 @@ impl Selection {
             Self::User(user) => grant.user == *user,
             Self::All => true,
         }
+    }
+
+    /// Whether this user's doors are meant, whatever their source.
+    pub fn is_of(&self, user: &Name) -> bool {
+        match self {
+            Self::Source(_) => false,
+            Self::User(meant) => user == meant,
+            Self::All => true,
+        }
+    }
+
+    /// Whether this source is meant, whoever it is.
+    pub fn is_source(&self, source: IpAddr) -> bool {
+        matches!(self, Self::Source(network) if network.contains(&source))
     }
 }
 

@@ -6,7 +6,7 @@
 //!   2      transport: 6 or 17            28..92   user, padded with zeros
 //!   3      once: 0 or 1                  92..156  service (open), padded with zeros
 //!   4..6   port, big-endian             156..160  zero
-//!   6..8   zero
+//!   6      bound (open): 0 or 1           7      zero
 //! ```
 //!
 //! Every byte has one right form, so whatever decodes encodes to itself.
@@ -31,6 +31,8 @@ pub enum Frame {
         port: Port,
         /// One connection only.
         once: bool,
+        /// The token was bound to the source.
+        bound: bool,
         /// For how many seconds.
         seconds: u32,
         /// Who knocked.
@@ -66,11 +68,11 @@ pub enum FrameError {
 impl Frame {
     /// The bytes of this frame.
     pub fn encode(&self) -> [u8; FRAME_LEN] {
-        let (kind, source, port, once, seconds, user, service) = match self {
-            Self::Open { source, port, once, seconds, user, service } => {
-                (1, source, port, *once, *seconds, user.as_str(), service.as_str())
+        let (kind, source, port, [once, bound], seconds, user, service) = match self {
+            Self::Open { source, port, once, bound, seconds, user, service } => {
+                (1, source, port, [*once, *bound], *seconds, user.as_str(), service.as_str())
             }
-            Self::Close { source, port, user } => (2, source, port, false, 0, user.as_str(), ""),
+            Self::Close { source, port, user } => (2, source, port, [false; 2], 0, user.as_str(), ""),
         };
         let (family, address) = match source {
             IpAddr::V4(address) => (4, address.octets().to_vec()),
@@ -79,7 +81,7 @@ impl Frame {
         let mut frame = Vec::with_capacity(FRAME_LEN);
         frame.extend([kind, family, port.transport.number(), u8::from(once)]);
         frame.extend(port.number.to_be_bytes());
-        frame.extend([0, 0]);
+        frame.extend([u8::from(bound), 0]);
         frame.extend(seconds.to_be_bytes());
         for (field, end) in [(address.as_slice(), 28), (user.as_bytes(), 92), (service.as_bytes(), 156)] {
             frame.extend(field);
@@ -96,7 +98,7 @@ impl Frame {
     /// Whatever is not exactly what [`Frame::encode`] makes.
     pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
         let bytes: &[u8; FRAME_LEN] = bytes.try_into().map_err(|_| FrameError::Length(bytes.len()))?;
-        let [kind, family, transport, once, port_high, port_low, _, _, rest @ ..] = bytes;
+        let [kind, family, transport, once, port_high, port_low, bound, _, rest @ ..] = bytes;
         let (seconds, rest) = rest.split_first_chunk::<4>().ok_or(FrameError::Field("seconds"))?;
         let (address, rest) = rest.split_first_chunk::<16>().ok_or(FrameError::Field("address"))?;
         let (user, rest) = rest.split_first_chunk::<64>().ok_or(FrameError::Field("user"))?;
@@ -120,6 +122,7 @@ impl Frame {
                 source,
                 port,
                 once: *once == 1,
+                bound: *bound == 1,
                 seconds: u32::from_be_bytes(*seconds),
                 user,
                 service: name(service).ok_or(FrameError::Field("service"))?,
@@ -146,6 +149,7 @@ mod tests {
             source: source.parse().unwrap(),
             port: "udp/51820".parse().unwrap(),
             once: true,
+            bound: true,
             seconds: 30,
             user: "alice".parse().unwrap(),
             service: "s".repeat(64).parse().unwrap(),
@@ -182,7 +186,8 @@ mod tests {
             (1, 5, "family"),
             (2, 1, "transport"),
             (3, 2, "padding"),
-            (6, 1, "padding"),
+            (6, 2, "padding"),
+            (7, 1, "padding"),
             (16, 1, "padding"),
             (28, b'-', "user"),
             (40, b'x', "padding"),

@@ -1,7 +1,7 @@
 //! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
 //! its policy permits.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -11,28 +11,45 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 use thiserror::Error;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::book::{Book, Grant, MAX_DOORS};
 use super::channel::{Channel, Message, has_hung_up};
-use super::control::Selection;
+use super::clock::unix_now;
+use super::control::{Revocation, Selection};
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
 use super::rate::Rate;
 use super::repeats::Tally;
 use super::sandbox::{self, SandboxError};
 use super::{calls, handover, terminal};
-use crate::nft::{Door, Doors, ElementError, Loss, OpenDoor, Ownership, Watch};
+use crate::nft::{Door, Doors, ElementError, Flows, Loss, Member, OpenDoor, Ownership, Watch, comment};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
+use crate::service::{Name, Port};
 
 /// Time between two looks at what has run out.
-const TICK: Duration = Duration::from_secs(10);
+const TICK: Duration = Duration::from_secs(1);
+
+/// Time between two tellings of what was counted.
+const TELLING: Duration = Duration::from_secs(10);
+
+/// Doors that are remembered when they have shut: their connections may live, and `revoke --kill` can name their user.
+const REMEMBERED: usize = 16_384;
+
+/// The clock may differ by so many seconds from one tick to the next before it was set.
+const CLOCK_STEP: u64 = 2;
 
 /// Frames taken at one go, so that the queue gets its turn.
 const BURST: usize = 64;
 
 /// More frames than the socket can hold.
 const IN_FLIGHT: usize = 4096;
+
+/// What events of doors that shut by themselves are called, for those who want to see them and those who do not.
+pub const CLOSING: &str = "closing";
+
+/// What makes a set that sources can be added to.
+const SET_HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }'";
 
 /// Time that the keeper has to say that it is time to go, when the verifier has gone.
 const GRACE: Duration = Duration::from_secs(2);
@@ -99,8 +116,12 @@ pub fn run() -> Result<(), MonitorError> {
         next_policy: None,
         not_opened: Tally::default(),
         not_shut: Tally::default(),
+        not_added: Tally::default(),
         doors,
+        flows: Flows::new()?,
         book: Book::default(),
+        members: Book::default(),
+        past: VecDeque::new(),
         unsettled: BTreeSet::new(),
     };
     if !monitor.own_table()? {
@@ -136,8 +157,14 @@ struct Monitor {
     next_policy: Option<Policy>,
     not_opened: Tally,
     not_shut: Tally,
+    not_added: Tally,
     doors: Doors,
+    flows: Flows,
     book: Book,
+    /// Who is in the administrator's sets.
+    members: Book<Member>,
+    /// Doors that have shut, and who had opened them, the last one last.
+    past: VecDeque<(Door, Name)>,
     /// Doors whose elements are to be made what the book says when the table is loaded.
     unsettled: BTreeSet<Door>,
 }
@@ -153,7 +180,7 @@ impl Monitor {
 
     fn work(&mut self) -> Result<(), MonitorError> {
         let tick = Timespec { tv_sec: i64::try_from(TICK.as_secs()).unwrap_or(1), tv_nsec: 0 };
-        let mut last_tick = Instant::now();
+        let (mut last_tick, mut last_telling) = ((Instant::now(), unix_now()), Instant::now());
         loop {
             let [queue, watch, frames, keeper] = self.wait(&tick)?;
             if keeper && !self.hear_keeper()? {
@@ -168,9 +195,12 @@ impl Monitor {
             if watch {
                 self.watch_table()?;
             }
-            if last_tick.elapsed() >= TICK {
-                last_tick = Instant::now();
-                self.tick(last_tick);
+            if last_tick.0.elapsed() >= TICK {
+                last_tick = self.tick(last_tick)?;
+            }
+            if last_telling.elapsed() >= TELLING {
+                last_telling = Instant::now();
+                self.tell();
             }
         }
     }
@@ -235,13 +265,18 @@ impl Monitor {
     fn hear_of_changes(&mut self) -> io::Result<()> {
         self.loss = self.loss.max(self.watch.loss()?);
         let now = Instant::now();
+        if self.watch.take_new_sets() {
+            // The administrator has loaded them again: who is let in belongs there.
+            let standing: Vec<Member> = self.members.standing(now).cloned().collect();
+            standing.iter().for_each(|member| self.put_member(member, now));
+        }
         for door in self.watch.take_deleted() {
             let Door { source, port, .. } = door;
-            for Grant { user, service, .. } in
-                self.book.strike_door(&door).into_iter().filter(|grant| grant.until > now)
-            {
+            let struck = self.book.strike_door(&door);
+            for Grant { user, service, .. } in struck.iter().filter(|grant| grant.until > now) {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
+            struck.iter().for_each(|grant| self.leave_sets(grant, now));
         }
         Ok(())
     }
@@ -265,8 +300,11 @@ impl Monitor {
                 }
             }
             (Message::Revoke, Some(selection)) => {
-                let selection: Selection = handover::unseal(selection)?;
-                self.shut("revoked", |door, grant| selection.covers(door, grant))?;
+                let Revocation { selection, kill } = handover::unseal(selection)?;
+                let struck = self.shut("revoked", |door, grant| selection.covers(door, grant))?;
+                if kill {
+                    self.end_connections_of(&selection, &struck);
+                }
             }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
@@ -290,7 +328,7 @@ impl Monitor {
         }
         self.loss = Loss::Nothing;
         if loss == Loss::Doors {
-            self.unsettled.extend(self.book.standing(Instant::now()));
+            self.unsettled.extend(self.book.to_restore(Instant::now()));
         }
         while let Some(door) = self.unsettled.pop_first() {
             // Each by the time that it is by then: there may be many.
@@ -332,45 +370,172 @@ impl Monitor {
     /// Notes the doors that were open before this process began, and shuts those that nobody may open any more. They were
     /// listed some time after `since`, and must not have more time than the kernel gives them.
     fn take_over(&mut self, doors: Vec<OpenDoor>, since: Instant) -> io::Result<()> {
-        for OpenDoor { door, comment, left } in doors {
-            let names = comment.split_once(' ').map(|(user, service)| (user.parse().ok(), service.parse().ok()));
+        for open in doors {
+            let opener = open.opener().map(|(user, service, bound)| (user.parse().ok(), service.parse().ok(), bound));
             // What somebody opened by hand is not ours to shut.
-            let until = left.and_then(|left| since.checked_add(left));
-            if let (Some((Some(user), Some(service))), Some(until)) = (names, until) {
-                self.book.note(door, Grant { user, service, until }, since);
+            let until = open.left.and_then(|left| since.checked_add(left));
+            if let (Some((Some(user), Some(service), bound)), Some(until)) = (opener, until) {
+                let members = self.members_of(&user, &open.door);
+                let grant = Grant { kill: self.kills(&service), user, service, until, bound, members };
+                self.join_sets(&grant, since);
+                self.book.note(open.door, grant, open.door.once, since);
             }
         }
-        let policy = self.policy.clone();
-        self.shut("shut", |door, grant| !policy.upholds(door, grant))
+        self.check_sets();
+        self.shut_what_policy_forbids()
+    }
+
+    fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
+        let (policy, now, unix_now) = (self.policy.clone(), Instant::now(), unix_now());
+        self.shut("shut", |door, grant| !policy.upholds(door, grant, now, unix_now))?;
+        for (member, _) in self.members.strike_all(|member, grant| !policy.adds(&grant.user, &member.set)) {
+            self.put_member(&member, now);
+        }
+        Ok(())
+    }
+
+    /// Says which sets are missing or cannot be used, before somebody knocks.
+    fn check_sets(&mut self) {
+        for set in self.policy.sets() {
+            if let Err(error) = self.doors.check_set(set) {
+                warn!(hint = SET_HINT, "who knocks is not added: {error}");
+            }
+        }
     }
 
     /// Puts the next policy in force, and shuts what it does not uphold.
     fn enforce(&mut self) -> Result<(), MonitorError> {
         self.take_frames(IN_FLIGHT)?; // what the verifier asked by its old settings is all there is
         if let Some(policy) = self.next_policy.take() {
-            self.shut("shut", |door, grant| !policy.upholds(door, grant))?;
             self.rate.change(policy.grants_per_minute);
             self.policy = policy;
+            self.shut_what_policy_forbids()?;
+            self.check_sets();
         }
         Ok(())
     }
 
     /// Takes grants back; what others hold open stays open. The kernel tells of each door, so what it says is read in between,
     /// or it would run over.
-    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<()> {
-        for struck in self.book.strike_all(is_meant).chunks(BURST) {
+    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<Vec<(Door, Grant)>> {
+        let all = self.book.strike_all(is_meant);
+        for struck in all.chunks(BURST) {
             let now = Instant::now();
-            for (door, Grant { user, service, until }) in struck {
-                let Door { source, port, .. } = door;
+            for (door, grant) in struck {
+                let (Door { source, port, .. }, Grant { user, service, until, .. }) = (door, grant);
                 match self.settle(door, now) {
                     Ok(_) if *until > now => info!(%user, %service, %source, %port, "{how}"),
                     Ok(_) => {}
                     Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
                 }
+                self.leave_sets(grant, now);
             }
             self.hear_of_changes()?;
         }
-        Ok(())
+        self.after_closing(&all);
+        Ok(all)
+    }
+
+    /// Doors have shut, or some who held them open have gone: what belongs to that but for the element.
+    fn after_closing(&mut self, closed: &[(Door, Grant)]) {
+        let now = Instant::now();
+        let is_to_end = |(door, grant): &&(Door, Grant)| grant.kill && self.book.longest(door, now).is_none();
+        let to_end: HashSet<Door> = closed.iter().filter(is_to_end).map(|(door, _)| of_connections(door)).collect();
+        self.past.extend(closed.iter().map(|(door, grant)| (of_connections(door), grant.user.clone())));
+        let surplus = self.past.len().saturating_sub(REMEMBERED);
+        self.past.drain(..surplus);
+        if !to_end.is_empty() {
+            self.end_connections(|door| to_end.contains(door));
+        }
+    }
+
+    /// Whether connections to this service end with their door.
+    fn kills(&self, service: &Name) -> bool {
+        self.policy.services.get(service).is_some_and(|opening| opening.kill)
+    }
+
+    /// Ends what lives of those who were revoked: through doors that shut now or before.
+    fn end_connections_of(&mut self, selection: &Selection, struck: &[(Door, Grant)]) {
+        let now = Instant::now();
+        let struck = struck.iter().map(|(door, _)| of_connections(door));
+        let past = self.past.iter().filter(|(_, user)| selection.is_of(user)).map(|(door, _)| *door);
+        // What others hold open stays theirs.
+        let held =
+            |door: &Door| [false, true].iter().any(|&once| self.book.longest(&Door { once, ..*door }, now).is_some());
+        let doors: HashSet<Door> = struck.chain(past).filter(|door| !held(door)).collect();
+        let guarded: HashSet<Port> = self.policy.services.values().flat_map(|opening| opening.ports.clone()).collect();
+        let comes_from = |door: &Door| selection.is_source(door.source) && guarded.contains(&door.port);
+        self.end_connections(|door| doors.contains(door) || comes_from(door));
+    }
+
+    /// Has conntrack forget connections, and keeps them from beginning again.
+    fn end_connections(&mut self, is_meant: impl Fn(&Door) -> bool) {
+        let end = || {
+            let flows = self.flows.find(is_meant)?;
+            let doors: HashSet<Door> = flows.iter().map(|flow| flow.door).collect();
+            doors.iter().try_for_each(|door| self.doors.keep_ended(door))?;
+            let mut ended = 0_usize;
+            for flow in flows {
+                ended += usize::from(self.flows.forget(flow)?);
+            }
+            Ok::<_, ElementError>(ended)
+        };
+        match end() {
+            Ok(0) => {}
+            Ok(connections) => info!(connections, "ended"),
+            Err(error) => warn!("connections live on: {error}"),
+        }
+    }
+
+    /// What a user's source is in the administrator's sets, as long as this door is open.
+    fn members_of(&mut self, user: &Name, door: &Door) -> Vec<Member> {
+        let policies = [Some(&self.policy), self.next_policy.as_ref()];
+        let sets = policies.into_iter().flatten().map(|policy| policy.sets_of(user)).find(|sets| !sets.is_empty());
+        let mut members = Vec::new();
+        for set in sets.unwrap_or_default() {
+            match self.doors.member(set, door) {
+                Ok(member) => members.extend(member),
+                Err(error) if self.not_added.is_first() => {
+                    let source = door.source;
+                    warn!(%user, %source, hint = SET_HINT, "not added: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+        members
+    }
+
+    /// Adds a source to the administrator's sets.
+    fn join_sets(&mut self, grant: &Grant, now: Instant) {
+        for member in &grant.members {
+            let note = Grant { members: Vec::new(), ..grant.clone() };
+            if self.members.note(member.clone(), note, false, now).is_some() {
+                self.put_member(member, now);
+            }
+        }
+    }
+
+    /// Takes it out of them again, unless others keep it in.
+    fn leave_sets(&mut self, grant: &Grant, now: Instant) {
+        for member in &grant.members {
+            self.members.strike_grant(member, grant);
+            self.put_member(member, now);
+        }
+    }
+
+    /// Makes an element of the administrator's what the book says. The set may be gone, which is theirs to see to.
+    fn put_member(&mut self, member: &Member, now: Instant) {
+        let put = match self.members.longest(member, now) {
+            Some((Grant { user, service, bound, .. }, left)) => {
+                self.doors.add_member(member, left, &comment(user, service, *bound))
+            }
+            None => self.doors.delete_member(member),
+        };
+        if let Err(error) = put
+            && self.not_added.is_first()
+        {
+            warn!(source = %member.source, set = %member.set, "not as it should be in a set of yours: {error}");
+        }
     }
 
     /// Gives what is queued its verdict and hands the headers on.
@@ -401,41 +566,55 @@ impl Monitor {
     fn answer(&mut self, frame: Frame) {
         let now = Instant::now();
         match frame {
-            Frame::Open { source, port, once, seconds, user, service } => {
-                if !self.rate.take(now) {
+            Frame::Open { source, port, once, bound, seconds, user, service } => {
+                let allowance = self.policy.users.get(&user);
+                let seconds = allowance.map_or(seconds, |allowance| allowance.time(seconds, unix_now()));
+                // At the very second in which the user expires there is none left.
+                if seconds == 0 || !self.rate.take(now) {
                     return; // told together, at the next tick
                 }
                 let door = Door { source, port, once };
                 let until = now + Duration::from_secs(seconds.into());
-                let grant = Grant { user: user.clone(), service: service.clone(), until };
-                let Some(replaced) = self.book.note(door, grant.clone(), now) else {
-                    if self.not_opened.is_first() {
-                        warn!(%user, %service, %source, %port, "not granted: too many doors are open");
-                    }
-                    return;
-                };
-                match self.settle(&door, now) {
-                    Ok(true) => info!(%user, %service, %source, %port, seconds, "granted"),
-                    Ok(false) => info!(%user, %service, %source, %port, seconds, "granted, once the table is loaded"),
-                    Err(error) => {
-                        self.book.take_back(&door, &grant, replaced);
-                        if self.not_opened.is_first() {
-                            warn!(%user, %service, %source, %port, "not granted: {error}");
-                        }
-                    }
-                }
+                let members = self.members_of(&user, &door);
+                let kill = self.kills(&service);
+                self.open(door, Grant { user, service, until, bound, kill, members }, seconds, now);
             }
             Frame::Close { source, port, user } => {
                 for door in [false, true].map(|once| Door { source, port, once }) {
-                    if self.book.strike(&door, &user)
+                    let struck = self.book.strike(&door, &user);
+                    if !struck.is_empty()
                         && let Err(error) = self.settle(&door, now)
                         && self.not_shut.is_first()
                     {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
+                    struck.iter().for_each(|grant| self.leave_sets(grant, now));
                 }
             }
         }
+    }
+
+    /// Opens a door for so many seconds, or gives it that time again.
+    fn open(&mut self, door: Door, grant: Grant, seconds: u32, now: Instant) {
+        let (Door { source, port, once }, Grant { user, service, bound, .. }) = (door, &grant);
+        let Some(replaced) = self.book.note(door, grant.clone(), once, now) else {
+            if self.not_opened.is_first() {
+                warn!(%user, %service, %source, %port, "not granted: too many doors are open");
+            }
+            return;
+        };
+        match self.settle(&door, now) {
+            Ok(true) => info!(%user, %service, %source, %port, seconds, bound, "granted"),
+            Ok(false) => info!(%user, %service, %source, %port, seconds, bound, "granted, once the table is loaded"),
+            Err(error) => {
+                self.book.take_back(&door, &grant, replaced);
+                if self.not_opened.is_first() {
+                    warn!(%user, %service, %source, %port, "not granted: {error}");
+                }
+                return;
+            }
+        }
+        self.join_sets(&grant, now);
     }
 
     /// Makes the kernel's element what the book says; `false` if that has to wait until the table is loaded.
@@ -453,18 +632,43 @@ impl Monitor {
     /// Makes the kernel's element what the book says.
     fn put(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
         match self.book.longest(door, now) {
-            Some((grant, left)) => self.doors.open(door, left, &format!("{} {}", grant.user, grant.service)),
+            Some((Grant { user, service, bound, .. }, left)) => {
+                self.doors.open(door, left, &comment(user, service, *bound))
+            }
             None => self.doors.close(door),
         }
     }
 
-    fn tick(&mut self, now: Instant) {
-        self.book.forget(now);
+    /// Looks after what runs out by itself; tells when it did so, by both clocks.
+    fn tick(&mut self, last: (Instant, u64)) -> io::Result<(Instant, u64)> {
+        let (now, unix_now) = (Instant::now(), unix_now());
+        self.members.forget(now);
+        let closed = self.book.forget(now);
+        for (Door { source, port, .. }, Grant { user, service, .. }) in &closed {
+            if self.policy.log_closings {
+                info!(target: CLOSING, %user, %service, %source, %port, "closed");
+            } else {
+                debug!(target: CLOSING, %user, %service, %source, %port, "closed");
+            }
+        }
+        self.after_closing(&closed);
+        // Doors were opened until their users expire, by a clock that has been set since.
+        let expected = last.1.saturating_add(now.duration_since(last.0).as_secs()).saturating_add(CLOCK_STEP);
+        if unix_now > expected {
+            self.shut_what_policy_forbids()?;
+        }
+        Ok((now, unix_now))
+    }
+
+    /// Tells what was counted since the last time.
+    fn tell(&mut self) {
         match self.relay.take_lost() {
             0 => {}
             lost => warn!(lost, "the verifier is slower than the SYNs come: some were dropped unseen"),
         }
-        for (tally, what) in [(&mut self.not_opened, "opened"), (&mut self.not_shut, "shut")] {
+        let tallies =
+            [(&mut self.not_opened, "opened"), (&mut self.not_shut, "shut"), (&mut self.not_added, "added to sets")];
+        for (tally, what) in tallies {
             match tally.take_untold() {
                 0 => {}
                 doors => warn!(doors, "more could not be {what}, like the one before"),
@@ -478,6 +682,11 @@ impl Monitor {
             }
         }
     }
+}
+
+/// The door as conntrack's entries name it.
+const fn of_connections(door: &Door) -> Door {
+    Door { once: false, ..*door }
 }
 
 /// The next frame, if there is one.

@@ -1,13 +1,16 @@
 //! What the monitor lets the verifier ask for: its own copy, checked again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::book::Grant;
 use super::frames::Frame;
 use super::sandbox::Identity;
-use crate::nft::Door;
+use crate::nft::{Door, SetName};
 use crate::service::{Answer, Name, Port};
 
 /// The monitor's settings.
@@ -25,8 +28,10 @@ pub struct Policy {
     pub grants_per_minute: u32,
     /// What can be opened, by name.
     pub services: HashMap<Name, Opening>,
-    /// Who may open which services.
-    pub users: HashMap<Name, Vec<Name>>,
+    /// Who may open which services, and how.
+    pub users: HashMap<Name, Allowance>,
+    /// Doors that shut have a line in the log.
+    pub log_closings: bool,
 }
 
 /// The doors of a service.
@@ -38,38 +43,96 @@ pub struct Opening {
     pub once: bool,
     /// Seconds at most.
     pub seconds: u32,
+    /// Connections end when the door shuts.
+    pub kill: bool,
+}
+
+/// What a user may.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct Allowance {
+    /// The services.
+    pub services: Vec<Name>,
+    /// Networks that knocks may come from; none listed means any.
+    pub from: Vec<IpNet>,
+    /// Only by tokens that are bound to their source.
+    pub bound: bool,
+    /// Seconds at most.
+    pub open_for: Option<u32>,
+    /// Unix seconds from which on no door is open.
+    pub expires: Option<u64>,
+    /// Sets of the administrator's that have the user's source while a door is open.
+    pub add_to: Vec<SetName>,
+}
+
+impl Allowance {
+    fn covers(&self, source: IpAddr, bound: bool) -> bool {
+        let may_come = self.from.is_empty() || self.from.iter().any(|network| network.contains(&source));
+        may_come && (bound || !self.bound)
+    }
+
+    /// For how many of so many seconds a door may stand open from now on.
+    pub fn time(&self, seconds: u32, unix_now: u64) -> u32 {
+        let left = self.expires.map(|expiry| u32::try_from(expiry.saturating_sub(unix_now)).unwrap_or(u32::MAX));
+        [self.open_for, left].into_iter().flatten().fold(seconds, u32::min)
+    }
 }
 
 impl Policy {
     /// Whether this may be asked.
     pub fn permits(&self, frame: &Frame) -> bool {
         match frame {
-            Frame::Open { port, once, seconds, user, service, .. } => self
-                .opening(user, service, *port)
-                .is_some_and(|opening| opening.once == *once && (1..=opening.seconds).contains(seconds)),
+            // When the user expires is no breach: that may have been a moment ago.
+            Frame::Open { source, port, once, bound, seconds, user, service } => {
+                self.opening(user, service, *port).is_some_and(|(allowance, opening)| {
+                    let most = allowance.open_for.map_or(opening.seconds, |cap| cap.min(opening.seconds));
+                    opening.once == *once && allowance.covers(*source, *bound) && (1..=most).contains(seconds)
+                })
+            }
             Frame::Close { port, .. } => self.services.values().any(|opening| opening.ports.contains(port)),
         }
     }
 
-    /// Whether a door that was opened may stay open.
-    pub fn upholds(&self, door: &Door, grant: &Grant) -> bool {
-        self.opening(&grant.user, &grant.service, door.port).is_some_and(|opening| opening.once == door.once)
+    /// Whether a door that was opened may stay open for the time that it has left. A shorter `open_for` of the service is
+    /// for the doors to come.
+    pub fn upholds(&self, door: &Door, grant: &Grant, now: Instant, unix_now: u64) -> bool {
+        let left = grant.until.saturating_duration_since(now);
+        self.opening(&grant.user, &grant.service, door.port).is_some_and(|(allowance, opening)| {
+            let may_have = Duration::from_secs(allowance.time(u32::MAX, unix_now).into());
+            opening.once == door.once && allowance.covers(door.source, grant.bound) && left <= may_have
+        })
     }
 
-    fn opening(&self, user: &Name, service: &Name, port: Port) -> Option<&Opening> {
-        let may = self.users.get(user)?.contains(service);
-        self.services.get(service).filter(|opening| may && opening.ports.contains(&port))
+    /// Whether a source may be in this set for this user.
+    pub fn adds(&self, user: &Name, set: &SetName) -> bool {
+        self.sets_of(user).contains(set)
+    }
+
+    /// Sets that a user's source is added to.
+    pub fn sets_of(&self, user: &Name) -> &[SetName] {
+        self.users.get(user).map_or(&[], |allowance| &allowance.add_to)
+    }
+
+    /// All of them, each once.
+    pub fn sets(&self) -> BTreeSet<&SetName> {
+        self.users.values().flat_map(|allowance| &allowance.add_to).collect()
+    }
+
+    fn opening(&self, user: &Name, service: &Name, port: Port) -> Option<(&Allowance, &Opening)> {
+        let allowance = self.users.get(user).filter(|allowance| allowance.services.contains(service))?;
+        let opening = self.services.get(service).filter(|opening| opening.ports.contains(&port))?;
+        Some((allowance, opening))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use super::{Allowance, Answer, Door, Duration, Frame, Grant, HashMap, Identity, Instant, Opening, Policy};
 
-    use super::{Answer, Door, Frame, Grant, HashMap, Identity, Opening, Policy};
+    const NOW: u64 = 1_790_000_000;
 
     fn policy() -> Policy {
-        let opening = |port: &str, once, seconds| Opening { ports: vec![port.parse().unwrap()], once, seconds };
+        let opening =
+            |port: &str, once, seconds| Opening { ports: vec![port.parse().unwrap()], once, seconds, kill: false };
         let name = |text: &str| text.parse().unwrap();
         Policy {
             identity: Identity { uid: 1, gid: 1 },
@@ -81,7 +144,11 @@ mod tests {
                 (name("ssh"), opening("tcp/22", false, 30)),
                 (name("mail"), opening("tcp/25", true, 60)),
             ]),
-            users: HashMap::from([(name("a"), vec![name("ssh"), name("mail")]), (name("b"), vec![name("ssh")])]),
+            users: HashMap::from([
+                (name("a"), Allowance { services: vec![name("ssh"), name("mail")], ..Allowance::default() }),
+                (name("b"), Allowance { services: vec![name("ssh")], ..Allowance::default() }),
+            ]),
+            log_closings: false,
         }
     }
 
@@ -91,6 +158,7 @@ mod tests {
             source: "192.0.2.1".parse().unwrap(),
             port: port.parse().unwrap(),
             once,
+            bound: false,
             seconds,
             user: user.parse().unwrap(),
             service: service.parse().unwrap(),
@@ -126,12 +194,67 @@ mod tests {
             user: user.parse().unwrap(),
             service: service.parse().unwrap(),
             until: now,
+            bound: false,
+            kill: false,
+            members: Vec::new(),
         };
-        assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh")));
-        assert!(policy.upholds(&door("tcp/25", true), &grant("a", "mail")));
-        assert!(!policy.upholds(&door("tcp/25", true), &grant("b", "mail")), "not a service of this user");
-        assert!(!policy.upholds(&door("tcp/22", true), &grant("b", "ssh")), "no longer for one connection");
-        assert!(!policy.upholds(&door("tcp/80", false), &grant("a", "ssh")), "no longer a port of the service");
-        assert!(!policy.upholds(&door("tcp/22", false), &grant("c", "ssh")), "no longer a user");
+        assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
+        assert!(policy.upholds(&door("tcp/25", true), &grant("a", "mail"), now, NOW));
+        assert!(!policy.upholds(&door("tcp/25", true), &grant("b", "mail"), now, NOW), "not a service of this user");
+        assert!(!policy.upholds(&door("tcp/22", true), &grant("b", "ssh"), now, NOW), "no longer for one connection");
+        assert!(
+            !policy.upholds(&door("tcp/80", false), &grant("a", "ssh"), now, NOW),
+            "no longer a port of the service"
+        );
+        assert!(!policy.upholds(&door("tcp/22", false), &grant("c", "ssh"), now, NOW), "no longer a user");
+    }
+
+    #[test]
+    fn what_a_user_may_no_more_is_neither_permitted_nor_upheld() {
+        let now = Instant::now();
+        let frame = |source: &str, bound, seconds| Frame::Open {
+            source: source.parse().unwrap(),
+            port: "tcp/22".parse().unwrap(),
+            once: false,
+            bound,
+            seconds,
+            user: "b".parse().unwrap(),
+            service: "ssh".parse().unwrap(),
+        };
+        let upheld = |policy: &Policy, source: &str, bound, seconds| {
+            let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
+            let until = now + Duration::from_secs(seconds);
+            let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
+            policy.upholds(&door, &Grant { user, service, until, bound, kill: false, members: Vec::new() }, now, NOW)
+        };
+        let narrowed = |narrow: &dyn Fn(&mut Allowance)| {
+            let mut policy = policy();
+            narrow(policy.users.get_mut(&"b".parse().unwrap()).unwrap());
+            policy
+        };
+        let from = narrowed(&|allowance| {
+            allowance.from = vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/64".parse().unwrap()];
+        });
+        for (source, may) in
+            [("192.0.2.1", true), ("198.51.100.1", false), ("2001:db8::1", true), ("2001:db9::1", false)]
+        {
+            assert_eq!(from.permits(&frame(source, false, 1)), may, "{source}");
+            assert_eq!(upheld(&from, source, false, 1), may, "{source}");
+        }
+        let bound = narrowed(&|allowance| allowance.bound = true);
+        let capped = narrowed(&|allowance| allowance.open_for = Some(10));
+        let expires = narrowed(&|allowance| allowance.expires = Some(NOW + 10));
+        for source in ["192.0.2.1", "2001:db8::1"] {
+            for is_bound in [false, true] {
+                assert_eq!(bound.permits(&frame(source, is_bound, 1)), is_bound);
+                assert_eq!(upheld(&bound, source, is_bound, 1), is_bound);
+            }
+            for (seconds, may) in [(10, true), (11, false)] {
+                assert_eq!(capped.permits(&frame(source, false, seconds)), may);
+                assert_eq!(upheld(&capped, source, false, seconds.into()), may);
+                assert_eq!(upheld(&expires, source, false, seconds.into()), may);
+            }
+            assert!(expires.permits(&frame(source, false, 30)), "the verifier may have decided a moment ago");
+        }
     }
 }

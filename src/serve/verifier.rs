@@ -258,10 +258,10 @@ impl Process {
     }
 
     async fn open(&self, grant: Grant) {
-        let Grant { user, service, source, ports, open_for: seconds, once, .. } = grant;
+        let Grant { user, service, source, ports, open_for: seconds, once, bound, .. } = grant;
         for port in ports {
             let (user, service) = (user.clone(), service.clone());
-            self.ask(&Frame::Open { source, port, once, seconds, user, service }).await;
+            self.ask(&Frame::Open { source, port, once, bound, seconds, user, service }).await;
         }
     }
 

@@ -21,6 +21,8 @@ pub struct Service {
     pub open_for: u32,
     /// The kernel shuts the door behind the first connection.
     pub once: bool,
+    /// Connections end when the door shuts.
+    pub kill: bool,
 }
 
 /// Which tokens of a user count.
@@ -47,11 +49,19 @@ pub struct User {
     pub source: SourcePolicy,
     /// Networks their knocks may come from; none listed means any.
     pub from: Vec<IpNet>,
+    /// Seconds that a service opens for at most.
+    pub open_for: Option<u32>,
     /// Unix seconds from which on nothing is granted.
     pub expires: Option<u64>,
 }
 
 impl User {
+    /// For how many seconds a knock of theirs opens a service: until they expire at most, so that no door has to be shut then.
+    pub fn time_for(&self, service: &Service, now: u64) -> u32 {
+        let left = self.expires.map(|expiry| u32::try_from(expiry.saturating_sub(now)).unwrap_or(u32::MAX));
+        [self.open_for, left].into_iter().flatten().fold(service.open_for, u32::min)
+    }
+
     /// Whether a knock may come from here.
     pub fn may_come_from(&self, source: IpAddr) -> bool {
         self.from.is_empty() || self.from.iter().any(|network| network.contains(&source))

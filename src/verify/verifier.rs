@@ -66,6 +66,8 @@ pub struct Grant {
     pub open_for: u32,
     /// Only one connection.
     pub once: bool,
+    /// The token was bound to the source, so nobody else can have sent it.
+    pub bound: bool,
     /// Nothing but [`Grant::new`], which wants both proofs, can fill this in.
     _earned: (),
 }
@@ -121,15 +123,17 @@ impl Refusal {
 }
 
 impl Grant {
-    fn new(opened: &Opened, fresh: &Fresh, user: &User, service: &Service, source: IpAddr) -> Option<Self> {
+    fn new(recorded: &Recorded, user: &User, service: &Service, now: u64) -> Option<Self> {
+        let Recorded { opened, fresh, source } = recorded;
         let is_of_one_knock = opened.n() == fresh.n() && *fresh.client() == user.public_key;
         (is_of_one_knock && opened.port() == service.selector).then(|| Self {
             user: user.name.clone(),
             service: service.name.clone(),
-            source,
+            source: *source,
             ports: service.ports.clone(),
-            open_for: service.open_for,
+            open_for: user.time_for(service, now),
             once: service.once,
+            bound: opened.binding() != Binding::Unbound,
             _earned: (),
         })
     }
@@ -225,7 +229,7 @@ impl Verifier {
         }
         self.registry
             .permitted(user, opened.port())
-            .and_then(|service| Grant::new(opened, fresh, user, service, *source))
+            .and_then(|service| Grant::new(recorded, user, service, now))
             .ok_or_else(|| refuse(Reason::NotPermitted, Some(user)))
     }
 

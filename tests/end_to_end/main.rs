@@ -22,8 +22,10 @@ mod proxy;
 #[path = "../support/persona.rs"]
 mod recorded;
 mod reload;
+mod sets;
 mod store;
 mod table;
+mod users;
 mod wire;
 
 use std::net::{IpAddr, SocketAddr};

@@ -246,7 +246,7 @@ fn open_doors(lab: &Lab) -> Vec<String> {
 
 fn open(source: IpAddr, port: &str, once: bool, seconds: u32, user: &str, service: &str) -> Frame {
     let [user, service] = [user, service].map(|name| name.parse().unwrap());
-    Frame::Open { source, port: port.parse().unwrap(), once, seconds, user, service }
+    Frame::Open { source, port: port.parse().unwrap(), once, bound: false, seconds, user, service }
 }
 
 /// What alice's knock asks for.

@@ -401,7 +401,8 @@ impl Lab {
     pub fn door(&self, source: IpAddr, port: u16) -> Option<String> {
         let listing = self.server.nft(&["list", "table", "inet", "knockq"]);
         let key = format!("{source} . tcp . {port} ");
-        let elements = listing.split(['{', ',', '}']).map(str::trim);
+        let (doors, _ended) = listing.split_once("set ended4").unwrap_or((&listing, ""));
+        let elements = doors.split(['{', ',', '}']).map(str::trim);
         elements.filter(|element| element.starts_with(&key)).map(str::to_owned).next()
     }
 }

@@ -87,7 +87,7 @@ pub fn private_key(number: u64) -> PrivateKey {
 
 pub fn service(text: &str, ports: &[&str], once: bool) -> Service {
     let ports: Vec<Port> = ports.iter().map(|port| port.parse().unwrap()).collect();
-    Service { name: name(text), selector: ports[0].number, ports, open_for: 30, once }
+    Service { name: name(text), selector: ports[0].number, ports, open_for: 30, once, kill: false }
 }
 
 /// `count` users u0, u1, … who may open ssh (22) and wg (51820, udp and tcp), but not mail (25); `edit` changes them.
@@ -104,6 +104,7 @@ pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Clie
             services: vec![0, 1],
             source: SourcePolicy::Any,
             from: Vec::new(),
+            open_for: None,
             expires: None,
         };
         edit(place, &mut user);

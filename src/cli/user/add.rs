@@ -1,9 +1,11 @@
 //! `knockq user add`
 
+use std::path::{PathBuf, absolute};
+
 use clap::Args;
 
 use super::entry::Entry;
-use super::profile::{profile, without_secret};
+use super::profile::{brought_as, profile, without_secret};
 use super::{apply, other_device};
 use crate::cli::failure::{CONFIGURATION, Failure, USAGE};
 use crate::cli::{note, print};
@@ -17,6 +19,9 @@ pub(super) struct Add {
     /// The public key that `knockq keygen` printed on the user's machine
     #[arg(long, value_name = "BASE64")]
     key: String,
+    /// A file with a pre-shared key, which the user needs too; it stays where it is (mode 0600)
+    #[arg(long, value_name = "FILE")]
+    psk_file: Option<PathBuf>,
     #[command(flatten)]
     entry: Entry,
 }
@@ -27,14 +32,24 @@ impl Add {
         let key = self.public_key(&config)?;
         let (name, file) = (&self.entry.name, self.entry.config());
         let allowed = self.entry.allowed_services(&config)?;
-        let profile = without_secret(name, &profile(&config, name, key, &allowed)?);
+        let psk_file = self.psk_file.as_deref().map(absolute).transpose();
+        let psk_file = psk_file.map_err(|error| Failure::new(format!("--psk-file: {error}")))?;
+        let holder = self.entry.holder(key, &allowed, psk_file.is_some());
+        let profile = without_secret(name, &profile(&config, &holder)?);
 
-        let path = self.entry.write(&key, &allowed)?;
+        let path = self.entry.write(&key, &allowed, psk_file.as_deref())?;
         note(&format!("Wrote {}", path.display()));
         note(&format!(
             "Give this profile to {name}, who imports it with `knockq host add HOSTNAME -`, which must show this:"
         ));
         note(&format!("server key fingerprint: {}", config.private_key.public().fingerprint()));
+        if let Some(file) = &psk_file {
+            note(&format!(
+                "{name} also needs what is in {}, by another way: as ~/.config/knockq/{}, mode 0600",
+                file.display(),
+                brought_as(name).display()
+            ));
+        }
         print(&profile)?;
         apply(file)
     }

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::profile::Holder;
 use super::{entry_path, exists};
 use crate::cli::ConfigArg;
 use crate::cli::failure::{Failure, USAGE};
 use crate::config::secure_file::{self, Privacy};
-use crate::config::{Network, ServerConfig};
+use crate::config::{Expiry, Network, Seconds, ServerConfig};
 use crate::crypto::PublicKey;
+use crate::nft::SetName;
 use crate::service::Name;
 
 #[derive(Args)]
@@ -27,6 +29,15 @@ pub(super) struct Entry {
     /// Take only knocks that are bound to the address they come from
     #[arg(long, value_name = "POLICY")]
     source: Option<SourceArg>,
+    /// A knock opens for so long at most, if the service allows more: 90s, 15m, 2h, 1d
+    #[arg(long, value_name = "DURATION")]
+    open_for: Option<Seconds>,
+    /// From then on the user opens nothing: 2027-01-31, or 2027-01-31T18:00:00Z
+    #[arg(long, value_name = "DATE")]
+    expires: Option<Expiry>,
+    /// A set of yours that the user's address is added to while a door is open: 'inet filter alice'
+    #[arg(long, value_name = "SET")]
+    add_to: Vec<SetName>,
     #[command(flatten)]
     config: ConfigArg,
 }
@@ -68,11 +79,16 @@ impl Entry {
         }
     }
 
+    /// Whom the profile is for.
+    pub(super) fn holder<'a>(&'a self, key: PublicKey, allowed: &'a [Name], is_preshared: bool) -> Holder<'a> {
+        Holder { name: &self.name, key, allowed, open_for: self.open_for, is_preshared }
+    }
+
     /// Makes the user's file, on disk when this returns.
-    pub(super) fn write(&self, key: &PublicKey, allowed: &[Name]) -> Result<PathBuf, Failure> {
+    pub(super) fn write(&self, key: &PublicKey, allowed: &[Name], psk_file: Option<&Path>) -> Result<PathBuf, Failure> {
         let path = entry_path(self.config(), &self.name);
         secure_file::create_directory(path.parent().unwrap_or(Path::new(".")))?;
-        secure_file::create(&path, &self.text(key, allowed), Privacy::Public)?;
+        secure_file::create(&path, &self.text(key, allowed, psk_file), Privacy::Public)?;
         if let Err(error) = ServerConfig::load(self.config()) {
             let _ = fs::remove_file(&path); // a configuration that worked must go on working
             return Err(error.into());
@@ -80,7 +96,7 @@ impl Entry {
         Ok(path)
     }
 
-    fn text(&self, key: &PublicKey, allowed: &[Name]) -> String {
+    fn text(&self, key: &PublicKey, allowed: &[Name], psk_file: Option<&Path>) -> String {
         let list = |items: Vec<String>| items.iter().map(|item| format!("\"{item}\"")).collect::<Vec<_>>().join(", ");
         let mut text = format!("public_key = \"{key}\"\n");
         let _ = writeln!(text, "services   = [{}]", list(allowed.iter().map(ToString::to_string).collect()));
@@ -89,6 +105,19 @@ impl Entry {
         }
         if matches!(self.source, Some(SourceArg::Bound)) {
             text.push_str("source     = \"bound\"\n");
+        }
+        let lines = [
+            ("open_for", self.open_for.map(|cap| cap.to_string())),
+            ("expires", self.expires.map(|expiry| expiry.to_string())),
+            ("psk_file", psk_file.map(|file| file.display().to_string())),
+        ];
+        for (key, value) in lines {
+            if let Some(value) = value {
+                let _ = writeln!(text, "{key:<10} = {}", toml::Value::from(value));
+            }
+        }
+        if !self.add_to.is_empty() {
+            let _ = writeln!(text, "add_to     = [{}]", list(self.add_to.iter().map(ToString::to_string).collect()));
         }
         text
     }

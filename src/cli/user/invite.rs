@@ -47,12 +47,12 @@ impl Invite {
         let name = &self.entry.name;
         let allowed = self.entry.allowed_services(&config)?;
         let key = PrivateKey::generate().map_err(|error: KeyError| Failure::new(format!("user {name}: {error}")))?;
-        let profile = profile(&config, name, *key.public(), &allowed)?;
+        let profile = profile(&config, &self.entry.holder(*key.public(), &allowed, false))?;
         // All that could keep it from being read, before anybody is told of the key.
         check_stdout()?;
         let text = if self.qr { qr_code(&profile, &key)? } else { self.text(&profile, &key) };
 
-        let path = self.entry.write(key.public(), &allowed)?;
+        let path = self.entry.write(key.public(), &allowed, None)?;
         note(&format!("Wrote {}: the public key alone", path.display()));
         note(&format!(
             "This profile holds {name}'s private key and is not shown again. Whoever reads it can knock as {name}."

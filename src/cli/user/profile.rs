@@ -1,6 +1,7 @@
 //! The profile that a user imports.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use crate::cli::failure::{CONFIGURATION, Failure};
 use crate::cli::init::host_addresses;
@@ -9,13 +10,21 @@ use crate::config::{Seconds, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::service::Name;
 
-/// What a user with this key imports. The first of the services is the one that is opened when none is named.
-pub(super) fn profile(
-    config: &ServerConfig,
-    user: &Name,
-    client: PublicKey,
-    allowed: &[Name],
-) -> Result<Profile, Failure> {
+/// Whom a profile is for.
+pub(super) struct Holder<'a> {
+    pub(super) name: &'a Name,
+    pub(super) key: PublicKey,
+    /// The first of them is the one that is opened when none is named.
+    pub(super) allowed: &'a [Name],
+    /// For how long a knock opens a service at most.
+    pub(super) open_for: Option<Seconds>,
+    /// They need a pre-shared key too.
+    pub(super) is_preshared: bool,
+}
+
+/// What a user imports.
+pub(super) fn profile(config: &ServerConfig, holder: &Holder<'_>) -> Result<Profile, Failure> {
+    let Holder { name: user, key, allowed, open_for: cap, is_preshared } = *holder;
     if allowed.is_empty() {
         return Err(Failure::new(format!("user {user}: may open no service, so no client takes the profile"))
             .hint("put one into `services` of the user's file")
@@ -29,20 +38,26 @@ pub(super) fn profile(
     }
     let services = config.services.iter().filter(|service| allowed.contains(&service.name)).map(|service| {
         let (selector, ports, once) = (service.selector, service.ports.clone(), service.once);
-        let open_for = Some(Seconds(service.open_for));
+        let open_for = Some(cap.unwrap_or(Seconds(u32::MAX)).min(Seconds(service.open_for)));
         (service.name.clone(), ProfileService { selector, ports, open_for, once })
     });
     Ok(Profile {
         server_key: Key(*config.private_key.public()),
-        client_key: Key(client),
+        client_key: Key(key),
         client_private_key: None,
         address,
         knock_ports: config.knock_ports.clone(),
         window: config.window,
         default: (allowed.len() > 1).then(|| allowed.first().cloned()).flatten(),
         source: None,
+        psk_file: is_preshared.then(|| brought_as(user)),
         services: services.collect::<BTreeMap<_, _>>(),
     })
+}
+
+/// The file of the user's pre-shared key on their machine, beside their own key.
+pub(super) fn brought_as(user: &Name) -> PathBuf {
+    PathBuf::from(format!("{user}.psk"))
 }
 
 /// As it is printed.

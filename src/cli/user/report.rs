@@ -7,12 +7,13 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::missing;
-use super::profile::{profile, without_secret};
+use super::profile::{Holder, profile, without_secret};
 use crate::cli::columns::columns;
 use crate::cli::failure::Failure;
 use crate::cli::{ConfigArg, note, print, print_json};
-use crate::config::ServerConfig;
 use crate::config::users::UserEntry;
+use crate::config::{Expiry, Seconds, ServerConfig};
+use crate::nft::SetName;
 use crate::service::Name;
 
 #[derive(Args)]
@@ -36,7 +37,7 @@ impl List {
             note("There is no user yet: `knockq user add` makes one");
             return Ok(());
         }
-        let head = ["NAME", "SERVICES", "SOURCE", "FROM", "KEY"].map(str::to_owned);
+        let head = ["NAME", "SERVICES", "SOURCE", "FROM", "EXPIRES", "KEY"].map(str::to_owned);
         print(&columns(&[vec![head], facts.iter().map(Facts::row).collect()].concat()))
     }
 }
@@ -63,8 +64,10 @@ impl Show {
         let user = config.users.iter().find(|user| user.name == self.name).ok_or_else(|| missing(&self.name, path))?;
         let facts = Facts::new(user, &config);
         if self.profile {
-            let profile = profile(&config, &user.name, user.public_key, &facts.services)?;
-            return print(&without_secret(&user.name, &profile));
+            let (name, key, allowed) = (&user.name, user.public_key, facts.services.as_slice());
+            let (open_for, is_preshared) = (user.open_for, user.preshared.is_some());
+            let profile = profile(&config, &Holder { name, key, allowed, open_for, is_preshared })?;
+            return print(&without_secret(name, &profile));
         }
         if self.json {
             return print_json(&facts);
@@ -81,6 +84,10 @@ struct Facts<'a> {
     services: Vec<Name>,
     source: &'static str,
     from: &'a [IpNet],
+    open_for: Option<Seconds>,
+    expires: Option<Expiry>,
+    add_to: &'a [SetName],
+    psk_file: Option<&'a Path>,
     file: &'a Path,
 }
 
@@ -96,23 +103,34 @@ impl<'a> Facts<'a> {
                 .collect(),
             source: if user.must_bind() { "bound" } else { "any" },
             from: &user.from,
+            open_for: user.open_for,
+            expires: user.expires,
+            add_to: &user.add_to,
+            psk_file: user.preshared.as_ref().map(|(file, _)| file.as_path()),
             file: &user.path,
         }
     }
 
-    fn row(&self) -> [String; 5] {
+    fn row(&self) -> [String; 6] {
         let [services, from] = [list(&self.services), list(self.from)];
-        [self.name.to_string(), services, self.source.to_owned(), from, self.public_key.clone()]
+        let expires = self.expires.map_or_else(String::new, |expiry| {
+            if expiry.is_over() { format!("{expiry} (over)") } else { expiry.to_string() }
+        });
+        [self.name.to_string(), services, self.source.to_owned(), from, expires, self.public_key.clone()]
     }
 
-    fn lines(&self) -> [[String; 2]; 6] {
-        let [name, services, source, from, public_key] = self.row();
-        [
+    fn lines(&self) -> Vec<[String; 2]> {
+        let [name, services, source, from, expires, public_key] = self.row();
+        vec![
             ["name".to_owned(), name],
             ["public_key".to_owned(), public_key],
             ["services".to_owned(), services],
             ["source".to_owned(), source],
             ["from".to_owned(), from],
+            ["open_for".to_owned(), self.open_for.map_or_else(String::new, |cap| cap.to_string())],
+            ["expires".to_owned(), expires],
+            ["add_to".to_owned(), list(self.add_to)],
+            ["psk_file".to_owned(), self.psk_file.map_or_else(String::new, |file| file.display().to_string())],
             ["file".to_owned(), self.file.display().to_string()],
         ]
     }

@@ -1,0 +1,185 @@
+//! Connections that came in by a door, as conntrack knows them: they end when conntrack forgets them, for the gate takes their
+//! next packet for that of a stranger.
+
+use std::io;
+use std::net::IpAddr;
+
+use netlink_packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage};
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages};
+use super::elements::{Door, ElementError, read};
+use crate::service::{Port, Transport};
+
+/// Attributes of an entry (`enum ctattr_type` of linux/netfilter/nfnetlink_conntrack.h): as its first packet was, before any
+/// translation; its zone; its number, which keeps another from being deleted that has taken its place.
+const ORIGINAL: u16 = 1;
+const ZONE: u16 = 18;
+const ID: u16 = 12;
+
+/// Attributes of such a tuple.
+const ADDRESSES: u16 = 1;
+const PROTOCOL: u16 = 2;
+
+/// Attributes of its addresses: the source, for each family.
+const SOURCE4: u16 = 1;
+const SOURCE6: u16 = 3;
+
+/// Attributes of its protocol.
+const NUMBER: u16 = 1;
+const DESTINATION_PORT: u16 = 3;
+
+/// An attribute holds others (`NLA_F_NESTED`).
+const NESTED: u16 = 0x8000;
+
+/// The socket that tells of connections and ends them.
+pub struct Flows {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// One connection.
+pub struct Flow {
+    /// The door that it came in by, as one that is not `once`.
+    pub door: Door,
+    family: NetfilterProtoFamily,
+    entry: Vec<ConntrackAttribute>,
+}
+
+impl Flows {
+    /// Opens the socket. It needs CAP_NET_ADMIN at each use.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// The connections that came in by such doors, `once` or not. It takes as long as the kernel takes to list all connections.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn find(&mut self, is_meant: impl Fn(&Door) -> bool) -> Result<Vec<Flow>, ElementError> {
+        let mut found = Vec::new();
+        for family in [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6] {
+            self.list(family, |entry| {
+                if let Some(door) = through(entry).filter(&is_meant) {
+                    found.push(Flow { door, family, entry: only_itself(entry) });
+                }
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Has conntrack forget a connection; `false` if it has ended by itself.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget(&mut self, flow: Flow) -> Result<bool, ElementError> {
+        self.send(flow.family, ConntrackMessage::Delete(flow.entry), NLM_F_ACK)?;
+        let datagram = self.receive()?;
+        match messages(&datagram).find_map(read).ok_or(ElementError::NoAnswer)? {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(ElementError::Refused(error)),
+        }
+    }
+
+    /// Shows each entry's attributes.
+    fn list(&mut self, family: NetfilterProtoFamily, mut show: impl FnMut(&[u8])) -> Result<(), ElementError> {
+        self.send(family, ConntrackMessage::Get(Vec::new()), NLM_F_DUMP)?;
+        loop {
+            let datagram = self.receive()?;
+            for message in messages(&datagram) {
+                match NetlinkBuffer::new_checked(message).map(|message| message.message_type()) {
+                    Ok(NLMSG_DONE) => return Ok(()),
+                    Ok(NLMSG_ERROR) => {
+                        return read(message).unwrap_or(Ok(())).map_err(ElementError::Refused);
+                    }
+                    _ => show(message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default()),
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, family: NetfilterProtoFamily, inner: ConntrackMessage, flags: u16) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = self.sequence;
+        let payload = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner);
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0).map(|_| ())
+    }
+
+    fn receive(&self) -> Result<Vec<u8>, ElementError> {
+        let mut datagram = Vec::with_capacity(64 << 10);
+        match self.socket.recv(&mut datagram, 0) {
+            Ok(_) => Ok(datagram),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ElementError::NoAnswer),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// The door that a connection came in by, whichever kind it is.
+fn through(entry: &[u8]) -> Option<Door> {
+    let tuple = attribute(entry, ORIGINAL)?;
+    let (addresses, protocol) = (attribute(tuple, ADDRESSES)?, attribute(tuple, PROTOCOL)?);
+    let v4 = attribute(addresses, SOURCE4).and_then(|source| Some(IpAddr::from(<[u8; 4]>::try_from(source).ok()?)));
+    let v6 = || Some(IpAddr::from(<[u8; 16]>::try_from(attribute(addresses, SOURCE6)?).ok()?));
+    let [number] = *attribute(protocol, NUMBER)? else { return None };
+    let port = u16::from_be_bytes(attribute(protocol, DESTINATION_PORT)?.try_into().ok()?);
+    let port = Port { transport: Transport::from_number(number)?, number: port };
+    Some(Door { source: v4.or_else(v6)?, port, once: false })
+}
+
+/// What names this entry and no other.
+fn only_itself(entry: &[u8]) -> Vec<ConntrackAttribute> {
+    let part = |kind: u16, flag: u16| {
+        attribute(entry, kind).map(|value| ConntrackAttribute::Other(DefaultNla::new(kind | flag, value.to_vec())))
+    };
+    [part(ORIGINAL, NESTED), part(ZONE, 0), part(ID, 0)].into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Door, through};
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(4 + value.len()).unwrap();
+        let mut attribute = [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat();
+        attribute.resize(attribute.len().next_multiple_of(4), 0);
+        attribute
+    }
+
+    #[test]
+    fn a_connection_is_known_by_the_door_that_its_first_packet_came_to() {
+        for (source, kind, bytes) in
+            [("192.0.2.1", 1, vec![192, 0, 2, 1]), ("2020::1", 3, [vec![0x20, 0x20], vec![0; 13], vec![1]].concat())]
+        {
+            let addresses = attribute(0x8001, &attribute(kind, &bytes));
+            let ports = [attribute(1, &[6]), attribute(2, &[0x9c, 0x40]), attribute(3, &[0, 22])].concat();
+            let tuple = |protocol: &[u8]| attribute(0x8001, &[&addresses[..], &attribute(0x8002, protocol)].concat());
+            let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
+            assert_eq!(through(&tuple(&ports)), Some(door));
+            assert_eq!(through(&tuple(&attribute(1, &[1]))), None, "icmp has no port");
+            let whole = tuple(&ports);
+            for end in 0..whole.len() {
+                assert_eq!(through(&whole[..end]), None);
+            }
+        }
+    }
+}
