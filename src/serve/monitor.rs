@@ -118,7 +118,6 @@ pub fn run() -> Result<(), MonitorError> {
         not_shut: Tally::default(),
         not_added: Tally::default(),
         doors,
-        flows: Flows::new()?,
         book: Book::default(),
         members: Book::default(),
         past: VecDeque::new(),
@@ -159,7 +158,6 @@ struct Monitor {
     not_shut: Tally,
     not_added: Tally,
     doors: Doors,
-    flows: Flows,
     book: Book,
     /// Who is in the administrator's sets.
     members: Book<Member>,
@@ -471,12 +469,13 @@ impl Monitor {
     /// Has conntrack forget connections, and keeps them from beginning again.
     fn end_connections(&mut self, is_meant: impl Fn(&Door) -> bool) {
         let end = || {
-            let flows = self.flows.find(is_meant)?;
+            let mut connections = Flows::new()?;
+            let flows = connections.find(is_meant)?;
             let doors: HashSet<Door> = flows.iter().map(|flow| flow.door).collect();
             doors.iter().try_for_each(|door| self.doors.keep_ended(door))?;
             let mut ended = 0_usize;
             for flow in flows {
-                ended += usize::from(self.flows.forget(flow)?);
+                ended += usize::from(connections.forget(flow)?);
             }
             Ok::<_, ElementError>(ended)
         };
