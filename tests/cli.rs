@@ -901,7 +901,7 @@ fn every_example_passes_the_check() {
         assert!(said.contains(&format!("users {}", users.len())), "{}: {said}", directory.display());
         checked += 1;
     }
-    assert_eq!(checked, 3, "examples/*/knockq.toml");
+    assert_eq!(checked, 6, "examples/*/knockq.toml");
 }
 
 #[test]

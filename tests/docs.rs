@@ -78,3 +78,20 @@ fn readme_lists_every_page() {
         assert!(name == "README.md" || readme.contains(&format!("](docs/{name})")), "{name}");
     }
 }
+
+#[test]
+fn the_guide_shows_the_files_of_the_examples_as_they_are() {
+    let guide = read(&root("docs/guide-server.md"));
+    let mut shown = 0;
+    for (place, _) in guide.match_indices("`examples/") {
+        let Some((path, rest)) = guide[place + 1..].split_once("`:\n\n") else { continue };
+        if path.contains(char::is_whitespace) {
+            continue; // mentioned, not shown
+        }
+        let lines = rest.lines().take_while(|line| line.is_empty() || line.starts_with("    "));
+        let block: String = lines.map(|line| format!("{}\n", line.strip_prefix("    ").unwrap_or(line))).collect();
+        assert_eq!(block.trim_end(), read(&root(path)).trim_end(), "{path}");
+        shown += 1;
+    }
+    assert!(shown > 8, "only {shown} files were found: this test no longer sees them");
+}

@@ -39,7 +39,8 @@ systemctl mask systemd-udevd.service systemd-udev-trigger.service systemd-logind
     systemd-journal-flush.service systemd-modules-load.service kmod-static-nodes.service systemd-random-seed.service \
     systemd-update-utmp.service systemd-sysctl.service systemd-journald-audit.socket sys-kernel-tracing.mount \
     sys-kernel-debug.mount dev-hugepages.mount dev-mqueue.mount systemd-remount-fs.service systemd-pcrphase.service \
-    systemd-tmpfiles-setup-dev.service systemd-tmpfiles-clean.timer systemd-user-sessions.service
+    systemd-tmpfiles-setup-dev.service systemd-tmpfiles-clean.timer systemd-user-sessions.service \
+    dbus.service dbus.socket
 touch /etc/.updated /var/.updated
 # Else it is the first boot, and systemd asks for a root password.
 echo 0123456789abcdef0123456789abcdef >/etc/machine-id

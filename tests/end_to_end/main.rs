@@ -8,6 +8,7 @@ mod daemon;
 mod debugger;
 mod doors;
 mod faults;
+mod guides;
 mod hostile;
 mod invitation;
 #[path = "../support/lab.rs"]
