@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -34,7 +35,9 @@ impl Check {
         for account in missing {
             note(&format!("warning: there is no user `{account}`, so a user id that nobody has stands in for it"));
         }
-        check_store(&config)?;
+        if let Some(doubt) = check_store(&config)? {
+            note(&format!("warning: {doubt}"));
+        }
         warn_of_ephemeral_ports(&config);
         check_sets(&config)?;
         let (services, users) = (config.services.len(), config.users.len());
@@ -47,20 +50,16 @@ impl Check {
     }
 }
 
-/// The daemon, if it runs, has the store open; then it has found it right.
-fn check_store(config: &ServerConfig) -> Result<(), Failure> {
+/// What is doubtful about the counter store, but harms nobody. The daemon, if it runs, has it open; then it has found it right.
+pub(super) fn check_store(config: &ServerConfig) -> Result<Option<String>, Failure> {
     let path = config.store_path();
     let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
     match Store::check(file.map_err(ServeError::Store)?, config.private_key.public()) {
-        Ok(Some(doubt)) => {
-            note(&format!(
-                "warning: {}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window \
-                 after the start",
-                path.display()
-            ));
-            Ok(())
-        }
-        Ok(None) | Err(StoreError::InUse) => Ok(()),
+        Ok(Some(doubt)) => Ok(Some(format!(
+            "{}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window after the start",
+            path.display()
+        ))),
+        Ok(None) | Err(StoreError::InUse) => Ok(None),
         Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }
 }
@@ -91,18 +90,33 @@ fn check_sets(config: &ServerConfig) -> Result<(), Failure> {
 
 /// A connection of this host's own may take a knock port in that range as its source.
 pub(super) fn warn_of_ephemeral_ports(config: &ServerConfig) {
-    let range = ephemeral_ports();
-    if let Some(port) = config.knock_ports.iter().find(|port| range.contains(port)) {
-        note(&format!(
-            "warning: knock port {port} lies inside net.ipv4.ip_local_port_range ({}-{})",
-            range.start(),
-            range.end()
-        ));
+    if let Some(message) = ephemeral_knock_port(config) {
+        note(&format!("warning: {message}"));
     }
 }
 
+/// The first knock port that the kernel may give to a connection of this host's own, in words.
+pub(super) fn ephemeral_knock_port(config: &ServerConfig) -> Option<String> {
+    let range = ephemeral_ports();
+    let reserved = reserved_ports();
+    let is_given = |port: &u16| range.contains(port) && !reserved.iter().any(|ports| ports.contains(port));
+    let port = config.knock_ports.iter().find(is_given)?;
+    let (start, end) = (range.start(), range.end());
+    Some(format!("knock port {port} lies inside net.ipv4.ip_local_port_range ({start}-{end})"))
+}
+
+/// What the kernel leaves out of that range.
+fn reserved_ports() -> Vec<RangeInclusive<u16>> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
+    let range = |range: &str| {
+        let (start, end) = range.split_once('-').unwrap_or((range, range));
+        Some(start.parse().ok()?..=end.parse().ok()?)
+    };
+    text.trim().split(',').filter_map(range).collect()
+}
+
 /// The kernel's range for source ports; Linux's default where it cannot be read.
-pub(super) fn ephemeral_ports() -> std::ops::RangeInclusive<u16> {
+pub(super) fn ephemeral_ports() -> RangeInclusive<u16> {
     let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let mut numbers = text.split_whitespace().map_while(|number| number.parse().ok());
     match (numbers.next(), numbers.next()) {

@@ -64,6 +64,11 @@ impl Failure {
         Self { hint: self.hint.or_else(|| Some(hint.to_owned())), ..self }
     }
 
+    /// What is wrong, and what to do about it.
+    pub(super) fn into_parts(self) -> (String, Option<String>) {
+        (self.message, self.hint)
+    }
+
     /// In one line, for a log.
     pub(super) fn line(&self) -> String {
         let hint = self.hint.as_ref().map(|hint| format!(". Hint: {hint}")).unwrap_or_default();

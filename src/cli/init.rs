@@ -13,7 +13,7 @@ use ipnet::IpNet;
 
 use super::check::{ephemeral_ports, warn_of_ephemeral_ports};
 use super::failure::{CONFIGURATION, Failure, USAGE};
-use super::{note, print};
+use super::{note, print, sockets};
 use crate::client::address::{is_global, own_addresses};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::{RUNTIME_DIRECTORY, STATE_DIRECTORY};
@@ -283,13 +283,8 @@ fn numbered_name(port: &Port) -> String {
 
 /// TCP ports that somebody listens on, of either family.
 fn listening_ports() -> BTreeSet<u16> {
-    let is_listening = |line: &str| {
-        let mut fields = line.split_whitespace().skip(1);
-        let (_, port) = fields.next()?.rsplit_once(':')?;
-        (fields.nth(1)? == "0A").then(|| u16::from_str_radix(port, 16).ok())?
-    };
-    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
-    tables.iter().flat_map(|table| table.lines().filter_map(is_listening)).collect()
+    let ports = sockets::listeners().into_iter().map(|listener| listener.port);
+    ports.filter(|port| port.transport == Transport::Tcp).map(|port| port.number).collect()
 }
 
 /// This host's addresses that a client could use: global ones, or else any that are not link-local.

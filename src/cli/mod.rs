@@ -3,6 +3,7 @@
 mod check;
 mod columns;
 mod connect;
+mod doctor;
 mod failure;
 mod grants;
 mod host;
@@ -14,6 +15,7 @@ mod recover;
 mod ruleset;
 mod send;
 mod serve;
+mod sockets;
 mod user;
 
 use std::io::{self, Write};
@@ -55,6 +57,8 @@ enum Command {
     Init(init::Init),
     /// Server: check configuration, keys and permissions
     Check(check::Check),
+    /// Server: find out why a knock does not work
+    Doctor(doctor::Doctor),
     /// Server: print the nft include file for this configuration
     Ruleset(ruleset::PrintRuleset),
     /// Server: run the daemon, in the foreground
@@ -134,6 +138,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Init(init) => init.run(),
         Command::Check(check) => check.run(),
+        Command::Doctor(doctor) => doctor.run(),
         Command::Ruleset(ruleset) => ruleset.run(),
         Command::Serve(serve) => serve.run(),
         Command::Confirm(confirm) => confirm.run(),

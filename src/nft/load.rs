@@ -102,6 +102,15 @@ pub fn check(ruleset: &str) -> Result<(), NftError> {
     run(&["-c", "-f", "-"], ruleset).map(drop).map_err(|error| explain(error, ruleset))
 }
 
+/// All tables of this host as text, without counters. Of rules that iptables made, nft's JSON tells no more than that they are
+/// there; as text they are in nft's own words.
+///
+/// # Errors
+/// With what nft said.
+pub fn list_ruleset() -> Result<String, NftError> {
+    run(&["-s", "list", "ruleset"], "")
+}
+
 /// A table of family inet, as JSON.
 pub(super) fn list_table(table: &str) -> Result<String, NftError> {
     run(&["-j", "list", "table", "inet", table], "").map_err(missing)

@@ -13,7 +13,7 @@ pub mod watch;
 pub use elements::{Door, Doors, ElementError, Ownership};
 pub use flows::Flows;
 pub use list::{OpenDoor, comment, open_doors};
-pub use load::{NftError, check};
+pub use load::{NftError, check, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};
 pub use sets::{Member, SetError, SetName};
 pub use table::{TableError, install, is_live, remove};

@@ -1,0 +1,193 @@
+//! What the host's other tables do with what knockq lets through, and with ports that nobody uses.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use super::Finding;
+use super::follow::{End, Ends, Packet, ends};
+use super::listing::Table;
+use super::translation::{Translation, of};
+use crate::cli::sockets::listeners;
+use crate::config::ServerConfig;
+use crate::nft::TABLE;
+use crate::service::{Answer, Port, Transport};
+
+/// Where the kernel tells of iptables that does not go through nft, which nft does not show.
+const LEGACY: [&str; 2] = ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
+
+/// Where to look for ports that nobody uses, from each upwards: a scan would see some of them.
+const CLOSED: [u16; 4] = [23, 1024, 8000, 40_000];
+
+/// Below this directory, a kernel with IPv6 has the file.
+const IPV6: &str = "/proc/net/if_inet6";
+
+/// Of each guarded port, whether it is let in; and what a closed port answers.
+pub(super) fn all(config: &ServerConfig, tables: &[Table]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let legacy: BTreeSet<String> = LEGACY
+        .into_iter()
+        .flat_map(|path| fs::read_to_string(path).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>())
+        .collect();
+    if !legacy.is_empty() {
+        let names = legacy.into_iter().collect::<Vec<_>>().join(", ");
+        let message = format!("iptables-legacy has tables that nft does not show, and that are not looked at: {names}");
+        findings.push(
+            Finding::unknown("firewall", message)
+                .hint("see them with `iptables-legacy-save` and `ip6tables-legacy-save`"),
+        );
+    }
+    let translations = of(tables);
+    findings.extend(config.ruleset().guarded.iter().flat_map(|port| allowed(*port, tables, &translations)));
+    findings.push(answer(config, tables, &translations));
+    findings
+}
+
+/// Families that this host speaks: whether it is IPv6, and its name.
+fn families() -> Vec<(bool, &'static str)> {
+    let all = [(false, "IPv4"), (true, "IPv6")];
+    all.into_iter().filter(|(is_ipv6, _)| !is_ipv6 || Path::new(IPV6).exists()).collect()
+}
+
+/// One line if both families pass, else one for each that does not.
+fn allowed(port: Port, tables: &[Table], translations: &[Translation]) -> Vec<Finding> {
+    let translation = translations.iter().find(|translation| translation.covers(port));
+    let refused: Vec<Finding> = families()
+        .into_iter()
+        .filter_map(|(is_ipv6, family)| {
+            refusal(
+                &format!("{port} over {family}"),
+                Packet { is_ipv6, port, is_translated: false },
+                translation,
+                tables,
+            )
+        })
+        .collect();
+    if refused.is_empty() {
+        vec![Finding::ok("firewall", format!("{port}: no chain of another table refuses it"))]
+    } else {
+        refused
+    }
+}
+
+/// The chain that refuses the packet, or else one that may.
+fn refusal(what: &str, packet: Packet, translation: Option<&Translation>, tables: &[Table]) -> Option<Finding> {
+    let mut doubt = None;
+    for (hook, packet) in way(packet, translation) {
+        for (table, chain, ends) in chains(tables, hook, packet) {
+            let place = format!("chain {} {} {chain}", table.family, table.name);
+            let Some((_, refuses)) = ends.iter().find(|(end, _)| **end != End::Passed) else { continue };
+            if let Some(passes) = ends.get(&End::Passed).or_else(|| ends.get(&End::Elsewhere)) {
+                let message = format!(
+                    "{what}: {place} lets it pass by {passes}, or not, by {refuses}: it depends on what is not known here"
+                );
+                doubt.get_or_insert_with(|| Finding::unknown("firewall", message).hint("try it: knock, and connect"));
+            } else {
+                let message = format!("{what}: {place} refuses it, by {refuses}, so a knock opens nothing");
+                return Some(Finding::problem("firewall", message).hint(remedy(table, chain, packet.port)));
+            }
+        }
+    }
+    doubt
+}
+
+/// The hooks that the packet comes through, and what it is like there.
+fn way(packet: Packet, translation: Option<&Translation>) -> [(&'static str, Packet); 3] {
+    let Some(translation) = translation else {
+        return [("ingress", packet), ("prerouting", packet), ("input", packet)];
+    };
+    let number = translation.target_port().unwrap_or(packet.port.number);
+    let inside = Packet { port: Port { number, ..packet.port }, is_translated: true, ..packet };
+    let inside = if translation.is_to_this_host() { ("input", inside) } else { ("forward", inside) };
+    [("ingress", packet), ("prerouting", Packet { is_translated: true, ..packet }), inside]
+}
+
+/// Others' chains at a hook, and what may become of the packet in each.
+fn chains<'a>(tables: &'a [Table], hook: &str, packet: Packet) -> impl Iterator<Item = (&'a Table, &'a str, Ends)> {
+    let family = if packet.is_ipv6 { "ip6" } else { "ip" };
+    let is_others =
+        |table: &&Table| !(table.family == "inet" && [TABLE, "knockq_check"].contains(&table.name.as_str()));
+    let is_asked = move |table: &&Table| ["inet", "netdev", family].contains(&table.family.as_str());
+    tables.iter().filter(is_others).filter(is_asked).flat_map(move |table| {
+        let hooked = table.chains.iter().filter(|(_, chain)| chain.hook.as_deref() == Some(hook));
+        hooked.map(|(name, chain)| (table, name.as_str(), ends(table, name, chain, packet))).collect::<Vec<_>>()
+    })
+}
+
+/// In the words of whoever made the chain.
+fn remedy(table: &Table, chain: &str, port: Port) -> String {
+    let Port { transport, number } = port;
+    if table.chains.contains_key("ufw-user-input") || table.chains.contains_key("ufw6-user-input") {
+        format!("ufw allow {number}/{transport}: knockq only shuts ports, and does not open the firewall behind it")
+    } else if table.name == "firewalld" {
+        format!(
+            "firewall-cmd --permanent --add-port={number}/{transport} && firewall-cmd --reload: knockq only shuts ports"
+        )
+    } else {
+        let (family, name) = (&table.family, &table.name);
+        format!(
+            "allow it there too, for knockq only shuts ports: nft insert rule {family} {name} {chain} {transport} dport {number} accept"
+        )
+    }
+}
+
+/// Whether guarded ports are told from closed ones by their answer.
+fn answer(config: &ServerConfig, tables: &[Table], translations: &[Translation]) -> Finding {
+    const CHECK: &str = "answer";
+    let set = match config.answer {
+        Answer::Drop => "are silent",
+        Answer::Reset => "answer with resets",
+    };
+    match (config.answer, closed(config, tables, translations)) {
+        (_, None) => Finding::unknown(CHECK, "what closed ports of this host answer depends on what is not known here")
+            .hint("compare, from elsewhere: nc -vzw3 SERVER 22; nc -vzw3 SERVER 23"),
+        (Answer::Drop, Some(End::Dropped)) | (Answer::Reset, Some(End::Reset)) => {
+            Finding::ok(CHECK, format!("guarded ports {set}, like this host's closed ports"))
+        }
+        (Answer::Drop, Some(End::Reset)) => {
+            Finding::note(CHECK, format!("guarded ports {set}, but this host's closed ports answer with resets: a scan tells them apart"))
+                .hint("set answer = \"reset\" in [server], or have this host's firewall drop what it does not allow")
+        }
+        (Answer::Reset, Some(End::Dropped)) => {
+            Finding::note(CHECK, format!("guarded ports {set}, but this host's closed ports are silent: a scan tells them apart"))
+                .hint("set answer = \"drop\" in [server]")
+        }
+        (_, Some(_)) => Finding::note(CHECK, format!("guarded ports {set}, but this host's firewall rejects closed ports in another way: a scan tells them apart"))
+            .hint("have the firewall drop, with answer = \"drop\" in [server]; or reset, with answer = \"reset\""),
+    }
+}
+
+/// What becomes of a SYN to a port that nobody uses; `None` if that depends on more than that.
+fn closed(config: &ServerConfig, tables: &[Table], translations: &[Translation]) -> Option<End> {
+    let listeners = listeners();
+    let is_free = |port: &Port| {
+        !config.knock_ports.contains(port.number)
+            && !config.ruleset().guarded.contains(port)
+            && listeners.iter().all(|listener| listener.port != *port)
+            && !translations.iter().any(|translation| translation.covers(*port))
+    };
+    let port = |number| Port { transport: Transport::Tcp, number };
+    let samples = CLOSED.iter().filter_map(|first| (*first..=u16::MAX).map(port).find(is_free));
+    let mut all = BTreeSet::new();
+    for port in samples {
+        for (is_ipv6, _) in families() {
+            all.insert(fate(Packet { is_ipv6, port, is_translated: false }, tables)?);
+        }
+    }
+    all.first().copied().filter(|_| all.len() == 1)
+}
+
+fn fate(packet: Packet, tables: &[Table]) -> Option<End> {
+    let mut fates = BTreeSet::new();
+    for (hook, packet) in way(packet, None) {
+        for (_, _, ends) in chains(tables, hook, packet) {
+            let end = ends.keys().next().copied().filter(|end| ends.len() == 1 && *end != End::Elsewhere)?;
+            fates.insert(end);
+        }
+    }
+    fates.remove(&End::Passed);
+    match fates.first() {
+        None => Some(End::Reset), // by the kernel itself
+        Some(end) => Some(*end).filter(|_| fates.len() == 1),
+    }
+}

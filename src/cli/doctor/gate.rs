@@ -1,0 +1,98 @@
+//! Whether the gate stands, and somebody reads what it queues.
+
+use std::path::Path;
+
+use super::Finding;
+use crate::cli::failure::Failure;
+use crate::config::ServerConfig;
+use crate::config::secure_file::{self, Privacy};
+use crate::config::server::RulesetMode;
+use crate::nft::{self, NftError};
+use crate::serve::ending::ServeError;
+use crate::serve::start::refuse_taken_queue;
+
+/// What the daemon's process that reads the queue is called.
+const MONITOR: &str = "(knockq-monitor)";
+
+/// Whether kernel and nft know each word of the table.
+pub(super) fn kernel(config: &ServerConfig) -> Finding {
+    const CHECK: &str = "kernel";
+    match nft::check(&config.ruleset().for_check()) {
+        Ok(()) => Finding::ok(CHECK, "this kernel and this nft have all that the table needs"),
+        Err(error) => Finding::failed(CHECK, error),
+    }
+}
+
+/// Whether the table in the kernel is that of the configuration.
+pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
+    const CHECK: &str = "table";
+    let is_managed = config.ruleset_mode == RulesetMode::Managed;
+    if matches!(nft::open_doors(), Err(NftError::NoTable)) {
+        let hint = if is_managed {
+            "systemctl start knockq".to_owned()
+        } else {
+            format!("include \"{}\" in /etc/nftables.conf, and load it", include(path).display())
+        };
+        return Finding::problem(CHECK, "there is no table inet knockq: guarded ports are open to all").hint(hint);
+    }
+    match nft::is_live(&config.ruleset()) {
+        Ok(true) => Finding::ok(CHECK, "table inet knockq is loaded, and that of this configuration"),
+        Ok(false) => {
+            let hint = if is_managed {
+                "if the configuration was changed: systemctl reload knockq; else: systemctl restart knockq".to_owned()
+            } else {
+                format!("knockq ruleset --output {}, and load nftables.conf", include(path).display())
+            };
+            let message = "table inet knockq is not that of this configuration: one of them was changed, by hand";
+            Finding::problem(CHECK, message).hint(hint)
+        }
+        Err(error) => {
+            let (message, hint) = Failure::from(error).into_parts();
+            let finding = Finding::unknown(CHECK, format!("table inet knockq cannot be compared: {message}"));
+            Finding { hint, ..finding }
+        }
+    }
+}
+
+/// What the next boot begins with.
+pub(super) fn include_file(config: &ServerConfig, path: &Path) -> Finding {
+    const CHECK: &str = "include-file";
+    let file = include(path);
+    let hint = match config.ruleset_mode {
+        RulesetMode::Managed => "systemctl reload knockq, or start it: it writes the file".to_owned(),
+        RulesetMode::External => format!("knockq ruleset --output {}", file.display()),
+    };
+    match secure_file::read(&file, Privacy::Public) {
+        Ok(text) if *text == config.ruleset().to_string() => {
+            Finding::ok(CHECK, format!("{}: is up to date; the next boot begins with it", file.display()))
+        }
+        Ok(_) => {
+            let message =
+                format!("{}: is not that of this configuration; the next boot begins with it", file.display());
+            Finding::problem(CHECK, message).hint(hint)
+        }
+        Err(error) => Finding::failed(CHECK, Failure::from(error).or_hint(&hint)),
+    }
+}
+
+fn include(config: &Path) -> std::path::PathBuf {
+    config.with_file_name("knockq.nft")
+}
+
+/// Whether it is the daemon that reads the queue.
+pub(super) fn queue(config: &ServerConfig) -> Finding {
+    const CHECK: &str = "queue";
+    let number = config.queue;
+    match refuse_taken_queue(number) {
+        Ok(()) => Finding::problem(CHECK, format!("queue {number}: nobody reads it, so no knock opens a door"))
+            .hint("systemctl start knockq; why it has stopped: journalctl -u knockq"),
+        Err(ServeError::QueueTaken { owner, .. }) if owner.ends_with(MONITOR) => {
+            Finding::ok(CHECK, format!("queue {number}: the daemon reads it, {owner}"))
+        }
+        Err(error @ ServeError::QueueTaken { .. }) => Finding {
+            hint: Some("end that program, or set `queue = N` in [server]".to_owned()),
+            ..Finding::failed(CHECK, error)
+        },
+        Err(error) => Finding::failed(CHECK, error),
+    }
+}

@@ -1,0 +1,144 @@
+//! What nft lists of other tables, as far as it says what becomes of a packet.
+
+use std::collections::BTreeMap;
+
+/// A table that is in force.
+#[derive(Default)]
+pub(super) struct Table {
+    /// `ip`, `ip6`, `inet`, `netdev`...
+    pub(super) family: String,
+    pub(super) name: String,
+    pub(super) chains: BTreeMap<String, Chain>,
+    /// Elements of sets and maps by name; of maps with what they lead to.
+    pub(super) sets: BTreeMap<String, Vec<String>>,
+    is_dormant: bool,
+}
+
+/// A chain with its rules.
+#[derive(Default)]
+pub(super) struct Chain {
+    /// Where packets enter it, if they do.
+    pub(super) hook: Option<String>,
+    /// What goes through all of it is dropped.
+    pub(super) drops: bool,
+    pub(super) rules: Vec<Rule>,
+}
+
+/// A rule's words. What stands in braces or quotes is one.
+pub(super) struct Rule(pub(super) Vec<String>);
+
+/// What the lines between two braces are about.
+enum Block {
+    Table,
+    Chain(String),
+    Set(String),
+    Other,
+}
+
+/// The tables of `nft -s list ruleset`, without those that are asleep.
+pub(super) fn read(listing: &str) -> Vec<Table> {
+    let mut tables: Vec<Table> = Vec::new();
+    let mut blocks: Vec<Block> = Vec::new();
+    let mut lines = listing.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    while let Some(line) = lines.next() {
+        let mut line = line.to_owned();
+        // The elements of a set go over many lines; those of a rule over one.
+        while line.starts_with("elements = {") && !line.ends_with('}') {
+            let Some(next) = lines.next() else { break };
+            line = format!("{line} {next}");
+        }
+        if line == "}" {
+            blocks.pop();
+            continue;
+        }
+        if blocks.is_empty() {
+            tables.push(head_of_table(&line));
+            blocks.push(Block::Table);
+            continue;
+        }
+        let Some(table) = tables.last_mut() else { continue };
+        match blocks.last() {
+            Some(Block::Table) if line.ends_with('{') => {
+                let block = block(&line);
+                match &block {
+                    // Empty ones are there too.
+                    Block::Chain(name) => drop(table.chains.entry(name.clone()).or_default()),
+                    Block::Set(name) => drop(table.sets.entry(name.clone()).or_default()),
+                    Block::Table | Block::Other => {}
+                }
+                blocks.push(block);
+            }
+            Some(Block::Table) => table.is_dormant |= line.starts_with("flags ") && line.contains("dormant"),
+            Some(Block::Chain(name)) => {
+                table.chains.entry(name.clone()).or_default().take(&line);
+                if line.ends_with('{') {
+                    blocks.push(Block::Other); // a chain without a name, which nobody follows
+                }
+            }
+            Some(Block::Set(name)) => {
+                let set = table.sets.entry(name.clone()).or_default();
+                set.extend(line.strip_prefix("elements = ").map(items).unwrap_or_default());
+            }
+            Some(Block::Other) | None => {}
+        }
+    }
+    tables.retain(|table| !table.is_dormant);
+    tables
+}
+
+/// `table inet filter {`
+fn head_of_table(line: &str) -> Table {
+    let mut words = line.split_whitespace().skip(1).map(str::to_owned);
+    Table { family: words.next().unwrap_or_default(), name: words.next().unwrap_or_default(), ..Table::default() }
+}
+
+/// `chain input {`
+fn block(line: &str) -> Block {
+    let mut words = line.split_whitespace();
+    match (words.next(), words.next()) {
+        (Some("chain"), Some(name)) => Block::Chain(name.to_owned()),
+        (Some("set" | "map"), Some(name)) => Block::Set(name.to_owned()),
+        _ => Block::Other,
+    }
+}
+
+impl Chain {
+    fn take(&mut self, line: &str) {
+        if let Some(kind) = line.strip_prefix("type ") {
+            let mut words = kind.split_whitespace().skip_while(|word| *word != "hook").skip(1);
+            self.hook = words.next().map(str::to_owned);
+            self.drops = kind.contains("policy drop");
+        } else {
+            self.rules.push(Rule(words(line)));
+        }
+    }
+}
+
+impl Rule {
+    /// As nft shows it.
+    pub(super) fn text(&self) -> String {
+        format!("`{}`", self.0.join(" "))
+    }
+}
+
+/// The words of a line; what stands in braces, or in quotes, is one of them.
+fn words(line: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let (mut is_quoted, mut is_braced) = (false, false);
+    for c in line.chars() {
+        is_quoted ^= c == '"';
+        is_braced = !is_quoted && (c == '{' || is_braced && c != '}');
+        match words.last_mut() {
+            Some(word) if is_quoted || is_braced || !c.is_whitespace() => word.push(c),
+            _ => words.push(String::new()),
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+/// What stands in braces, one by one.
+pub(super) fn items(braced: &str) -> Vec<String> {
+    let inner = braced.trim().trim_start_matches('{').trim_end_matches('}');
+    inner.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+}

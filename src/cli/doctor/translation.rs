@@ -1,0 +1,122 @@
+//! Ports that are passed on: to containers, to other hosts, to other ports.
+
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+
+use super::Finding;
+use super::listing::{Rule, Table, items};
+use crate::config::ServerConfig;
+use crate::service::{Port, Transport};
+
+/// What a rule does with the destination of packets to some ports.
+pub(super) struct Translation {
+    /// `None` if it does it for both.
+    transport: Option<Transport>,
+    numbers: RangeInclusive<u16>,
+    /// `dnat to 172.17.0.2:80`, `redirect to :8080`
+    pub(super) target: String,
+}
+
+/// All that the tables say of it with ports. A rule for all ports of an address is none.
+pub(super) fn of(tables: &[Table]) -> Vec<Translation> {
+    let rules = tables.iter().flat_map(|table| {
+        table.chains.values().flat_map(move |chain| chain.rules.iter().map(move |rule| (table, rule)))
+    });
+    rules.flat_map(|(table, rule)| of_rule(table, rule)).collect()
+}
+
+fn of_rule(table: &Table, Rule(words): &Rule) -> Vec<Translation> {
+    let Some(place) = words.iter().position(|word| word == "dnat" || word == "redirect") else { return Vec::new() };
+    let Some(dport) = words.iter().position(|word| word == "dport") else { return Vec::new() };
+    let target = words.get(place..).unwrap_or_default().join(" ");
+    let transport = match dport.checked_sub(1).and_then(|before| words.get(before)).map(String::as_str) {
+        Some("tcp") => Some(Transport::Tcp),
+        Some("udp") => Some(Transport::Udp),
+        _ => None,
+    };
+    let word = |after: usize| words.get(dport.saturating_add(after)).map_or("", String::as_str);
+    let is_map = word(1) == "map";
+    let values = if is_map { word(2) } else { word(1) };
+    let values = match values.strip_prefix('@') {
+        Some(set) => table.sets.get(set).cloned().unwrap_or_default(),
+        None => items(values),
+    };
+    let one = |value: String| {
+        let (key, to) = value.split_once(" : ").unwrap_or((&value, ""));
+        let target = if is_map { format!("dnat to {to}") } else { target.clone() };
+        let key = key.split_whitespace().next()?;
+        let (first, last) = key.split_once('-').unwrap_or((key, key));
+        Some(Translation { transport, numbers: first.parse().ok()?..=last.parse().ok()?, target })
+    };
+    values.into_iter().filter_map(one).collect()
+}
+
+impl Translation {
+    /// Whether it is about this port.
+    pub(super) fn covers(&self, port: Port) -> bool {
+        self.transport.is_none_or(|transport| transport == port.transport) && self.numbers.contains(&port.number)
+    }
+
+    /// The port that it leads to; `None` if to the same.
+    pub(super) fn target_port(&self) -> Option<u16> {
+        let last = self.target.split_whitespace().find(|word| word.contains(':'))?;
+        let (address, port) = last.rsplit_once(':')?;
+        // Without brackets it is the end of an IPv6 address.
+        if address.contains(':') && !address.ends_with(']') { None } else { port.parse().ok() }
+    }
+
+    pub(super) fn is_to_this_host(&self) -> bool {
+        self.target.starts_with("redirect")
+    }
+
+    /// Which port, in words.
+    fn ports(&self) -> String {
+        let transport = self.transport.map_or_else(|| "tcp and udp".to_owned(), |transport| transport.to_string());
+        let (first, last) = (self.numbers.start(), self.numbers.end());
+        if first == last { format!("{transport}/{first}") } else { format!("{transport}/{first}-{last}") }
+    }
+
+    fn guards(&self, guarded: &[Port]) -> bool {
+        let transports = match self.transport {
+            Some(transport) => vec![transport],
+            None => vec![Transport::Tcp, Transport::Udp],
+        };
+        self.numbers
+            .clone()
+            .all(|number| transports.iter().all(|transport| guarded.contains(&Port { transport: *transport, number })))
+    }
+
+    /// Whether it leads past the gate to what is behind it: the gate looks at the port before it is translated.
+    fn leads_around(&self, guarded: &[Port], others: &[Self]) -> bool {
+        let is_twin = |other: &Self| other.target == self.target && other.guards(guarded);
+        let leads_to = |port: &Port| self.is_to_this_host() && self.target_port() == Some(port.number);
+        others.iter().any(is_twin) || guarded.iter().any(leads_to)
+    }
+}
+
+/// Ports that are passed on and not guarded, each once.
+pub(super) fn published(config: &ServerConfig, tables: &[Table]) -> Vec<Finding> {
+    const CHECK: &str = "published";
+    let guarded = config.ruleset().guarded;
+    let all = of(tables);
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for translation in all.iter().filter(|translation| !translation.guards(&guarded)) {
+        let (ports, target) = (translation.ports(), &translation.target);
+        if !seen.insert((ports.clone(), target.clone())) {
+            continue;
+        }
+        let hint = format!("add \"{ports}\" to the ports of a service");
+        findings.push(if translation.leads_around(&guarded, &all) {
+            let message = format!("{ports}: is not guarded, and leads to what a guarded port leads to: {target}");
+            Finding::problem(CHECK, message).hint(hint)
+        } else {
+            Finding::note(CHECK, format!("{ports}: is not guarded, and passed on: {target}"))
+                .hint(format!("if it is to be hidden, {hint}"))
+        });
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok(CHECK, "no port is passed on, to a container or another host, that is not guarded"));
+    }
+    findings
+}
