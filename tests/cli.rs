@@ -69,7 +69,7 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&["keygen", "../x"]).fails(64, &["../x"]);
     world.run(&["host", "add", "../x", "-"]).fails(64, &["is not a name"]);
     assert!(world.run(&["--help"]).succeeds().contains("Exit codes"));
-    for command in ["init", "check", "ruleset", "serve", "recover", "keygen", "send", "proxy"] {
+    for command in ["init", "check", "doctor", "ruleset", "serve", "recover", "keygen", "send", "proxy"] {
         assert!(world.run(&[command, "--help"]).succeeds().contains("Example"), "{command} --help has no example");
     }
     for (command, words) in [
@@ -294,6 +294,41 @@ fn recover_changes_nothing_while_it_may_not() {
     Ran(ran).fails(77, &["ermission denied", "Hint: "]);
     assert_eq!(world.stores(), std::slice::from_ref(&store));
     assert_eq!(fs::read(&store).unwrap(), before);
+}
+
+#[test]
+fn doctor_needs_root_and_a_configuration_and_says_at_once_which_is_missing() {
+    let world = World::new();
+    let doctor =
+        |more: &[&str]| world.run(&[&["doctor", "--config", &world.config().display().to_string()], more].concat());
+    let stranger = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all", KNOCKQ, "doctor"];
+    Ran(Command::new("setpriv").args(stranger).output().unwrap())
+        .fails(77, &["doctor: needs root", "Hint: sudo knockq"]);
+
+    world.mode("etc/server.key", 0o644);
+    let ran = doctor(&[]);
+    ran.fails(78, &[]);
+    let said = String::from_utf8(ran.0.stdout).unwrap();
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(
+        lines[0].starts_with("problem  ") && lines[0].ends_with("must not be readable by others (mode 0644)"),
+        "{said}"
+    );
+    assert!(lines[1].starts_with("         Hint: chmod 600 ") && said.contains("the clock is"), "{said}");
+    world.mode("etc/server.key", 0o600);
+
+    world.edit("etc/knockq.toml", "private_key", "private_kee");
+    let ran = doctor(&["--json"]);
+    ran.fails(78, &[]);
+    let found: serde_json::Value = serde_json::from_slice(&ran.0.stdout).unwrap();
+    assert!(found[0]["state"] == "problem" && found[0]["check"] == "configuration", "{found}");
+    assert!(found[0]["message"].as_str().unwrap().contains("knockq.toml:4:1: unknown field `private_kee`"), "{found}");
+    world.edit("etc/knockq.toml", "private_kee", "private_key");
+    let said = String::from_utf8(doctor(&[]).0.stdout).unwrap();
+    assert!(
+        said.starts_with(&format!("ok       {}: it, its key and its users (1) can be read", world.config().display())),
+        "{said}"
+    );
 }
 
 #[test]

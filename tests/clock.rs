@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::{Signal, kill};
+use rtime_clock::adjtime::{Timex, adjtimex};
 
 use lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 
@@ -90,6 +91,31 @@ fn tells(daemon: &Daemon, text: &str, seconds: i64) {
         |line: &&String| line.contains(text) && near.iter().any(|seconds| line.split(' ').any(|word| word == seconds));
     eventually("a line about the clock", || told(daemon).iter().any(|line| is_it(&line)));
     assert_eq!(told(daemon).iter().filter(is_it).count(), 1, "{:?}", told(daemon));
+}
+
+#[test]
+fn doctor_tells_whether_the_clock_is_synchronised() {
+    let mut clock = Clock::take();
+    let lab = Lab::new();
+    let _daemon = lab.start();
+    let config = lab.config().display().to_string();
+    let doctor = || {
+        let output = lab.knockq(&lab.server, &["doctor", "--config", &config]);
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    clock.set(0); // whoever sets it leaves it to others to keep it right
+    let (code, said) = doctor();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("problem  the clock is not synchronised") && said.contains("\n         Hint: apt-get"),
+        "{said}"
+    );
+    let mut right = Timex::new();
+    right.0.modes = libc::ADJ_STATUS | libc::ADJ_MAXERROR;
+    adjtimex(&mut right).unwrap();
+    let (code, said) = doctor();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("ok       the clock is synchronised\n") && !said.contains("problem"), "{said}");
 }
 
 #[test]

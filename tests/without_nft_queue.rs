@@ -34,7 +34,14 @@ fn a_kernel_that_lacks_what_the_table_needs_is_named_and_nothing_is_left_behind(
         let checked = lab.knockq(&lab.server, &["ruleset", "--check", "--config", &config]);
         assert_eq!(checked.status.code(), Some(78));
         succeeds(&lab.knockq(&lab.server, &["ruleset", "--config", &config]));
+        let found = lab.knockq(&lab.server, &["doctor", "--config", &config]);
+        let line = format!("problem  nft: this kernel has no {lacks}, or this nft is too old for it");
+        let found = String::from_utf8(found.stdout).unwrap();
+        assert!(found.contains(&format!("{line}\n         Hint: modprobe {module}; ")), "{found}");
         lab.server.sh(&format!("insmod /tmp/{module}.ko"));
     }
     lab.start().stop();
+    let found = lab.knockq(&lab.server, &["doctor", "--config", &config]);
+    let found = String::from_utf8(found.stdout).unwrap();
+    assert!(found.contains("ok       this kernel and this nft have all that the table needs\n"), "{found}");
 }

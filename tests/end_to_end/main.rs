@@ -6,6 +6,7 @@ mod confinement;
 mod control;
 mod daemon;
 mod debugger;
+mod doctor;
 mod doors;
 mod faults;
 mod guides;

@@ -77,7 +77,10 @@ fn refusal(what: &str, packet: Packet, translation: Option<&Translation>, tables
         for (table, chain, ends) in chains(tables, hook, packet) {
             let place = format!("chain {} {} {chain}", table.family, table.name);
             let Some((_, refuses)) = ends.iter().find(|(end, _)| **end != End::Passed) else { continue };
-            if let Some(passes) = ends.get(&End::Passed).or_else(|| ends.get(&End::Elsewhere)) {
+            // What comes over another interface does not meet it.
+            let is_of_some = (hook == "ingress").then(|| format!("coming over another interface than {place} is for"));
+            let passes = ends.get(&End::Passed).or_else(|| ends.get(&End::Elsewhere)).or(is_of_some.as_ref());
+            if let Some(passes) = passes {
                 let message = format!(
                     "{what}: {place} lets it pass by {passes}, or not, by {refuses}: it depends on what is not known here"
                 );
