@@ -62,9 +62,10 @@ impl Findings {
 fn doctor_tells_whether_the_gate_stands_whether_the_daemon_reads_its_queue_and_what_the_next_boot_begins_with() {
     let lab = Lab::new();
     let before = lab.doctor();
-    for check in ["configuration", "store", "kernel", "include-file"] {
+    for check in ["configuration", "store", "kernel"] {
         before.has(check, "ok", &[]);
     }
+    before.has("include-file", "problem", &["knockq.nft: is not that of this configuration", "start it"]);
     before.has("table", "problem", &["there is no table inet knockq", "systemctl start knockq"]);
     before.has("queue", "problem", &["queue 4097: nobody reads it", "journalctl -u knockq"]);
 
@@ -118,14 +119,12 @@ fn doctor_sees_a_table_that_was_changed_by_hand_and_one_that_others_have_not_loa
 #[test]
 fn doctor_names_another_program_that_reads_the_queue() {
     let lab = Lab::new();
+    lab.doctor().has("queue", "problem", &["nobody reads it"]);
     lab.server.enter(|| {
         let mut queue = KernelQueue::open(4097).unwrap();
         queue.bind().unwrap();
         lab.doctor().has("queue", "problem", &["queue 4097: already bound by", "`queue = N`"]);
     });
-    lab.doctor().has("queue", "problem", &["nobody reads it"]);
-    let _daemon = lab.start();
-    lab.doctor().has("queue", "ok", &[]);
 }
 
 #[test]
@@ -268,12 +267,12 @@ const OTHERS: [(&str, [&str; 2]); 20] = [
     (
         "table inet filter { chain input { type filter hook input priority 0;
             tcp flags & (fin | syn | rst | ack) != syn ct state new drop \n iifname \"lo\" tcp dport 22 drop
-            ip saddr 127.0.0.0/8 drop \n udp dport 22 drop \n tcp sport 22 icmp type echo-request drop \n ct state != new accept\n } }",
+            ip saddr 127.0.0.0/8 drop \n udp dport 22 drop \n icmp type echo-request drop \n ct state != new accept\n } }",
         ["ok", "ok"],
     ),
     (
         "table inet filter { chain input { type filter hook input priority 0; \n tcp flags & (fin | syn | rst | ack) == syn \
-            iifname != \"lo\" log prefix \"accept or drop \" tcp dport != { 80, 443 } comment \"as ordered\" drop\n } }",
+            iifname != \"lo\" log prefix \"accept or drop \" tcp dport != { 80, 443 } drop comment \"as ordered\"\n } }",
         ["problem", "problem"],
     ),
     (
@@ -291,7 +290,7 @@ fn what_doctor_says_of_other_tables_is_what_a_connection_meets() {
     let lab = Lab::new();
     let file = lab.directory.path.join("others.nft");
     for (ruleset, expected) in OTHERS {
-        fs::write(&file, format!("flush ruleset\n{ruleset}\n")).unwrap();
+        fs::write(&file, format!("flush ruleset\n{}\n", ruleset.replace("} }", "}\n}"))).unwrap();
         lab.server.nft(&["-f", file.to_str().unwrap()]);
         let found = lab.doctor();
         for (family, expected) in FAMILIES.into_iter().zip(expected) {
