@@ -210,3 +210,100 @@ fn verdict_of(verdict: &str, rest: &[String]) -> Option<Then> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{listing, translation};
+    use super::{End, Packet, ends};
+
+    /// Rules of iptables, of ufw and of Docker, as nft 1.0.6 shows them. This machine may have no iptables to make them with.
+    const LISTING: &str = "\
+table ip filter {
+	chain ufw-before-input {
+		iifname \"lo\" counter accept
+		ct state related,established counter accept
+		ct state invalid counter jump ufw-logging-deny
+		ct state invalid counter drop
+		meta l4proto icmp icmp type echo-request counter accept
+		udp sport 67 udp dport 68 counter accept
+		counter jump ufw-not-local
+		ip daddr 224.0.0.251 udp dport 5353 counter accept
+		counter jump ufw-user-input
+	}
+
+	chain ufw-logging-deny {
+		limit rate 3/minute burst 10 packets counter log prefix \"[UFW BLOCK] \"
+	}
+
+	chain ufw-not-local {
+		fib daddr type local counter return
+		fib daddr type multicast counter return
+		limit rate 3/minute burst 10 packets counter jump ufw-logging-deny
+		counter drop
+	}
+
+	chain ufw-user-input {
+		tcp dport 22 counter accept
+		meta l4proto tcp tcp dport { 80, 443 } counter accept
+		tcp dport 2200 xt match \"recent\" counter drop
+		tcp dport 2200 counter accept
+		tcp dport 2201 counter xt target \"TARPIT\"
+		ip saddr 192.0.2.0/24 tcp dport 2202 counter accept
+	}
+
+	chain INPUT {
+		type filter hook input priority filter; policy drop;
+		counter jump ufw-before-input
+	}
+}
+table ip nat {
+	chain DOCKER {
+		iifname \"docker0\" counter return
+		ip daddr 127.0.0.1 iifname != \"docker0\" tcp dport 9000 counter dnat to 172.17.0.3:80
+		iifname != \"docker0\" tcp dport 8080 counter dnat to 172.17.0.2:80
+	}
+
+	chain PREROUTING {
+		type nat hook prerouting priority dstnat; policy accept;
+		fib daddr type local counter jump DOCKER
+	}
+
+	chain OUTPUT {
+		type nat hook output priority dstnat; policy accept;
+		tcp dport 3128 counter redirect to :22
+	}
+}
+";
+
+    fn packet(port: &str) -> Packet {
+        Packet { is_ipv6: false, port: port.parse().unwrap(), is_translated: false }
+    }
+
+    #[test]
+    fn rules_of_iptables_are_followed_and_what_nft_has_no_words_for_is_never_called_allowed() {
+        let tables = listing::read(LISTING);
+        let ends =
+            |port| ends(&tables[0], "INPUT", &tables[0].chains["INPUT"], packet(port)).into_keys().collect::<Vec<_>>();
+        for port in ["tcp/22", "tcp/80", "tcp/443"] {
+            assert_eq!(ends(port), [End::Passed], "{port}");
+        }
+        for port in ["tcp/25", "udp/22", "udp/68", "udp/5353"] {
+            assert!(ends(port).contains(&End::Dropped), "{port}");
+        }
+        assert_eq!(ends("tcp/25"), [End::Dropped]);
+        assert_eq!(ends("tcp/2200"), [End::Passed, End::Dropped]);
+        assert_eq!(ends("tcp/2201"), [End::Dropped, End::Elsewhere]);
+        assert_eq!(ends("tcp/2202"), [End::Passed, End::Dropped]);
+    }
+
+    #[test]
+    fn ports_that_containers_publish_are_those_that_others_get_to() {
+        let tables = listing::read(LISTING);
+        let found = translation::of(&tables);
+        let covered: Vec<u16> = (1..=u16::MAX)
+            .filter(|number| found.iter().any(|one| one.covers(packet(&format!("tcp/{number}")).port)))
+            .collect();
+        assert_eq!(covered, [8080]);
+        assert_eq!((found[0].target.as_str(), found[0].target_port()), ("dnat to 172.17.0.2:80", Some(80)));
+    }
+}

@@ -45,7 +45,8 @@ pub(super) fn read(listing: &str) -> Vec<Table> {
         // The elements of a set go over many lines; those of a rule over one.
         while line.starts_with("elements = {") && !line.ends_with('}') {
             let Some(next) = lines.next() else { break };
-            line = format!("{line} {next}");
+            line.push(' ');
+            line.push_str(next);
         }
         if line == "}" {
             blocks.pop();
@@ -99,6 +100,28 @@ fn block(line: &str) -> Block {
         (Some("chain"), Some(name)) => Block::Chain(name.to_owned()),
         (Some("set" | "map"), Some(name)) => Block::Set(name.to_owned()),
         _ => Block::Other,
+    }
+}
+
+impl Table {
+    /// Chains that packets may get to that come in at this hook.
+    pub(super) fn reached_from(&self, hook: &str) -> Vec<&Chain> {
+        let hooked = self.chains.iter().filter(|(_, chain)| chain.hook.as_deref() == Some(hook));
+        let mut names: Vec<&str> = hooked.map(|(name, _)| name.as_str()).collect();
+        let mut reached = BTreeMap::new();
+        while let Some(name) = names.pop() {
+            let Some(chain) = self.chains.get(name).filter(|_| !reached.contains_key(name)) else { continue };
+            reached.insert(name, chain);
+            let words = chain.rules.iter().flat_map(|Rule(words)| words);
+            let maps = words.clone().filter_map(|word| self.sets.get(word.strip_prefix('@')?)).flatten();
+            let words: Vec<&str> = words.chain(maps).flat_map(|word| word.split([' ', ',', '}'])).collect();
+            let jumps = words.windows(2).filter_map(|pair| match pair {
+                ["jump" | "goto", target] => Some(*target),
+                _ => None,
+            });
+            names.extend(jumps);
+        }
+        reached.into_values().collect()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Ports that are passed on: to containers, to other hosts, to other ports.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use super::Finding;
@@ -19,15 +20,19 @@ pub(super) struct Translation {
 
 /// All that the tables say of it with ports. A rule for all ports of an address is none.
 pub(super) fn of(tables: &[Table]) -> Vec<Translation> {
-    let rules = tables.iter().flat_map(|table| {
-        table.chains.values().flat_map(move |chain| chain.rules.iter().map(move |rule| (table, rule)))
-    });
-    rules.flat_map(|(table, rule)| of_rule(table, rule)).collect()
+    let of_table = |table| {
+        let rules = Table::reached_from(table, "prerouting").into_iter().flat_map(|chain| &chain.rules);
+        rules.flat_map(move |rule| of_rule(table, rule))
+    };
+    tables.iter().flat_map(of_table).collect()
 }
 
 fn of_rule(table: &Table, Rule(words): &Rule) -> Vec<Translation> {
     let Some(place) = words.iter().position(|word| word == "dnat" || word == "redirect") else { return Vec::new() };
     let Some(dport) = words.iter().position(|word| word == "dport") else { return Vec::new() };
+    if words.windows(2).any(|pair| matches!(pair, [daddr, to] if daddr == "daddr" && is_loopback(to))) {
+        return Vec::new(); // only this host gets there
+    }
     let target = words.get(place..).unwrap_or_default().join(" ");
     let transport = match dport.checked_sub(1).and_then(|before| words.get(before)).map(String::as_str) {
         Some("tcp") => Some(Transport::Tcp),
@@ -49,6 +54,10 @@ fn of_rule(table: &Table, Rule(words): &Rule) -> Vec<Translation> {
         Some(Translation { transport, numbers: first.parse().ok()?..=last.parse().ok()?, target })
     };
     values.into_iter().filter_map(one).collect()
+}
+
+fn is_loopback(address: &str) -> bool {
+    address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 impl Translation {
