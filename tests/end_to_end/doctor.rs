@@ -393,7 +393,7 @@ fn doctor_compares_the_answer_of_guarded_ports_with_that_of_closed_ones() {
     lab.edit("knockq.toml", "answer = \"reset\"", "answer = \"drop\"");
     lab.doctor().has("answer", "ok", &["are silent, like"]);
     lab.server.sh("nft add rule inet filter input reject with icmpx type admin-prohibited");
-    lab.doctor().has("answer", "note", &["rejects closed ports in another way"]);
+    lab.doctor().has("answer", "note", &["closed ports are rejected in another way"]);
     lab.server.sh("nft insert rule inet filter input ip saddr 192.0.2.0/24 drop");
     lab.doctor().has("answer", "unknown", &["depends on what is not known here", "nc -vzw3"]);
 }

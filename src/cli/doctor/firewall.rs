@@ -24,23 +24,22 @@ const IPV6: &str = "/proc/net/if_inet6";
 
 /// Of each guarded port, whether it is let in; and what a closed port answers.
 pub(super) fn all(config: &ServerConfig, tables: &[Table]) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let legacy: BTreeSet<String> = LEGACY
-        .into_iter()
-        .flat_map(|path| fs::read_to_string(path).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>())
-        .collect();
-    if !legacy.is_empty() {
-        let names = legacy.into_iter().collect::<Vec<_>>().join(", ");
-        let message = format!("iptables-legacy has tables that nft does not show, and that are not looked at: {names}");
-        findings.push(
-            Finding::unknown("firewall", message)
-                .hint("see them with `iptables-legacy-save` and `ip6tables-legacy-save`"),
-        );
-    }
+    let mut findings: Vec<Finding> = legacy().into_iter().collect();
     let translations = of(tables);
     findings.extend(config.ruleset().guarded.iter().flat_map(|port| allowed(*port, tables, &translations)));
     findings.push(answer(config, tables, &translations));
     findings
+}
+
+/// What is not seen.
+fn legacy() -> Option<Finding> {
+    let names = LEGACY.map(|path| fs::read_to_string(path).unwrap_or_default());
+    let names: BTreeSet<&str> = names.iter().flat_map(|names| names.lines()).collect();
+    let names: Vec<&str> = names.into_iter().collect();
+    let message =
+        format!("iptables-legacy has tables that nft does not show, and that are not looked at: {}", names.join(", "));
+    let hint = "see them with `iptables-legacy-save` and `ip6tables-legacy-save`";
+    (!names.is_empty()).then(|| Finding::unknown("firewall", message).hint(hint))
 }
 
 /// Families that this host speaks: whether it is IPv6, and its name.
@@ -51,18 +50,12 @@ fn families() -> Vec<(bool, &'static str)> {
 
 /// One line if both families pass, else one for each that does not.
 fn allowed(port: Port, tables: &[Table], translations: &[Translation]) -> Vec<Finding> {
-    let translation = translations.iter().find(|translation| translation.covers(port));
-    let refused: Vec<Finding> = families()
-        .into_iter()
-        .filter_map(|(is_ipv6, family)| {
-            refusal(
-                &format!("{port} over {family}"),
-                Packet { is_ipv6, port, is_translated: false },
-                translation,
-                tables,
-            )
-        })
-        .collect();
+    let refused = families().into_iter().filter_map(|(is_ipv6, family)| {
+        let translation = translations.iter().find(|one| one.covers(port) && one.is_for(is_ipv6));
+        let packet = Packet { is_ipv6, port, is_translated: false };
+        refusal(&format!("{port} over {family}"), packet, translation, tables)
+    });
+    let refused: Vec<Finding> = refused.collect();
     if refused.is_empty() {
         vec![Finding::ok("firewall", format!("{port}: no chain of another table refuses it"))]
     } else {
@@ -137,27 +130,27 @@ fn remedy(table: &Table, chain: &str, port: Port) -> String {
 /// Whether guarded ports are told from closed ones by their answer.
 fn answer(config: &ServerConfig, tables: &[Table], translations: &[Translation]) -> Finding {
     const CHECK: &str = "answer";
-    let set = match config.answer {
-        Answer::Drop => "are silent",
-        Answer::Reset => "answer with resets",
+    let (set, alike) = match config.answer {
+        Answer::Drop => ("are silent", End::Dropped),
+        Answer::Reset => ("answer with resets", End::Reset),
     };
-    match (config.answer, closed(config, tables, translations)) {
-        (_, None) => Finding::unknown(CHECK, "what closed ports of this host answer depends on what is not known here")
-            .hint("compare, from elsewhere: nc -vzw3 SERVER 22; nc -vzw3 SERVER 23"),
-        (Answer::Drop, Some(End::Dropped)) | (Answer::Reset, Some(End::Reset)) => {
-            Finding::ok(CHECK, format!("guarded ports {set}, like this host's closed ports"))
-        }
-        (Answer::Drop, Some(End::Reset)) => {
-            Finding::note(CHECK, format!("guarded ports {set}, but this host's closed ports answer with resets: a scan tells them apart"))
-                .hint("set answer = \"reset\" in [server], or have this host's firewall drop what it does not allow")
-        }
-        (Answer::Reset, Some(End::Dropped)) => {
-            Finding::note(CHECK, format!("guarded ports {set}, but this host's closed ports are silent: a scan tells them apart"))
-                .hint("set answer = \"drop\" in [server]")
-        }
-        (_, Some(_)) => Finding::note(CHECK, format!("guarded ports {set}, but this host's firewall rejects closed ports in another way: a scan tells them apart"))
-            .hint("have the firewall drop, with answer = \"drop\" in [server]; or reset, with answer = \"reset\""),
+    let Some(end) = closed(config, tables, translations).filter(|_| legacy().is_none()) else {
+        return Finding::unknown(CHECK, "what closed ports of this host answer depends on what is not known here")
+            .hint("compare, from elsewhere: nc -vzw3 SERVER 22; nc -vzw3 SERVER 23");
+    };
+    if end == alike {
+        return Finding::ok(CHECK, format!("guarded ports {set}, like this host's closed ports"));
     }
+    let (closed, hint) = match end {
+        End::Dropped => ("are silent", "set answer = \"drop\" in [server]"),
+        End::Reset => (
+            "answer with resets",
+            "set answer = \"reset\" in [server], or have this host's firewall drop what it does not allow",
+        ),
+        _ => ("are rejected in another way", "have this host's firewall drop what it does not allow, or reset it"),
+    };
+    let message = format!("guarded ports {set}, but this host's closed ports {closed}: a scan tells them apart");
+    Finding::note(CHECK, message).hint(hint)
 }
 
 /// What becomes of a SYN to a port that nobody uses; `None` if that depends on more than that.
@@ -180,11 +173,17 @@ fn closed(config: &ServerConfig, tables: &[Table], translations: &[Translation])
     all.first().copied().filter(|_| all.len() == 1)
 }
 
+/// `None` if it has several possible ones.
 fn fate(packet: Packet, tables: &[Table]) -> Option<End> {
     let mut fates = BTreeSet::new();
     for (hook, packet) in way(packet, None) {
         for (_, _, ends) in chains(tables, hook, packet) {
-            let end = ends.keys().next().copied().filter(|end| ends.len() == 1 && *end != End::Elsewhere)?;
+            let is_certain = |end: &End| match end {
+                End::Passed => ends.len() == 1,
+                End::Elsewhere => false,
+                _ => ends.len() == 1 && hook != "ingress", // which is for some interfaces
+            };
+            let end = ends.keys().next().copied().filter(is_certain)?;
             fates.insert(end);
         }
     }

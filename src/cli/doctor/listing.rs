@@ -57,30 +57,8 @@ pub(super) fn read(listing: &str) -> Vec<Table> {
             blocks.push(Block::Table);
             continue;
         }
-        let Some(table) = tables.last_mut() else { continue };
-        match blocks.last() {
-            Some(Block::Table) if line.ends_with('{') => {
-                let block = block(&line);
-                match &block {
-                    // Empty ones are there too.
-                    Block::Chain(name) => drop(table.chains.entry(name.clone()).or_default()),
-                    Block::Set(name) => drop(table.sets.entry(name.clone()).or_default()),
-                    Block::Table | Block::Other => {}
-                }
-                blocks.push(block);
-            }
-            Some(Block::Table) => table.is_dormant |= line.starts_with("flags ") && line.contains("dormant"),
-            Some(Block::Chain(name)) => {
-                table.chains.entry(name.clone()).or_default().take(&line);
-                if line.ends_with('{') {
-                    blocks.push(Block::Other); // a chain without a name, which nobody follows
-                }
-            }
-            Some(Block::Set(name)) => {
-                let set = table.sets.entry(name.clone()).or_default();
-                set.extend(line.strip_prefix("elements = ").map(items).unwrap_or_default());
-            }
-            Some(Block::Other) | None => {}
+        if let Some(table) = tables.last_mut() {
+            table.take(&line, &mut blocks);
         }
     }
     tables.retain(|table| !table.is_dormant);
@@ -104,6 +82,34 @@ fn block(line: &str) -> Block {
 }
 
 impl Table {
+    /// A line within these blocks, of which it may begin or end one.
+    fn take(&mut self, line: &str, blocks: &mut Vec<Block>) {
+        match blocks.last() {
+            Some(Block::Table) if line.ends_with('{') => {
+                let block = block(line);
+                match &block {
+                    // Empty ones are there too.
+                    Block::Chain(name) => drop(self.chains.entry(name.clone()).or_default()),
+                    Block::Set(name) => drop(self.sets.entry(name.clone()).or_default()),
+                    Block::Table | Block::Other => {}
+                }
+                blocks.push(block);
+            }
+            Some(Block::Table) => self.is_dormant |= line.starts_with("flags ") && line.contains("dormant"),
+            Some(Block::Chain(name)) => {
+                self.chains.entry(name.clone()).or_default().take(line);
+                if line.ends_with('{') {
+                    blocks.push(Block::Other); // a chain without a name, which nobody follows
+                }
+            }
+            Some(Block::Set(name)) => {
+                let set = self.sets.entry(name.clone()).or_default();
+                set.extend(line.strip_prefix("elements = ").map(items).unwrap_or_default());
+            }
+            Some(Block::Other) | None => {}
+        }
+    }
+
     /// Chains that packets may get to that come in at this hook.
     pub(super) fn reached_from(&self, hook: &str) -> Vec<&Chain> {
         let hooked = self.chains.iter().filter(|(_, chain)| chain.hook.as_deref() == Some(hook));

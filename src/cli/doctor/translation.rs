@@ -11,7 +11,8 @@ use crate::service::{Port, Transport};
 
 /// What a rule does with the destination of packets to some ports.
 pub(super) struct Translation {
-    /// `None` if it does it for both.
+    /// `None` if it does it for both, as below.
+    is_ipv6: Option<bool>,
     transport: Option<Transport>,
     numbers: RangeInclusive<u16>,
     /// `dnat to 172.17.0.2:80`, `redirect to :8080`
@@ -39,6 +40,11 @@ fn of_rule(table: &Table, Rule(words): &Rule) -> Vec<Translation> {
         Some("udp") => Some(Transport::Udp),
         _ => None,
     };
+    let is_ipv6 = match (table.family.as_str(), words.get(place.saturating_add(1)).map(String::as_str)) {
+        ("ip", _) | (_, Some("ip")) => Some(false),
+        ("ip6", _) | (_, Some("ip6")) => Some(true),
+        _ => None,
+    };
     let word = |after: usize| words.get(dport.saturating_add(after)).map_or("", String::as_str);
     let is_map = word(1) == "map";
     let values = if is_map { word(2) } else { word(1) };
@@ -51,7 +57,7 @@ fn of_rule(table: &Table, Rule(words): &Rule) -> Vec<Translation> {
         let target = if is_map { format!("dnat to {to}") } else { target.clone() };
         let key = key.split_whitespace().next()?;
         let (first, last) = key.split_once('-').unwrap_or((key, key));
-        Some(Translation { transport, numbers: first.parse().ok()?..=last.parse().ok()?, target })
+        Some(Translation { is_ipv6, transport, numbers: first.parse().ok()?..=last.parse().ok()?, target })
     };
     values.into_iter().filter_map(one).collect()
 }
@@ -64,6 +70,11 @@ impl Translation {
     /// Whether it is about this port.
     pub(super) fn covers(&self, port: Port) -> bool {
         self.transport.is_none_or(|transport| transport == port.transport) && self.numbers.contains(&port.number)
+    }
+
+    /// Whether it is about packets of this family.
+    pub(super) fn is_for(&self, is_ipv6: bool) -> bool {
+        self.is_ipv6.is_none_or(|only| only == is_ipv6)
     }
 
     /// The port that it leads to; `None` if to the same.
