@@ -25,6 +25,9 @@ _knockq() {
             knockq,connect)
                 cmd="knockq__subcmd__connect"
                 ;;
+            knockq,doctor)
+                cmd="knockq__subcmd__doctor"
+                ;;
             knockq,grants)
                 cmd="knockq__subcmd__grants"
                 ;;
@@ -95,7 +98,7 @@ _knockq() {
 
     case "${cmd}" in
         knockq)
-            opts="-h -V --help --version init check ruleset serve confirm grants revoke user recover keygen host send connect proxy"
+            opts="-h -V --help --version init check doctor ruleset serve confirm grants revoke user recover keygen host send connect proxy"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -156,6 +159,24 @@ _knockq() {
                     return 0
                     ;;
                 --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__doctor)
+            opts="-h --json --config --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -28,6 +28,7 @@ complete -c knockq -n "__fish_knockq_needs_command" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_needs_command" -s V -l version -d 'Print version'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "init" -d 'Server: make key, configuration, counter store and nft include file'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "check" -d 'Server: check configuration, keys and permissions'
+complete -c knockq -n "__fish_knockq_needs_command" -f -a "doctor" -d 'Server: find out why a knock does not work'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "ruleset" -d 'Server: print the nft include file for this configuration'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "serve" -d 'Server: run the daemon, in the foreground'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "confirm" -d 'Server: take the gate of `serve --try` for good'
@@ -49,6 +50,9 @@ complete -c knockq -n "__fish_knockq_using_subcommand init" -l runtime -d 'Where
 complete -c knockq -n "__fish_knockq_using_subcommand init" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand check" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand check" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand doctor" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand doctor" -l json -d 'As a JSON array'
+complete -c knockq -n "__fish_knockq_using_subcommand doctor" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand ruleset" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand ruleset" -l output -d 'Put it into this file, at once and whole, instead of printing it' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand ruleset" -l check -d 'Let nft and the kernel check it too, without applying it'
