@@ -332,6 +332,21 @@ fn doctor_needs_root_and_a_configuration_and_says_at_once_which_is_missing() {
 }
 
 #[test]
+fn what_doctor_may_not_see_is_unknown_and_neither_right_nor_wrong() {
+    let world = World::new();
+    let config = world.config().display().to_string();
+    let without = ["-n", "setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", KNOCKQ, "doctor", "--json"];
+    let ran = Command::new("unshare").args(without).args(["--config", &config]).output().unwrap();
+    let found: Vec<serde_json::Value> = serde_json::from_slice(&ran.stdout).unwrap();
+    for check in ["kernel", "table", "firewall"] {
+        let of: Vec<_> = found.iter().filter(|finding| finding["check"] == check).collect();
+        assert!(of.len() == 1 && of[0]["state"] == "unknown", "{found:#?}");
+        assert!(of[0]["message"].as_str().unwrap().contains("Operation not permitted"), "{of:?}");
+        assert_eq!(of[0]["hint"], "run this as root");
+    }
+}
+
+#[test]
 fn one_port_of_both_transports_is_one_service_and_one_address_is_a_network() {
     let world = World::empty();
     world.init(&["--protect", "tcp/64443", "--protect", "udp/64443"]).succeeds();

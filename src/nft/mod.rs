@@ -16,7 +16,7 @@ pub use list::{OpenDoor, comment, open_doors};
 pub use load::{NftError, check, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};
 pub use sets::{Member, SetError, SetName};
-pub use table::{TableError, install, is_live, remove};
+pub use table::{TableError, exists, install, is_live, remove};
 pub use watch::{Loss, Watch};
 
 /// Name of the one table that is ours, of family `inet`.

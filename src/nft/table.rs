@@ -47,6 +47,18 @@ pub fn remove() -> Result<(), TableError> {
     Ok(Doors::new()?.delete_table()?)
 }
 
+/// Whether there is a table of ours, of whatever kind.
+///
+/// # Errors
+/// When nft cannot list it.
+pub fn exists() -> Result<bool, NftError> {
+    match list_frame(TABLE) {
+        Ok(_) => Ok(true),
+        Err(NftError::NoTable) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Whether the kernel's table is the one that this ruleset makes: the same sets, chains and rules, whatever doors are open.
 ///
 /// # Errors

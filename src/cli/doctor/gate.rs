@@ -7,12 +7,15 @@ use crate::cli::failure::Failure;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
-use crate::nft::{self, NftError};
+use crate::nft;
 use crate::serve::ending::ServeError;
 use crate::serve::start::refuse_taken_queue;
 
 /// What the daemon's process that reads the queue is called.
 const MONITOR: &str = "(knockq-monitor)";
+
+const MISSING: &str = "there is no table inet knockq: guarded ports are open to all";
+const CHANGED: &str = "table inet knockq is not that of this configuration: one of them was changed, by hand";
 
 /// Whether kernel and nft know each word of the table.
 pub(super) fn kernel(config: &ServerConfig) -> Finding {
@@ -26,32 +29,29 @@ pub(super) fn kernel(config: &ServerConfig) -> Finding {
 /// Whether the table in the kernel is that of the configuration.
 pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
     const CHECK: &str = "table";
-    let is_managed = config.ruleset_mode == RulesetMode::Managed;
-    if matches!(nft::open_doors(), Err(NftError::NoTable)) {
-        let hint = if is_managed {
-            "systemctl start knockq".to_owned()
-        } else {
-            format!("include \"{}\" in /etc/nftables.conf, and load it", include(path).display())
-        };
-        return Finding::problem(CHECK, "there is no table inet knockq: guarded ports are open to all").hint(hint);
-    }
-    match nft::is_live(&config.ruleset()) {
-        Ok(true) => Finding::ok(CHECK, "table inet knockq is loaded, and that of this configuration"),
-        Ok(false) => {
-            let hint = if is_managed {
-                "if the configuration was changed: systemctl reload knockq; else: systemctl restart knockq".to_owned()
-            } else {
-                format!("knockq ruleset --output {}, and load nftables.conf", include(path).display())
-            };
-            let message = "table inet knockq is not that of this configuration: one of them was changed, by hand";
-            Finding::problem(CHECK, message).hint(hint)
+    let file = include(path);
+    let is_live = || nft::is_live(&config.ruleset());
+    let looked = nft::exists().and_then(|exists| Ok((exists, exists && is_live()?)));
+    let (message, hint) = match (looked, config.ruleset_mode) {
+        (Ok((_, true)), _) => return Finding::ok(CHECK, "table inet knockq is loaded, and that of this configuration"),
+        (Ok((false, _)), RulesetMode::Managed) => (MISSING, "systemctl start knockq".to_owned()),
+        (Ok((false, _)), RulesetMode::External) => {
+            (MISSING, format!("include \"{}\" in /etc/nftables.conf, and load it", file.display()))
         }
-        Err(error) => {
+        (Ok((true, false)), RulesetMode::Managed) => {
+            let hint = "if the configuration was changed: systemctl reload knockq; else: systemctl restart knockq";
+            (CHANGED, hint.to_owned())
+        }
+        (Ok((true, false)), RulesetMode::External) => {
+            (CHANGED, format!("knockq ruleset --output {}, and load nftables.conf", file.display()))
+        }
+        (Err(error), _) => {
             let (message, hint) = Failure::from(error).into_parts();
             let finding = Finding::unknown(CHECK, format!("table inet knockq cannot be compared: {message}"));
-            Finding { hint, ..finding }
+            return Finding { hint, ..finding };
         }
-    }
+    };
+    Finding::problem(CHECK, message).hint(hint)
 }
 
 /// What the next boot begins with.
