@@ -178,7 +178,7 @@ fn doctor_sees_guarded_ports_where_no_service_listens_or_only_for_this_host() {
 }
 
 /// Rulesets of others, and what doctor says of port 22 behind them over IPv4 and IPv6.
-const OTHERS: [(&str, [&str; 2]); 20] = [
+const OTHERS: [(&str, [&str; 2]); 22] = [
     ("", ["ok", "ok"]),
     (
         "table inet filter { chain input { type filter hook input priority 0; policy drop; \n ct state established,related accept
@@ -234,6 +234,18 @@ const OTHERS: [(&str, [&str; 2]); 20] = [
             chain filter_INPUT { type filter hook input priority 10; \n ct state { established, related } accept
             ct status dnat accept \n iifname \"lo\" accept \n ct state invalid drop \n jump zones \n reject with icmpx type admin-prohibited\n } }",
         ["problem", "problem"],
+    ),
+    // What is for others, as Docker has it; for this host by one of its addresses, of which alice uses the first; by all.
+    (
+        "table ip raw { chain PREROUTING { type filter hook prerouting priority raw; ip daddr 172.17.0.2 iifname != \"docker0\" drop
+            ip daddr 224.0.0.0/4 drop \n ip daddr != 10.77.0.0/16 drop\n } }
+         table ip6 raw { chain PREROUTING { type filter hook prerouting priority raw; ip6 daddr ::/0 tcp dport 22 drop\n } }",
+        ["ok", "problem"],
+    ),
+    (
+        "table inet filter { chain input { type filter hook input priority 0; ip daddr 10.77.2.1 tcp dport 22 drop
+            ip6 daddr fd77:2::1 tcp dport 22 drop\n } }",
+        ["unknown", "unknown"],
     ),
     // It depends on who connects, or on another program.
     (

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::follow::Packet;
+use crate::client::address::own_addresses;
 use crate::service::Transport;
 
 /// Whether a condition is met.
@@ -37,8 +38,10 @@ pub(super) enum Field {
     Word(&'static [&'static str]),
     /// Any interface but that to itself.
     Interface,
-    /// Any that is one host's, elsewhere.
+    /// Any that is one host's.
     Address,
+    /// One of these, which are this host's.
+    Own(Vec<IpAddr>),
     /// SYN, and no other flag of TCP.
     Flags,
     /// Where answers go: there is such a way.
@@ -69,6 +72,7 @@ pub(super) fn field(words: &[String], packet: Packet) -> (Field, &[String]) {
         ("tcp" | "udp" | "th", "dport") => (Field::Number(packet.port.number), 2),
         ("tcp", "flags") => (Field::Flags, 2),
         ("ip", "protocol") | ("ip6", "nexthdr") | ("meta", "l4proto") => (Field::Word(transport), 2),
+        ("ip" | "ip6", "daddr") if !packet.is_translated => (Field::Own(own(packet.is_ipv6)), 2),
         ("ip" | "ip6", "saddr" | "daddr") => (Field::Address, 2),
         ("meta", "nfproto") => (Field::Word(if packet.is_ipv6 { &["ipv6"] } else { &["ipv4"] }), 2),
         ("meta", "protocol") => (Field::Word(if packet.is_ipv6 { &["ip6"] } else { &["ip"] }), 2),
@@ -162,6 +166,7 @@ impl Field {
                 }
             }
             Self::Address => address(value),
+            Self::Own(own) => one_of(own, value),
             Self::Route => match value {
                 "missing" | "0" => Is::Not,
                 "exists" | "1" => Is::So,
@@ -192,10 +197,30 @@ fn operator(words: &[String]) -> (&str, &[String]) {
     }
 }
 
-/// Whether an address of one host, elsewhere or on this one's interfaces, is this one or in this network.
+/// What others reach this host by: the addresses of its interfaces.
+fn own(is_ipv6: bool) -> Vec<IpAddr> {
+    own_addresses().into_iter().filter(|address| address.is_ipv6() == is_ipv6 && !address.is_loopback()).collect()
+}
+
+/// An address, or a network.
+fn network(value: &str) -> Option<IpNet> {
+    value.parse().ok().or_else(|| value.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
+fn one_of(own: &[IpAddr], value: &str) -> Is {
+    let Some(network) = network(value) else { return Is::Possible };
+    let within = own.iter().filter(|address| network.contains(*address)).count();
+    match within {
+        _ if network.prefix_len() == 0 => Is::So,
+        0 if !own.is_empty() => Is::Not,
+        all if all == own.len() && all != 0 => Is::So,
+        _ => Is::Possible,
+    }
+}
+
+/// Whether an address of one host elsewhere is this one, or in this network.
 fn address(value: &str) -> Is {
-    let network = value.parse::<IpNet>().or_else(|_| value.parse::<IpAddr>().map(IpNet::from));
-    let Ok(network) = network else { return Is::Possible };
+    let Some(network) = network(value) else { return Is::Possible };
     let (first, last) = (network.network(), network.broadcast());
     let is_no_hosts = |address: IpAddr| match address {
         IpAddr::V4(v4) => v4.is_loopback() || v4.is_multicast() || v4.is_broadcast() || v4.is_unspecified(),
