@@ -385,6 +385,12 @@ fn doctor_follows_a_guarded_port_to_where_it_is_passed_on() {
     lab.doctor().has("firewall", "problem", &refused);
     lab.server.sh("nft add rule ip filter forward tcp dport 80 accept");
     lab.doctor().has("firewall", "ok", &["tcp/8080: "]);
+    // As Docker does it: nobody gets to containers by their own address. Before the translation it is the host's.
+    lab.server.sh("nft 'add table ip raw; add chain ip raw pre { type filter hook prerouting priority raw; }'
+         nft 'add rule ip raw pre ip daddr 10.77.2.2 drop'");
+    lab.doctor().has("firewall", "ok", &["tcp/8080: "]);
+    lab.server.sh("nft 'add chain ip raw late { type filter hook prerouting priority dstnat + 1; }; add rule ip raw late ip daddr 10.77.2.2 drop'");
+    lab.doctor().has("firewall", "unknown", &["tcp/8080 over IPv4: chain ip raw late", "try it"]);
 }
 
 #[test]

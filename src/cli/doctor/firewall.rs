@@ -106,7 +106,10 @@ fn chains<'a>(tables: &'a [Table], hook: &str, packet: Packet) -> impl Iterator<
     let is_asked = move |table: &&Table| ["inet", "netdev", family].contains(&table.family.as_str());
     tables.iter().filter(is_others).filter(is_asked).flat_map(move |table| {
         let hooked = table.chains.iter().filter(|(_, chain)| chain.hook.as_deref() == Some(hook));
-        hooked.map(|(name, chain)| (table, name.as_str(), ends(table, name, chain, packet))).collect::<Vec<_>>()
+        let comes = |early: bool| Packet { is_translated: packet.is_translated && !early, ..packet };
+        hooked
+            .map(|(name, chain)| (table, name.as_str(), ends(table, name, chain, comes(chain.is_early))))
+            .collect::<Vec<_>>()
     })
 }
 

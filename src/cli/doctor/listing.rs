@@ -19,6 +19,8 @@ pub(super) struct Table {
 pub(super) struct Chain {
     /// Where packets enter it, if they do.
     pub(super) hook: Option<String>,
+    /// It comes before destinations are translated.
+    pub(super) is_early: bool,
     /// What goes through all of it is dropped.
     pub(super) drops: bool,
     pub(super) rules: Vec<Rule>,
@@ -26,6 +28,9 @@ pub(super) struct Chain {
 
 /// A rule's words. What stands in braces or quotes is one.
 pub(super) struct Rule(pub(super) Vec<String>);
+
+/// Priority at which destinations are translated.
+const DSTNAT: i32 = -100;
 
 /// What the lines between two braces are about.
 enum Block {
@@ -136,10 +141,32 @@ impl Chain {
         if let Some(kind) = line.strip_prefix("type ") {
             let mut words = kind.split_whitespace().skip_while(|word| *word != "hook").skip(1);
             self.hook = words.next().map(str::to_owned);
+            let is_first = self.hook.as_deref() == Some("prerouting");
+            self.is_early = is_first && priority(kind).is_some_and(|priority| priority < DSTNAT);
             self.drops = kind.contains("policy drop");
         } else {
             self.rules.push(Rule(words(line)));
         }
+    }
+}
+
+/// `priority raw;`, `priority dstnat - 10;`, `priority -300;`
+fn priority(kind: &str) -> Option<i32> {
+    let (_, priority) = kind.split_once("priority ")?;
+    let mut words = priority.split(';').next()?.split_whitespace();
+    let first = words.next()?;
+    let base = match first {
+        "raw" => -300,
+        "mangle" => -150,
+        "dstnat" => DSTNAT,
+        "filter" => 0,
+        "security" => 50,
+        number => number.parse().ok()?,
+    };
+    match (words.next(), words.next().and_then(|number| number.parse::<i32>().ok())) {
+        (Some("+"), Some(more)) => base.checked_add(more),
+        (Some("-"), Some(less)) => base.checked_sub(less),
+        _ => Some(base),
     }
 }
 
