@@ -248,10 +248,14 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
     let accounts = machine.says("ps -eo user:32,args | grep '[k]nockq: '");
     assert!(accounts.lines().all(|line| line.starts_with("knockq")), "not as nobody: {accounts}");
     let within = format!("nsenter -t {keeper} -m ");
-    for path in ["/etc/knockq", "/var/lib/knockq", "/run/knockq"] {
+    for (path, mode) in [("/etc/knockq", "700"), ("/var/lib/knockq", "700"), ("/run/knockq", "711")] {
         machine.says(&format!("{within} test -w {path}"));
-        assert_eq!(machine.says(&format!("stat -c %a {path}")), "700");
+        assert_eq!(machine.says(&format!("stat -c %a {path}")), mode);
     }
+    for (socket, mode) in [("control", "600 root"), ("status", "660 knockq")] {
+        assert_eq!(machine.says(&format!("stat -c '%a %G' /run/knockq/{socket}.sock")), mode, "after a reload too");
+    }
+    machine.says("useradd --groups knockq member; runuser -u member -- knockq status");
     for path in ["/etc", "/usr", "/var/lib"] {
         assert!(!machine.run(&format!("{within} touch {path}/x")).status.success(), "{path}");
     }

@@ -83,7 +83,7 @@ impl<'a> Shown<'a> {
 }
 
 /// The two largest units.
-fn time_left(seconds: u64) -> String {
+pub(super) fn time_left(seconds: u64) -> String {
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     match seconds {
         0..60 => format!("{seconds}s"),
@@ -251,7 +251,7 @@ pub(super) fn ask(runtime: &Path, request: &Request) -> Result<(), Refusal> {
 }
 
 /// Where the daemon listens, and its queue. A configuration that is broken now does not keep anybody from shutting doors.
-fn runtime(config: &Path) -> (PathBuf, u16) {
+pub(super) fn runtime(config: &Path) -> (PathBuf, u16) {
     ServerConfig::load(config)
         .map_or_else(|_| (RUNTIME_DIRECTORY.into(), QUEUE), |config| (config.runtime, config.queue))
 }

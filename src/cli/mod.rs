@@ -16,6 +16,7 @@ mod ruleset;
 mod send;
 mod serve;
 mod sockets;
+mod status;
 mod user;
 
 use std::io::{self, Write};
@@ -69,6 +70,8 @@ enum Command {
     Grants(grants::Grants),
     /// Server: shut open doors
     Revoke(grants::Revoke),
+    /// Server: how the daemon is: what came, what became of it, who knocked last
+    Status(status::Status),
     /// Server: who may knock
     User(user::User),
     /// Server: make a new counter store, after a restored backup or a lost one
@@ -144,6 +147,7 @@ pub fn main() -> ExitCode {
         Command::Confirm(confirm) => confirm.run(),
         Command::Grants(grants) => grants.run(),
         Command::Revoke(revoke) => revoke.run(),
+        Command::Status(status) => status.run(),
         Command::User(user) => user.run(),
         Command::Recover(recover) => recover.run(),
         Command::Keygen(keygen) => keygen.run(),

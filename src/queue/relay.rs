@@ -44,12 +44,13 @@ pub struct RelayWriter {
     pipe: OwnedFd,
     pending: Vec<u8>,
     lost: u64,
+    lost_in_all: u64,
 }
 
 impl RelayWriter {
     /// Writes into this pipe.
     pub fn new(pipe: OwnedFd) -> Self {
-        Self { pipe, pending: Vec::with_capacity(WRITE_RECORDS * RECORD_LEN), lost: 0 }
+        Self { pipe, pending: Vec::with_capacity(WRITE_RECORDS * RECORD_LEN), lost: 0, lost_in_all: 0 }
     }
 
     /// Adds a packet's first bytes to what the next [`RelayWriter::flush`] hands over.
@@ -80,10 +81,16 @@ impl RelayWriter {
             Ok(_) => Ok(()),
             Err(Errno::AGAIN) => {
                 self.lost = self.lost.saturating_add(records);
+                self.lost_in_all = self.lost_in_all.saturating_add(records);
                 Ok(())
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// How many records were lost since the start.
+    pub const fn lost_in_all(&self) -> u64 {
+        self.lost_in_all
     }
 
     /// How many records were lost since the last call.

@@ -118,6 +118,11 @@ impl<K: Clone + Eq + Hash> Book<K> {
         self.doors.keys().filter(move |door| self.longest(door, now).is_some())
     }
 
+    /// The doors that are open, each with the grant that keeps it open for longest.
+    pub fn live(&self, now: Instant) -> impl Iterator<Item = (&K, &Grant, Duration)> {
+        self.doors.keys().filter_map(move |door| self.longest(door, now).map(|(grant, left)| (door, grant, left)))
+    }
+
     /// Forgets what has run out, and tells it. Call it now and then: it looks at all only if something may have.
     pub fn forget(&mut self, now: Instant) -> Vec<(K, Grant)> {
         if self.first_end.is_none_or(|first| first > now) {

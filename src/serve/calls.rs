@@ -63,7 +63,7 @@ macro_rules! calls {
 /// another one.
 pub const VERIFIER: &[Call] = calls! {
     SYS_read "records from the relay; new settings; being woken by the other thread"
-    SYS_write "the log; waking the other thread"
+    SYS_write "the log; waking the other thread; what `knockq status` shows"
     SYS_recvmsg "what the keeper says, with the descriptors of new settings"
     SYS_sendmsg "answers to the keeper"
     SYS_sendto "frames to the monitor"
@@ -111,7 +111,7 @@ pub const VERIFIER: &[Call] = calls! {
 pub const MONITOR: &[Call] = calls! {
     SYS_recvfrom "packets from the queue; what changed in the tables; the kernel's answers"
     SYS_sendto "verdicts; doors"
-    SYS_write "records to the relay; the log"
+    SYS_write "records to the relay; the log; what `knockq status` shows"
     SYS_recvmsg "frames; what the keeper says, with the descriptors of new settings"
     SYS_sendmsg "answers to the keeper"
     SYS_read "new settings"

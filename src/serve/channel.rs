@@ -41,10 +41,14 @@ pub enum Message {
     Revoke,
     /// Keeper to child: it is time to go.
     Stop,
+    /// Keeper to child: write into this memory how it is.
+    Report,
+    /// Child to keeper: it is written.
+    Reported,
 }
 
 impl Message {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::Start,
         Self::Bound,
         Self::Loaded,
@@ -56,6 +60,8 @@ impl Message {
         Self::Release,
         Self::Revoke,
         Self::Stop,
+        Self::Report,
+        Self::Reported,
     ];
 
     const fn byte(self) -> u8 {
@@ -71,6 +77,8 @@ impl Message {
             Self::Release => 9,
             Self::Revoke => 10,
             Self::Stop => 11,
+            Self::Report => 12,
+            Self::Reported => 13,
         }
     }
 }

@@ -15,6 +15,7 @@ use super::channel::Message;
 use super::control::Control;
 use super::ending::{Ended, ServeError};
 use super::log::Style;
+use super::observers::Observers;
 use super::process::{End, Process};
 
 /// Time that a child has to do what it was asked: ten thousand users take two seconds.
@@ -40,6 +41,8 @@ pub(super) enum Event {
     Gone(&'static str),
     /// Somebody wants something.
     Request,
+    /// Somebody wants to know how the daemon is.
+    Status,
 }
 
 /// Where an event comes from.
@@ -47,6 +50,7 @@ pub(super) enum Event {
 enum Source {
     Signal(i32),
     Control,
+    Status,
     /// The child at this place.
     Child(usize),
 }
@@ -91,7 +95,7 @@ impl Children {
         let deadline = Instant::now() + WORK;
         // Looked at each time: what else happens may never end.
         while Instant::now() < deadline {
-            match self.next_of(Some(name), None, Some(deadline))? {
+            match self.next_of(Some(name), None, None, Some(deadline))? {
                 Some(Event::Message(from, said, descriptors)) if from == name && messages.contains(&said) => {
                     return Ok((said, descriptors));
                 }
@@ -110,17 +114,20 @@ impl Children {
     /// Among others, when a child says what it may not.
     pub(super) fn next(
         &mut self,
-        control: Option<&Control>,
+        control: &Control,
+        observers: &Observers,
         deadline: Option<Instant>,
     ) -> Result<Option<Event>, ServeError> {
-        self.next_of(None, control, deadline)
+        self.next_of(None, Some(control), Some(observers), deadline)
     }
 
-    /// The same, but without what waits while this child is waited for. What root wants comes before what children say.
+    /// The same, but without what waits while this child is waited for. What root wants comes before what children say,
+    /// and what others want to know comes last.
     fn next_of(
         &mut self,
         waited_for: Option<&str>,
         control: Option<&Control>,
+        observers: Option<&Observers>,
         deadline: Option<Instant>,
     ) -> Result<Option<Event>, ServeError> {
         let is_heard = |child: &str| waited_for.is_none_or(|name| child == name || child != CONFIGURATION);
@@ -129,7 +136,9 @@ impl Children {
         let control = control.map(|control| (Source::Control, control.as_fd()));
         let heard = self.processes.iter().enumerate().filter(|(_, child)| is_heard(child.name));
         let channels = heard.filter_map(|(place, child)| Some((Source::Child(place), child.channel.as_ref()?.as_fd())));
-        let (sources, descriptors): (Vec<Source>, Vec<BorrowedFd<'_>>) = signals.chain(control).chain(channels).unzip();
+        let observers = observers.and_then(Observers::status).map(|socket| (Source::Status, socket));
+        let all = signals.chain(control).chain(channels).chain(observers);
+        let (sources, descriptors): (Vec<Source>, Vec<BorrowedFd<'_>>) = all.unzip();
         let first = first_ready(&descriptors, deadline)?.and_then(|first| sources.get(first).copied());
         first.map_or(Ok(None), |source| self.event_of(source))
     }
@@ -142,6 +151,7 @@ impl Children {
                 Ok(Some(Event::Signal(signal)))
             }
             Source::Control => Ok(Some(Event::Request)),
+            Source::Status => Ok(Some(Event::Status)),
             Source::Child(place) => {
                 let Some(child) = self.processes.get_mut(place) else { return Ok(None) };
                 let said = child.hear()?;

@@ -32,6 +32,8 @@ const MONITOR_FALLBACK: Identity = Identity { uid: 65_533, gid: 65_533 };
 pub struct Plan {
     /// What only a restart can change.
     pub fixed: Fixed,
+    /// The group of the verifier's account, whose members may look on; `None` where there is no such account.
+    pub observers: Option<u32>,
     /// Accounts that others stand in for.
     pub missing_accounts: Vec<String>,
     /// The table.
@@ -128,6 +130,7 @@ pub fn accounts(config: &ServerConfig) -> Result<([Identity; 2], Vec<String>), S
 }
 
 fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<String>) -> Plan {
+    let [verifier, _] = accounts;
     Plan {
         fixed: Fixed {
             server: *config.private_key.public(),
@@ -137,6 +140,7 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
             ruleset_mode: config.ruleset_mode,
             accounts,
         },
+        observers: (!missing_accounts.contains(&config.account)).then_some(verifier.gid),
         missing_accounts,
         ruleset: config.ruleset(),
         users: config.users.len(),

@@ -116,6 +116,18 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// It has other clients who leave what they asked for unread.
+    #[error("{}: the daemon has told its status to many who do not take it", path.display())]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The daemon was started from another version of this binary.
+    #[error("{}: the daemon that runs is another version than this command", path.display())]
+    OtherVersion {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The socket failed.
     #[error("{}: {cause}", path.display())]
     Io {
@@ -124,6 +136,16 @@ pub enum ControlError {
         /// What the kernel said.
         cause: io::Error,
     },
+}
+
+impl ControlError {
+    pub(super) fn of_connecting(path: &Path, cause: io::Error) -> Self {
+        let path = path.to_owned();
+        match cause.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Self::NotRunning { path },
+            _ => Self::Io { path, cause },
+        }
+    }
 }
 
 /// The keeper's end.
@@ -187,10 +209,7 @@ pub fn reply(mut stream: UnixStream, reply: &Reply) {
 /// [`ControlError`]; then nothing has been done, or nobody knows.
 pub fn ask(directory: &Path, request: &Request) -> Result<Reply, ControlError> {
     let path = socket_path(directory);
-    let mut stream = UnixStream::connect(&path).map_err(|cause| match cause.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::NotRunning { path: path.clone() },
-        _ => ControlError::Io { path: path.clone(), cause },
-    })?;
+    let mut stream = UnixStream::connect(&path).map_err(|cause| ControlError::of_connecting(&path, cause))?;
     let mut talk = || {
         stream.set_read_timeout(Some(WORK))?;
         send(&mut stream, request)?;

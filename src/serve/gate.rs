@@ -59,6 +59,11 @@ impl Gate {
         self.mode == RulesetMode::External
     }
 
+    /// Nobody else can change or flush the table.
+    pub(super) const fn is_ours_alone(&self) -> bool {
+        self.is_ours_alone
+    }
+
     /// Whether this ruleset would make another table.
     pub(super) fn differs_from(&self, ruleset: &Ruleset) -> bool {
         self.ruleset != *ruleset

@@ -1,6 +1,7 @@
 //! The keeper: root, but it sees no packet and no frame. It has the configuration read, starts the others, tends the table,
 //! does what root asks, and stops all when one of the others dies.
 
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -13,12 +14,15 @@ use tracing::{error, info};
 
 use super::channel::Message;
 use super::children::{CONFIGURATION, Children, Event};
+use super::clock::unix_now;
 use super::configuration::{self, Fixed, Plan};
 use super::control::{self, Control, Reply, Request};
 use super::ending::{Ended, ServeError};
 use super::gate::Gate;
 use super::log::{self, Style};
 use super::manager::{self, NotifyState};
+use super::observers::Observers;
+use super::report::{self, KeeperPart, Queue, Table};
 use super::start::{self, Raised, TO_START, TO_WORK, take_gate_away};
 use super::vocabulary::Breach;
 use super::{calls, handover, sandbox, terminal};
@@ -79,6 +83,12 @@ struct Keeper {
     config_path: PathBuf,
     fixed: Fixed,
     gate: Gate,
+    observers: Observers,
+    started: Instant,
+    /// How many may knock, and for how many services.
+    counts: (usize, usize),
+    /// When the configuration was last read again, in Unix seconds, and whether it was taken.
+    reloaded: Option<(u64, bool)>,
     /// What is ready, in one line.
     summary: String,
     /// The table is not what it should be, and it is for others to load it: when to look again.
@@ -97,7 +107,7 @@ struct Keeper {
 
 impl Keeper {
     fn new(children: Children, config_path: PathBuf, raised: Raised, trial: Option<Duration>) -> (Self, Control) {
-        let Raised { fixed, control, gate, summary, is_outdated } = raised;
+        let Raised { fixed, control, observers, counts, gate, summary, is_outdated } = raised;
         let trial = trial.map(|time| {
             info!(
                 seconds = time.as_secs(),
@@ -111,6 +121,10 @@ impl Keeper {
             config_path,
             fixed,
             gate,
+            observers,
+            started: Instant::now(),
+            counts,
+            reloaded: None,
             summary,
             look: None,
             is_preparing: false,
@@ -127,11 +141,13 @@ impl Keeper {
         self.reload_once_more()?;
         loop {
             self.mind_the_time()?; // each time, for what else comes may never end
-            let deadline = self.trial.into_iter().chain(self.reading).chain(self.look).min();
-            match self.children.next(Some(control), deadline)? {
+            let resumes = self.observers.resumes(Instant::now());
+            let deadline = self.trial.into_iter().chain(self.reading).chain(self.look).chain(resumes).min();
+            match self.children.next(control, &self.observers, deadline)? {
                 Some(Event::Signal(SIGHUP)) => self.reload(None)?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Request) => self.answer(control.accept())?,
+                Some(Event::Status) => self.tell_observer()?,
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
                 Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.bury(child))),
@@ -191,14 +207,50 @@ impl Keeper {
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
                 }
-                // What `ask` found to be done.
-                if self.children.has(CONFIGURATION) { Ok(()) } else { self.reload_once_more() }
+                self.catch_up_with_reloads()
             }
             Some((Request::Confirm, stream)) => {
                 control::reply(stream, &self.confirm());
                 Ok(())
             }
             None => Ok(()),
+        }
+    }
+
+    /// What `ask` found to be done.
+    fn catch_up_with_reloads(&mut self) -> Result<(), Ended> {
+        if self.children.has(CONFIGURATION) { Ok(()) } else { self.reload_once_more() }
+    }
+
+    /// Hands somebody who looks on what all three tell of themselves. Nothing of it is looked at here.
+    fn tell_observer(&mut self) -> Result<(), Ended> {
+        let Some(client) = self.observers.accept_status() else { return Ok(()) };
+        let (Ok(verifier), Ok(monitor)) = (report::memory(), report::memory()) else { return Ok(()) };
+        for (child, memory) in [("verifier", &verifier), ("monitor", &monitor)] {
+            self.ask_for(child, Message::Report, &[memory], &[Message::Reported])?;
+        }
+        let part = self.part();
+        self.observers.hand_over(client, &part, &verifier, &monitor);
+        self.catch_up_with_reloads()
+    }
+
+    fn part(&self) -> KeeperPart {
+        let now = Instant::now();
+        let (users, services) = self.counts;
+        let queues = fs::read_to_string(start::QUEUES).unwrap_or_default();
+        KeeperPart {
+            uptime: now.duration_since(self.started).as_secs(),
+            users,
+            services,
+            table: Table {
+                is_managed: !self.gate.is_for_others(),
+                is_right: self.look.is_none(),
+                is_owned: self.gate.is_ours_alone(),
+                trial: self.trial.map(|end| end.saturating_duration_since(now).as_secs()),
+            },
+            queue: Queue::of_listing(&queues, self.fixed.queue),
+            reloaded: self.reloaded,
+            waits_for_disk: self.is_preparing,
         }
     }
 
@@ -249,6 +301,7 @@ impl Keeper {
     }
 
     fn refuse(&mut self, why: &str, hint: &str) -> Result<(), Ended> {
+        self.reloaded = Some((unix_now(), false));
         error!(hint, "not reloaded: {why}; the configuration of before stays in force");
         let message = format!("not reloaded: {why}; the configuration of before stays in force");
         self.end_reload(|| Reply::Refused { message: message.clone(), hint: hint.to_owned() })
@@ -308,6 +361,8 @@ impl Keeper {
             }
         }
         info!(users, services, knock_ports, "reloaded");
+        self.reloaded = Some((unix_now(), true));
+        self.counts = (users, services);
         self.summary = manager::summary(users, services, &knock_ports);
         self.tell_status();
         self.end_reload(|| Reply::Done)
@@ -322,10 +377,22 @@ impl Keeper {
     /// Asks a child for something and waits until it is done; `false` if it is unable. If the table is taken away
     /// meanwhile, that comes first.
     fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<bool, Ended> {
+        let answer = self.ask_for(name, message, descriptors, &[Message::Ready, Message::Unable])?;
+        Ok(answer == Message::Ready)
+    }
+
+    /// The same, for one of these answers.
+    fn ask_for(
+        &mut self,
+        name: &'static str,
+        message: Message,
+        descriptors: &[&OwnedFd],
+        answers: &[Message],
+    ) -> Result<Message, Ended> {
         let was_right = self.look.is_none();
         let Self { children, gate, look, late, is_preparing, .. } = self;
         children.tell(name, message, descriptors)?;
-        let answer = children.wait_for(name, &[Message::Ready, Message::Unable], |children, event| match event {
+        let answer = children.wait_for(name, answers, |children, event| match event {
             // It is about to be loaded anyway, and until then it must have no owner.
             Event::Message("monitor", Message::Lost, _) if message == Message::Release => Ok(()),
             Event::Message("monitor", Message::Lost, _) if gate.restore()? => {
@@ -346,7 +413,7 @@ impl Keeper {
         if was_right && self.look.is_some() {
             self.tell_status();
         }
-        Ok(answer.0 == Message::Ready)
+        Ok(answer.0)
     }
 
     /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.

@@ -21,6 +21,7 @@ use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::policy::Policy;
 use super::rate::Rate;
 use super::repeats::Tally;
+use super::report::{self, LiveDoor, MonitorPart};
 use super::sandbox::{self, SandboxError};
 use super::{calls, handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Flows, Loss, Member, OpenDoor, Ownership, Watch, comment};
@@ -122,6 +123,7 @@ pub fn run() -> Result<(), MonitorError> {
         members: Book::default(),
         past: VecDeque::new(),
         unsettled: BTreeSet::new(),
+        figures: Figures::default(),
     };
     if !monitor.own_table()? {
         return Err(MonitorError::NoTable);
@@ -165,6 +167,16 @@ struct Monitor {
     past: VecDeque<(Door, Name)>,
     /// Doors whose elements are to be made what the book says when the table is loaded.
     unsettled: BTreeSet<Door>,
+    figures: Figures,
+}
+
+/// What `status` shows, since the start.
+#[derive(Default)]
+struct Figures {
+    seen: u64,
+    opened: u64,
+    not_opened: u64,
+    over_rate: u64,
 }
 
 impl Monitor {
@@ -290,6 +302,11 @@ impl Monitor {
             (Message::Loaded, _) => return self.take_table_back().map(|()| true),
             (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
             (Message::Enforce, _) => self.enforce()?,
+            (Message::Report, Some(memory)) => {
+                report::write(memory, self.part())?;
+                self.keeper.send(Message::Reported, &[])?;
+                return Ok(true);
+            }
             (Message::Release, _) => {
                 self.let_go_of_table()?;
                 if !self.is_loading {
@@ -541,11 +558,12 @@ impl Monitor {
     fn take_packets(&mut self) -> Result<(), MonitorError> {
         let mut pushed = Ok(());
         let relay = &mut self.relay;
-        self.queue.drain(self.policy.answer, |packet| {
+        let taken = self.queue.drain(self.policy.answer, |packet| {
             if pushed.is_ok() {
                 pushed = relay.push(packet);
             }
         })?;
+        self.figures.seen = self.figures.seen.saturating_add(u64::try_from(taken).unwrap_or(0));
         pushed.and_then(|()| relay.flush()).map_err(|_| MonitorError::HungUp)
     }
 
@@ -569,7 +587,11 @@ impl Monitor {
                 let allowance = self.policy.users.get(&user);
                 let seconds = allowance.map_or(seconds, |allowance| allowance.time(seconds, unix_now()));
                 // At the very second in which the user expires there is none left.
-                if seconds == 0 || !self.rate.take(now) {
+                if seconds == 0 {
+                    return;
+                }
+                if !self.rate.take(now) {
+                    self.figures.over_rate = self.figures.over_rate.saturating_add(1);
                     return; // told together, at the next tick
                 }
                 let door = Door { source, port, once };
@@ -597,12 +619,16 @@ impl Monitor {
     fn open(&mut self, door: Door, grant: Grant, seconds: u32, now: Instant) {
         let (Door { source, port, once }, Grant { user, service, bound, .. }) = (door, &grant);
         let Some(replaced) = self.book.note(door, grant.clone(), once, now) else {
+            self.figures.not_opened = self.figures.not_opened.saturating_add(1);
             if self.not_opened.is_first() {
                 warn!(%user, %service, %source, %port, "not granted: too many doors are open");
             }
             return;
         };
-        match self.settle(&door, now) {
+        let settled = self.settle(&door, now);
+        let count = if settled.is_ok() { &mut self.figures.opened } else { &mut self.figures.not_opened };
+        *count = count.saturating_add(1);
+        match settled {
             Ok(true) => info!(%user, %service, %source, %port, seconds, bound, "granted"),
             Ok(false) => info!(%user, %service, %source, %port, seconds, bound, "granted, once the table is loaded"),
             Err(error) => {
@@ -636,6 +662,20 @@ impl Monitor {
             }
             None => self.doors.close(door),
         }
+    }
+
+    fn part(&self) -> MonitorPart {
+        let door = |(door, grant, left): (&Door, &Grant, Duration)| LiveDoor {
+            source: door.source,
+            port: door.port,
+            once: door.once,
+            user: grant.user.clone(),
+            service: grant.service.clone(),
+            seconds_left: left.as_secs(),
+        };
+        let Figures { seen, opened, not_opened, over_rate } = self.figures;
+        let doors = self.book.live(Instant::now()).map(door).collect();
+        MonitorPart { seen, lost: self.relay.lost_in_all(), opened, not_opened, over_rate, doors, is_cut: false }
     }
 
     /// Looks after what runs out by itself; tells when it did so, by both clocks.

@@ -18,6 +18,7 @@ use super::control::Control;
 use super::ending::{Ended, ServeError};
 use super::gate::{Gate, GateError};
 use super::manager::{self, NotifyState};
+use super::observers::Observers;
 use super::{handover, sandbox};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
@@ -34,12 +35,15 @@ pub(super) const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability:
 const USERS: &str = "users.d";
 
 /// Where the kernel lists who has which queue.
-const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
+pub(super) const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
 
 /// What stands when everything is started.
 pub(super) struct Raised {
     pub(super) fixed: Fixed,
     pub(super) control: Control,
+    pub(super) observers: Observers,
+    /// How many may knock, and for how many services.
+    pub(super) counts: (usize, usize),
     pub(super) gate: Gate,
     /// What is ready, in one line.
     pub(super) summary: String,
@@ -55,7 +59,7 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
     let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
     children.dismiss(CONFIGURATION);
     let (plan, settings, policy) = configuration::take(read)?;
-    let Plan { fixed, missing_accounts, ruleset, users, services, knock_ports } = plan;
+    let Plan { fixed, observers, missing_accounts, ruleset, users, services, knock_ports } = plan;
     for account in missing_accounts {
         let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
         warn!(hint, "there is no user `{account}`, so a user id that nobody has stands in for it");
@@ -66,6 +70,7 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
     let store = open_store(&fixed.store)?;
     refuse_taken_queue(fixed.queue)?;
     let control = Control::listen(&fixed.runtime)?;
+    let observers = Observers::listen(&fixed.runtime, observers)?;
     let is_outdated = last_change(config_path) != changed; // from here on, who changes a user tells us
     let include_file = config_path.with_file_name("knockq.nft");
     let own = [fixed.runtime.as_path(), config_path.parent().unwrap_or(Path::new("/")), Path::new("/dev/null")];
@@ -90,7 +95,7 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
     info!(users, services, knock_ports, queue = fixed.queue, "ready");
     let summary = manager::summary(users, services, &knock_ports);
     manager::notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
-    Ok(Raised { fixed, control, gate, summary, is_outdated })
+    Ok(Raised { fixed, control, observers, counts: (users, services), gate, summary, is_outdated })
 }
 
 /// When a user's file last came, went or was replaced.

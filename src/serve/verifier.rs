@@ -19,16 +19,18 @@ use tracing::{debug, info, warn};
 
 use super::channel::{Channel, Message};
 use super::clock::{Clock, Jump, unix_now};
+use super::figures::Figures;
 use super::frames::Frame;
 use super::refusals::Refusals;
 use super::repeats::Trouble;
+use super::report;
 use super::sandbox::{self, SandboxError};
 use super::settings::Settings;
 use super::store::{Origin, Store, StoreError};
 use super::writer::{self, Done, WAITING, Work};
 use super::{calls, handover, terminal};
 use crate::queue::{RelayReader, records};
-use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Verifier, Withdrawal};
+use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Verifier, Withdrawal};
 
 /// Keys that the index moves on by at one go: about a third of a millisecond.
 pub const SLICE: usize = 1_000;
@@ -106,6 +108,7 @@ pub fn run() -> Result<(), VerifierError> {
         verifier,
         next: None,
         refusals: Refusals::new(Instant::now()),
+        figures: Figures::default(),
         waiting: 0,
         is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
@@ -138,6 +141,7 @@ struct Process {
     /// What is to take its place.
     next: Option<Box<Verifier>>,
     refusals: Refusals,
+    figures: Figures,
     /// Claims whose counters are being written, or wait for it.
     waiting: usize,
     /// More wait than may.
@@ -164,7 +168,7 @@ impl Process {
                 _ = tick.tick() => self.tick(),
                 block = self.relay.read() => {
                     let Some(block) = block? else { return self.part_from_monitor().await };
-                    let decisions = decide(&mut self.verifier, &mut self.refusals, block);
+                    let decisions = decide(&mut self.verifier, &mut self.refusals, &mut self.figures, block);
                     self.carry_out(decisions).await?;
                 }
                 () = tokio::task::yield_now(), if self.is_behind => {
@@ -186,7 +190,7 @@ impl Process {
     async fn carry_out(&mut self, decisions: Vec<Decision>) -> Result<(), VerifierError> {
         for decision in decisions {
             match decision {
-                Decision::Refused(refusal) => self.refusals.count(&refusal, Instant::now()),
+                Decision::Refused(refusal) => self.refuse(&refusal),
                 Decision::Claimed(claim) => self.claim(claim)?,
                 Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal).await,
             }
@@ -208,8 +212,15 @@ impl Process {
             Some((Message::Enforce, _)) => {
                 if let Some(next) = self.next.take() {
                     self.verifier.succeed(*next);
+                    self.figures.keep(self.verifier.users());
                 }
                 self.keeper.send(Message::Ready, &[])?;
+            }
+            Some((Message::Report, mut descriptors)) => {
+                let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+                let is_narrowed = self.verifier.is_narrowed(unix_now());
+                report::write(memory, self.figures.part(self.verifier.live(), is_narrowed))?;
+                self.keeper.send(Message::Reported, &[])?;
             }
             Some((Message::Stop, _)) | None => return Ok(false),
             Some(_) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
@@ -219,12 +230,12 @@ impl Process {
 
     fn claim(&mut self, claim: Claim) -> Result<(), VerifierError> {
         match self.work.try_send(Work::Record(claim)) {
-            Ok(()) => self.waiting = self.waiting.saturating_add(1),
+            Ok(()) => self.wait_for(self.waiting.saturating_add(1)),
             Err(mpsc::TrySendError::Full(Work::Record(claim))) => {
                 if self.is_slow.is_news(Instant::now()) {
                     warn!("the counters are written more slowly than knocks come: those beyond {WAITING} are refused");
                 }
-                self.refusals.count(&claim.refuse(Reason::NotDurable), Instant::now());
+                self.refuse(&claim.refuse(Reason::NotDurable));
             }
             Err(_) => return Err(VerifierError::WriterGone),
         }
@@ -235,8 +246,9 @@ impl Process {
         match done {
             Done::Recorded(Ok(recorded)) => self.settle(recorded).await,
             Done::Recorded(Err(refusals)) => {
-                self.waiting = self.waiting.saturating_sub(refusals.len());
-                refusals.iter().for_each(|refusal| self.refusals.count(refusal, Instant::now()));
+                self.figures.recorded(false, unix_now());
+                self.wait_for(self.waiting.saturating_sub(refusals.len()));
+                refusals.iter().for_each(|refusal| self.refuse(refusal));
             }
             Done::Prepared(next) => {
                 let outcome = if next.is_some() { Message::Ready } else { Message::Unable };
@@ -248,11 +260,15 @@ impl Process {
     }
 
     async fn settle(&mut self, recorded: Vec<Recorded>) {
-        self.waiting = self.waiting.saturating_sub(recorded.len());
+        self.figures.recorded(true, unix_now());
+        self.wait_for(self.waiting.saturating_sub(recorded.len()));
         for recorded in recorded {
             match self.verifier.settle(&recorded, unix_now()) {
-                Ok(grant) => self.open(grant).await,
-                Err(refusal) => self.refusals.count(&refusal, Instant::now()),
+                Ok(grant) => {
+                    self.figures.granted(&grant, unix_now());
+                    self.open(grant).await;
+                }
+                Err(refusal) => self.refuse(&refusal),
             }
         }
     }
@@ -267,10 +283,22 @@ impl Process {
 
     async fn withdraw(&mut self, withdrawal: Withdrawal) {
         self.refusals.count_withdrawal(&withdrawal, Instant::now());
+        self.figures.withdrawn(&withdrawal, unix_now());
         let Withdrawal { user, source, ports, .. } = withdrawal;
         for port in ports {
             self.ask(&Frame::Close { source, port, user: user.clone() }).await;
         }
+    }
+
+    fn refuse(&mut self, refusal: &Refusal) {
+        self.refusals.count(refusal, Instant::now());
+        self.figures.refused(refusal, unix_now());
+    }
+
+    /// So many claims are on their way to the disk now.
+    fn wait_for(&mut self, claims: usize) {
+        self.waiting = claims;
+        self.figures.waiting(claims, unix_now());
     }
 
     async fn ask(&self, frame: &Frame) {
@@ -281,7 +309,9 @@ impl Process {
 
     /// The index follows the clock by itself; this only tells.
     fn watch_clock(&mut self) {
-        match self.clock.jump(SystemTime::now(), Instant::now()) {
+        let jump = self.clock.jump(SystemTime::now(), Instant::now());
+        jump.into_iter().for_each(|jump| self.figures.jumped(jump, unix_now()));
+        match jump {
             Some(Jump::Forward(by)) => {
                 warn!(seconds = by.as_secs(), "the clock went forward: it was set, or this machine slept");
             }
@@ -322,7 +352,7 @@ async fn hear(keeper: &Channel, keeper_speaks: &UnixDatagram) -> io::Result<Opti
 }
 
 /// Decides on a block of packets. Strangers' SYNs, which are nearly all, end here.
-fn decide(verifier: &mut Verifier, refusals: &mut Refusals, block: &[u8]) -> Vec<Decision> {
+fn decide(verifier: &mut Verifier, refusals: &mut Refusals, figures: &mut Figures, block: &[u8]) -> Vec<Decision> {
     let (now, told_at) = (unix_now(), Instant::now());
     verifier.advance(now, SLICE);
     let mut decisions = Vec::new();
@@ -332,6 +362,7 @@ fn decide(verifier: &mut Verifier, refusals: &mut Refusals, block: &[u8]) -> Vec
                 let (user, source) = (refusal.user.as_ref().map(display), refusal.source.map(display));
                 debug!(reason = %refusal.reason, user, source, "packet");
                 refusals.count(&refusal, told_at);
+                figures.refused(&refusal, now);
             }
             decision => decisions.push(decision),
         }

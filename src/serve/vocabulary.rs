@@ -7,6 +7,7 @@
 //! | `verifier` | `Unable` | once after `Settings`, instead |
 //! | `monitor` | `Bound` | once after `Start` |
 //! | `monitor` | `Ready` | once after the first `Loaded`, and each `Settings`, `Enforce`, `Release` and `Revoke` |
+//! | either | `Reported` | once after each `Report`, whatever else it was asked |
 //! | `monitor` | `Lost` | once after each `Loaded`, the first time not before its `Ready`; no more once it has answered `Release` |
 
 use thiserror::Error;
@@ -21,6 +22,8 @@ pub(super) struct Vocabulary {
     child: &'static str,
     /// What it was told and has not answered.
     asked: Option<Message>,
+    /// It was told to report, and has not.
+    owes_report: bool,
     /// It has said that it serves.
     serves: bool,
     /// It may say that the table is lost.
@@ -51,20 +54,21 @@ impl Vocabulary {
     /// Of a child that was just started. What `configuration` shall do, it is told by its arguments.
     pub(super) fn new(child: &'static str) -> Self {
         let asked = (child == "configuration").then_some(Message::Start);
-        Self { child, asked, serves: false, may_lose: false }
+        Self { child, asked, owes_report: false, serves: false, may_lose: false }
     }
 
     /// The child is told this.
     pub(super) const fn tell(&mut self, message: Message) {
         match message {
             Message::Loaded if self.serves => self.may_lose = true,
+            Message::Report => self.owes_report = true,
             message => self.asked = Some(message),
         }
     }
 
     /// Whatever the child says now is a breach, until it is told something.
     pub(super) const fn is_to_be_silent(&self) -> bool {
-        self.asked.is_none() && !self.may_lose
+        self.asked.is_none() && !self.may_lose && !self.owes_report
     }
 
     /// The child says this, with so many descriptors.
@@ -74,6 +78,8 @@ impl Vocabulary {
     pub(super) fn hear(&mut self, said: Message, descriptors: usize) -> Result<(), Breach> {
         if said == Message::Lost && self.may_lose {
             self.may_lose = false;
+        } else if said == Message::Reported && self.owes_report {
+            self.owes_report = false;
         } else {
             let asked = self.asked.take();
             if !asked.is_some_and(|asked| answers(self.child, asked).contains(&said)) {
@@ -105,10 +111,13 @@ fn answers(child: &str, asked: Message) -> &'static [Message] {
 
 #[cfg(test)]
 mod tests {
-    use super::Message::{self, Bound, Enforce, Loaded, Lost, Ready, Release, Revoke, Settings, Start, Stop, Unable};
+    use super::Message::{
+        self, Bound, Enforce, Loaded, Lost, Ready, Release, Report, Reported, Revoke, Settings, Start, Stop, Unable,
+    };
     use super::{Breach, Vocabulary};
 
-    const ALL: [Message; 11] = [Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop];
+    const ALL: [Message; 13] =
+        [Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop, Report, Reported];
 
     /// What a child with this past may say now.
     fn may_say(child: &'static str, past: &[(Message, Message)]) -> Vec<Message> {
@@ -169,6 +178,17 @@ mod tests {
         assert_eq!(after(&[only(Loaded), only(Loaded)]), [Lost]);
         assert_eq!(after(&[(Release, Ready)]), [], "it has let go of the table itself");
         assert_eq!(after(&[(Release, Ready), only(Loaded)]), [Lost]);
+    }
+
+    #[test]
+    fn a_report_is_good_once_and_beside_any_other_answer() {
+        let serving = [(Start, Bound), (Loaded, Ready)];
+        let after = |more: &[(Message, Message)]| may_say("monitor", &[&serving[..], more].concat());
+        assert_eq!(after(&[only(Report)]), [Lost, Reported]);
+        assert_eq!(after(&[(Report, Reported)]), [Lost]);
+        assert_eq!(after(&[only(Revoke), only(Report)]), [Ready, Lost, Reported]);
+        assert_eq!(after(&[only(Revoke), (Report, Reported)]), [Ready, Lost], "the answer may still come");
+        assert_eq!(may_say("verifier", &[(Start, Ready), only(Settings), only(Report)]), [Ready, Unable, Reported]);
     }
 
     #[test]

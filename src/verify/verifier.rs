@@ -191,6 +191,11 @@ impl Verifier {
         self.tries.narrow_the_window(now)
     }
 
+    /// The names of all users.
+    pub fn users(&self) -> impl Iterator<Item = &Name> {
+        self.registry.users.iter().map(|user| &user.name)
+    }
+
     /// How many knocks the index expects.
     pub fn live(&self) -> usize {
         self.index.len()

@@ -25,6 +25,7 @@ mod proxy;
 mod recorded;
 mod reload;
 mod sets;
+mod status;
 mod store;
 mod table;
 mod users;

@@ -1,0 +1,205 @@
+//! The sockets for those who may look and do nothing: root, and the group of the daemon's account.
+//!
+//! The keeper accepts connections there and never reads from one, so there is nothing that a client could say; nor does it
+//! wait for a client.
+
+use std::fs;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::unistd::{Gid, setegid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::Mode;
+use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, recvmsg, sendmsg,
+    socket_with,
+};
+use rustix::process::umask;
+
+use super::control::ControlError;
+use super::report::{self, KeeperPart, MonitorPart, VerifierPart};
+
+/// Clients that have not yet taken what they were told: what is on its way to them counts against what the keeper may send.
+const MAX_UNREAD: usize = 16;
+
+/// Bytes of the message that hands a status over: more than a quarter of the smallest send buffer, so that a socket can be
+/// written to only when it was taken.
+const STATUS_LEN: usize = 2048;
+
+/// Time between two clients: whoever connects all the time leaves the daemon its own.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Time that a client waits for the daemon: as long as it waits for its processes.
+const WORK: Duration = Duration::from_secs(150);
+
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 64;
+
+/// The keeper's end of one socket.
+struct Listener {
+    socket: OwnedFd,
+    path: PathBuf,
+}
+
+/// The keeper's ends.
+pub(super) struct Observers {
+    status: Listener,
+    unread: Vec<OwnedFd>,
+    /// When the next is accepted.
+    resumes: Instant,
+}
+
+/// What all processes tell.
+pub struct Status {
+    /// The keeper.
+    pub keeper: KeeperPart,
+    /// The verifier.
+    pub verifier: VerifierPart,
+    /// The monitor.
+    pub monitor: MonitorPart,
+}
+
+impl Observers {
+    /// Listens, for root and this group. The keeper need not be able to give files to others: what it makes while it is of the
+    /// group belongs to that.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn listen(directory: &Path, group: Option<u32>) -> Result<Self, ControlError> {
+        let status = Listener::new(directory.join("status.sock"), group)?;
+        Ok(Self { status, unread: Vec::new(), resumes: Instant::now() })
+    }
+
+    /// When the next client is accepted, if that is not now.
+    pub(super) fn resumes(&self, now: Instant) -> Option<Instant> {
+        (self.resumes > now).then_some(self.resumes)
+    }
+
+    /// Where clients come, if it is time for one.
+    pub(super) fn status(&self) -> Option<BorrowedFd<'_>> {
+        self.resumes(Instant::now()).is_none().then(|| self.status.socket.as_fd())
+    }
+
+    /// The next client who wants to know the status; `None` if too many leave theirs unread.
+    pub(super) fn accept_status(&mut self) -> Option<OwnedFd> {
+        self.resumes = Instant::now() + PAUSE;
+        let client = self.status.accept()?;
+        self.unread.retain(|client| !can_be_written(client));
+        (self.unread.len() < MAX_UNREAD).then_some(client)
+    }
+
+    /// Hands a client the parts of all three. Whoever does not take them has not asked.
+    pub(super) fn hand_over(&mut self, client: OwnedFd, keeper: &KeeperPart, verifier: &OwnedFd, monitor: &OwnedFd) {
+        let Ok(mut bytes) = postcard::to_stdvec(&(env!("CARGO_PKG_VERSION"), keeper)) else { return };
+        bytes.resize(bytes.len().max(STATUS_LEN), 0);
+        let descriptors = [verifier.as_fd(), monitor.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        if set_socket_send_buffer_size(&client, 1).is_ok() // the smallest that the kernel gives
+            && ancillary.push(SendAncillaryMessage::ScmRights(&descriptors))
+            && sendmsg(&client, &[IoSlice::new(&bytes)], &mut ancillary, flags).is_ok()
+        {
+            self.unread.push(client);
+        }
+    }
+}
+
+/// Whether all that was said was taken, or never can be.
+fn can_be_written(client: &OwnedFd) -> bool {
+    poll(&mut [PollFd::new(client, PollFlags::OUT)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+impl Listener {
+    fn new(path: PathBuf, group: Option<u32>) -> Result<Self, ControlError> {
+        let _ = fs::remove_file(&path); // of a daemon that was killed
+        match listener(&path, group) {
+            Ok(socket) => Ok(Self { socket, path }),
+            Err(cause) => Err(ControlError::Io { path, cause }),
+        }
+    }
+
+    fn accept(&self) -> Option<OwnedFd> {
+        accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).ok()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let address = SocketAddrUnix::new(path)?;
+    let own = Gid::effective();
+    let group = group.map_or(own, Gid::from_raw);
+    if group != own {
+        setegid(group)?;
+    }
+    let before = umask(Mode::XUSR | Mode::XGRP | Mode::RWXO);
+    let bound = bind(&socket, &address);
+    umask(before);
+    if group != own {
+        setegid(own)?;
+    }
+    bound?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// Asks the running daemon how it is.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn status(directory: &Path) -> Result<Status, ControlError> {
+    let path = directory.join("status.sock");
+    let connection = connection(&path)?;
+    let fail = |cause| ControlError::Io { path: path.clone(), cause };
+    let (bytes, descriptors) = receive(&connection).map_err(fail)?;
+    let (version, rest) = postcard::take_from_bytes::<String>(&bytes).unwrap_or_default();
+    if bytes.is_empty() {
+        return Err(ControlError::Busy { path });
+    }
+    if version != env!("CARGO_PKG_VERSION") {
+        return Err(ControlError::OtherVersion { path });
+    }
+    let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+    let parts = || {
+        let (keeper, _) = postcard::take_from_bytes(rest).map_err(|_| invalid())?;
+        let [verifier, monitor] = descriptors.try_into().map_err(|_| invalid())?;
+        Ok(Status { keeper, verifier: report::read(verifier)?, monitor: report::read(monitor)? })
+    };
+    parts().map_err(fail)
+}
+
+fn connection(path: &Path) -> Result<OwnedFd, ControlError> {
+    let connect = || {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(WORK))?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        io::Result::Ok(socket)
+    };
+    connect().map_err(|cause| ControlError::of_connecting(path, cause))
+}
+
+/// One message, with its descriptors; no bytes at the end.
+fn receive(connection: &OwnedFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = vec![0; 64 << 10];
+    let received = recvmsg(connection, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    bytes.truncate(received.bytes);
+    let descriptors = ancillary.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        _ => Vec::new(),
+    });
+    Ok((bytes, descriptors.collect()))
+}

@@ -1,0 +1,285 @@
+//! What the daemon tells of itself: each process its part. None reads another's; the command that asked puts them together.
+//!
+//! A child writes its part into memory of a fixed size that the keeper gives it: four bytes of length, big-endian, then
+//! postcard.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::service::{Name, Port};
+use crate::verify::Reason;
+
+/// Bytes of the memory for one part.
+const MEMORY: u64 = 4 << 20;
+
+/// Bytes of a part at most.
+const ROOM: usize = (4 << 20) - 4;
+
+/// The keeper's part. Times are seconds.
+#[derive(Serialize, Deserialize)]
+pub struct KeeperPart {
+    /// Since the daemon was ready.
+    pub uptime: u64,
+    /// How many may knock.
+    pub users: usize,
+    /// For how many services.
+    pub services: usize,
+    /// The table.
+    pub table: Table,
+    /// The queue, as the kernel has it; `None` if the kernel does not tell.
+    pub queue: Option<Queue>,
+    /// Unix time of the last reload, and whether the configuration was taken.
+    pub reloaded: Option<(u64, bool)>,
+    /// A configuration was refused because the disk does not answer.
+    pub waits_for_disk: bool,
+}
+
+/// The state of the table.
+#[derive(Serialize, Deserialize)]
+pub struct Table {
+    /// The daemon loads it, not the host's nftables.conf.
+    pub is_managed: bool,
+    /// It is what it should be, as far as the daemon has heard.
+    pub is_right: bool,
+    /// The kernel lets nobody else change or flush it.
+    pub is_owned: bool,
+    /// Seconds until it is taken away unless somebody confirms it.
+    pub trial: Option<u64>,
+}
+
+/// A line of `/proc/net/netfilter/nfnetlink_queue`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Queue {
+    /// Its number.
+    pub number: u16,
+    /// Packets that wait for the monitor.
+    pub waiting: u64,
+    /// Packets that the kernel dropped because too many waited.
+    pub dropped_full: u64,
+    /// Packets that the kernel dropped because the monitor's socket had no room.
+    pub dropped_unsent: u64,
+}
+
+/// The verifier's part. Times are Unix seconds.
+#[derive(Default, Serialize, Deserialize)]
+pub struct VerifierPart {
+    /// Packets by their end, in the order of [`Reason::ALL`].
+    pub packets: Vec<u64>,
+    /// Who has knocked.
+    pub users: Vec<(Name, Seen)>,
+    /// How many knocks the index expects.
+    pub expected: usize,
+    /// Wrong tags abound, so that only clocks within a few seconds are looked up.
+    pub is_narrowed: bool,
+    /// The counters' way to the disk.
+    pub store: StoreHealth,
+    /// Times that the clock has jumped.
+    pub jumps: u64,
+    /// When it did last, and by how many seconds: forward, or back where it is less than none.
+    pub last_jump: Option<(u64, i64)>,
+    /// More was to be told than there is room for.
+    pub is_cut: bool,
+}
+
+impl VerifierPart {
+    /// How many packets ended how.
+    pub fn counts(&self) -> impl Iterator<Item = (Reason, u64)> {
+        Reason::ALL.into_iter().zip(self.packets.iter().copied().chain(std::iter::repeat(0)))
+    }
+}
+
+/// The last that came of a user's knocks.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub struct Seen {
+    /// The last knock that opened something: when, from where, for which service.
+    pub granted: Option<(u64, IpAddr, Name)>,
+    /// The last that did not: when, from where, why.
+    pub refused: Option<(u64, Option<IpAddr>, Reason)>,
+}
+
+/// How counters get to the disk. Times are Unix seconds.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+pub struct StoreHealth {
+    /// When some were last written.
+    pub written: Option<u64>,
+    /// Since when they cannot be.
+    pub failing: Option<u64>,
+    /// Claims that wait for the disk.
+    pub waiting: usize,
+    /// Since when there are any.
+    pub waiting_since: Option<u64>,
+}
+
+/// The monitor's part.
+#[derive(Serialize, Deserialize)]
+pub struct MonitorPart {
+    /// Packets taken from the queue.
+    pub seen: u64,
+    /// Those that the verifier never saw, for it is slower than they come.
+    pub lost: u64,
+    /// Doors opened or renewed.
+    pub opened: u64,
+    /// Doors that could not be opened.
+    pub not_opened: u64,
+    /// Doors that `grants_per_minute` forbade.
+    pub over_rate: u64,
+    /// Doors that are open by now.
+    pub doors: Vec<LiveDoor>,
+    /// More are open than there is room for.
+    pub is_cut: bool,
+}
+
+/// A door that is open.
+#[derive(Serialize, Deserialize)]
+pub struct LiveDoor {
+    /// Who may come in.
+    pub source: IpAddr,
+    /// Where.
+    pub port: Port,
+    /// For one connection, which may have been made.
+    pub once: bool,
+    /// Who holds it open for longest.
+    pub user: Name,
+    /// For what.
+    pub service: Name,
+    /// Seconds that are left.
+    pub seconds_left: u64,
+}
+
+/// A part that can be made shorter.
+pub trait Part: Serialize + DeserializeOwned {
+    /// Leaves half of it out, and says so.
+    fn halve(&mut self);
+}
+
+impl Part for VerifierPart {
+    fn halve(&mut self) {
+        self.users.truncate(self.users.len() / 2);
+        self.is_cut = true;
+    }
+}
+
+impl Part for MonitorPart {
+    fn halve(&mut self) {
+        self.doors.truncate(self.doors.len() / 2);
+        self.is_cut = true;
+    }
+}
+
+/// Memory for one child's part, whose size nobody can change: a child that somebody has taken over fills no more.
+///
+/// # Errors
+/// The kernel's.
+pub fn memory() -> io::Result<OwnedFd> {
+    let memory = memfd_create("knockq-report", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&memory, MEMORY)?;
+    fcntl_add_seals(&memory, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(memory)
+}
+
+/// Writes a part, or what fits of it.
+///
+/// # Errors
+/// The kernel's.
+pub fn write(memory: OwnedFd, mut part: impl Part) -> io::Result<()> {
+    let bytes = loop {
+        let bytes = postcard::to_stdvec(&part).map_err(io::Error::other)?;
+        if bytes.len() <= ROOM {
+            break bytes;
+        }
+        part.halve();
+    };
+    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+    let mut memory = File::from(memory);
+    memory.write_all(&length.to_be_bytes())?;
+    memory.write_all(&bytes)
+}
+
+/// Reads a part, whoever wrote it.
+///
+/// # Errors
+/// `InvalidData` for what is none.
+pub fn read<P: Part>(memory: OwnedFd) -> io::Result<P> {
+    let memory = File::from(memory);
+    let mut length = [0; 4];
+    memory.read_exact_at(&mut length, 0)?;
+    let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
+    if length > ROOM {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut bytes = vec![0; length];
+    memory.read_exact_at(&mut bytes, 4)?;
+    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+impl Queue {
+    /// The line of the queue with this number.
+    pub fn of_listing(listing: &str, number: u16) -> Option<Self> {
+        let lines = listing.lines().map(|line| line.split_whitespace().map_while(|field| field.parse().ok()));
+        lines.map(Iterator::collect::<Vec<u64>>).find_map(|fields| match *fields.as_slice() {
+            [queue, _, waiting, _, _, dropped_full, dropped_unsent, ..] if queue == u64::from(number) => {
+                Some(Self { number, waiting, dropped_full, dropped_unsent })
+            }
+            _ => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Seek, Write};
+
+    use super::{MEMORY, Queue, ROOM, Seen, VerifierPart, memory, read, write};
+
+    fn part(users: usize) -> VerifierPart {
+        let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
+        VerifierPart {
+            users: (0..users).map(|user| (name(user), Seen::default())).collect(),
+            ..VerifierPart::default()
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_cut_and_said_to_be() {
+        for (users, is_cut) in [(3, false), (100_000, true)] {
+            let memory = memory().unwrap();
+            write(memory.try_clone().unwrap(), part(users)).unwrap();
+            let read: VerifierPart = read(memory).unwrap();
+            assert_eq!(read.is_cut, is_cut);
+            assert!(if is_cut { (10_000..users).contains(&read.users.len()) } else { read.users.len() == users });
+        }
+    }
+
+    #[test]
+    fn memory_neither_grows_nor_shrinks_and_what_is_no_part_is_refused() {
+        for length in [ROOM as u32 + 1, u32::MAX, 3] {
+            let memory = memory().unwrap();
+            let mut file = File::from(memory.try_clone().unwrap());
+            file.write_all(&length.to_be_bytes()).unwrap();
+            file.write_all(&[0xff; 16]).unwrap();
+            assert!(read::<VerifierPart>(memory).is_err(), "{length}");
+        }
+        let mut file = File::from(memory().unwrap());
+        assert!(file.set_len(MEMORY + 1).is_err() && file.set_len(0).is_err());
+        file.seek(std::io::SeekFrom::End(0)).unwrap();
+        assert!(file.write_all(&[0]).is_err());
+    }
+
+    #[test]
+    fn the_kernels_line_of_a_queue_is_understood() {
+        let listing =
+            " 4096    999     1 2   126     8     9       21  1\n 4097  16170     5 2   126     6     7       21  1\n";
+        let queue = Queue { number: 4097, waiting: 5, dropped_full: 6, dropped_unsent: 7 };
+        assert_eq!(Queue::of_listing(listing, 4097), Some(queue));
+        assert_eq!(Queue::of_listing(listing, 1), None);
+        assert_eq!(Queue::of_listing("4097 x\n", 4097), None);
+    }
+}
