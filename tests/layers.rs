@@ -150,6 +150,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::vocabulary",
         ],
     ),
+    ("serve/explain.rs", &["packet", "service", "verify", "super::report"]),
     ("serve", &["service", "crypto", "verify", "queue"]),
     ("client", &["service", "crypto", "packet", "config"]),
     ("cli", &["service", "crypto", "packet", "queue", "nft", "config", "serve", "client"]),

@@ -244,9 +244,14 @@ impl From<Refusal> for Failure {
 }
 
 pub(super) fn ask(runtime: &Path, request: &Request) -> Result<(), Refusal> {
-    match control::ask(runtime, request).map_err(Refusal::Control)? {
+    refused(control::ask(runtime, request).map_err(Refusal::Control)?).map_err(Refusal::Refused)
+}
+
+/// Whether the daemon has done it.
+pub(super) fn refused(reply: Reply) -> Result<(), Failure> {
+    match reply {
         Reply::Done => Ok(()),
-        Reply::Refused { message, hint } => Err(Refusal::Refused(Failure::new(message).hint(hint))),
+        Reply::Refused { message, hint } => Err(Failure::new(message).hint(hint)),
     }
 }
 

@@ -4,6 +4,7 @@ mod check;
 mod columns;
 mod connect;
 mod doctor;
+mod explain;
 mod failure;
 mod grants;
 mod host;
@@ -72,6 +73,8 @@ enum Command {
     Revoke(grants::Revoke),
     /// Server: how the daemon is: what came, what became of it, who knocked last
     Status(status::Status),
+    /// Server: what the SYNs were that were refused last, and what is wrong with them
+    Explain(explain::Explain),
     /// Server: who may knock
     User(user::User),
     /// Server: make a new counter store, after a restored backup or a lost one
@@ -148,6 +151,7 @@ pub fn main() -> ExitCode {
         Command::Grants(grants) => grants.run(),
         Command::Revoke(revoke) => revoke.run(),
         Command::Status(status) => status.run(),
+        Command::Explain(explain) => explain.run(),
         Command::User(user) => user.run(),
         Command::Recover(recover) => recover.run(),
         Command::Keygen(keygen) => keygen.run(),

@@ -63,7 +63,7 @@ macro_rules! calls {
 /// another one.
 pub const VERIFIER: &[Call] = calls! {
     SYS_read "records from the relay; new settings; being woken by the other thread"
-    SYS_write "the log; waking the other thread; what `knockq status` shows"
+    SYS_write "the log; waking the other thread; what `knockq status` and `explain` show"
     SYS_recvmsg "what the keeper says, with the descriptors of new settings"
     SYS_sendmsg "answers to the keeper"
     SYS_sendto "frames to the monitor"

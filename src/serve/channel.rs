@@ -45,10 +45,12 @@ pub enum Message {
     Report,
     /// Child to keeper: it is written.
     Reported,
+    /// Keeper to verifier: write into this memory what was refused last.
+    Explain,
 }
 
 impl Message {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Start,
         Self::Bound,
         Self::Loaded,
@@ -62,6 +64,7 @@ impl Message {
         Self::Stop,
         Self::Report,
         Self::Reported,
+        Self::Explain,
     ];
 
     const fn byte(self) -> u8 {
@@ -79,6 +82,7 @@ impl Message {
             Self::Stop => 11,
             Self::Report => 12,
             Self::Reported => 13,
+            Self::Explain => 14,
         }
     }
 }

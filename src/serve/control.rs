@@ -3,15 +3,20 @@
 //! A request and its reply are one value each, in postcard's encoding, sent in one go. Both ends are this binary.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use rustix::fs::Mode;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 use rustix::process::umask;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -40,6 +45,8 @@ pub enum Request {
     Revoke(Revocation),
     /// Keep the gate that `serve --try` set up.
     Confirm,
+    /// Hand over what the verifier knows of the packets that were refused last.
+    Explain,
 }
 
 /// Which doors are shut, and how.
@@ -201,6 +208,48 @@ impl Drop for Control {
 /// Replies; whoever asked may have gone away.
 pub fn reply(mut stream: UnixStream, reply: &Reply) {
     let _ = send(&mut stream, reply);
+}
+
+/// Replies with a descriptor.
+pub fn hand_over(stream: &UnixStream, memory: &OwnedFd) {
+    let Ok(bytes) = postcard::to_stdvec(&Reply::Done) else { return };
+    let descriptors = [memory.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        let _ = sendmsg(stream, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL);
+    }
+}
+
+/// Asks the running daemon for something that it hands over as a descriptor; else its reply.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_for_memory(directory: &Path, request: &Request) -> Result<Result<OwnedFd, Reply>, ControlError> {
+    let path = socket_path(directory);
+    let mut stream = UnixStream::connect(&path).map_err(|cause| ControlError::of_connecting(&path, cause))?;
+    let mut talk = || {
+        stream.set_read_timeout(Some(WORK))?;
+        send(&mut stream, request)?;
+        let (bytes, mut descriptors) = receive_with_descriptors(&stream)?;
+        let reply = postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+        Ok(descriptors.pop().ok_or(reply))
+    };
+    talk().map_err(|cause| ControlError::Io { path, cause })
+}
+
+/// What comes next, with two descriptors at most; no bytes at the end.
+pub(super) fn receive_with_descriptors(socket: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = vec![0; MAX_LEN];
+    let received = recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    bytes.truncate(received.bytes);
+    let descriptors = ancillary.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        _ => Vec::new(),
+    });
+    Ok((bytes, descriptors.collect()))
 }
 
 /// Asks the running daemon.

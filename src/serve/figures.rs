@@ -1,11 +1,17 @@
-//! What the verifier counts and remembers of what came: for `status`, and for nothing that it decides.
+//! What the verifier counts and remembers of what came: for `status` and `explain`, and for nothing that
+//! it decides.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::clock::Jump;
-use super::report::{Seen, StoreHealth, VerifierPart};
+use super::report::{RefusedPart, Seen, StoreHealth, VerifierPart};
 use crate::service::Name;
+use crate::verify::explain::Record;
 use crate::verify::{Grant, Reason, Refusal, Withdrawal};
+
+/// Refused packets that are remembered: of those that had to do with a key, and of strangers' SYNs.
+const REMEMBERED: usize = 256;
+const STRANGERS: usize = 1024;
 
 /// All of it, since the start. Times are Unix seconds.
 #[derive(Default)]
@@ -16,20 +22,25 @@ pub struct Figures {
     store: StoreHealth,
     jumps: u64,
     last_jump: Option<(u64, i64)>,
+    refused: VecDeque<Record>,
+    strangers: VecDeque<Record>,
 }
 
 impl Figures {
-    /// A packet that opened nothing.
-    pub fn refused(&mut self, refusal: &Refusal, now: u64) {
+    /// A packet that opened nothing, with its bytes.
+    pub fn refused(&mut self, refusal: &Refusal, packet: &[u8], now: u64) {
         self.count(refusal.reason);
+        self.remember(refusal, packet, now);
         if let Some(user) = &refusal.user {
             self.seen(user).refused = Some((now, refusal.source, refusal.reason));
         }
     }
 
     /// A packet that came from elsewhere than the grant that it takes back.
-    pub fn withdrawn(&mut self, withdrawal: &Withdrawal, now: u64) {
+    pub fn withdrawn(&mut self, withdrawal: &Withdrawal, packet: &[u8], now: u64) {
         self.count(Reason::SpentTwice);
+        let (user, source) = (Some(withdrawal.user.clone()), Some(withdrawal.elsewhere));
+        self.remember(&Refusal { reason: Reason::SpentTwice, user, source }, packet, now);
         self.seen(&withdrawal.user).refused = Some((now, Some(withdrawal.elsewhere), Reason::SpentTwice));
     }
 
@@ -75,17 +86,11 @@ impl Figures {
         self.users.retain(|user, _| kept.contains(user));
     }
 
-    /// What there is to tell, those first who knocked last.
+    /// What there is to tell.
     pub fn part(&self, expected: usize, is_narrowed: bool) -> VerifierPart {
-        let mut users: Vec<(Name, Seen)> = self.users.iter().map(|(user, seen)| (user.clone(), seen.clone())).collect();
-        let last = |seen: &Seen| {
-            let granted = seen.granted.as_ref().map(|(when, ..)| *when);
-            granted.max(seen.refused.map(|(when, ..)| when))
-        };
-        users.sort_by(|(a, one), (b, other)| last(other).cmp(&last(one)).then_with(|| a.cmp(b)));
         VerifierPart {
             packets: self.packets.to_vec(),
-            users,
+            users: self.seen_users(),
             expected,
             is_narrowed,
             store: self.store,
@@ -93,6 +98,39 @@ impl Figures {
             last_jump: self.last_jump,
             is_cut: false,
         }
+    }
+
+    /// Those first who knocked last.
+    fn seen_users(&self) -> Vec<(Name, Seen)> {
+        let mut users: Vec<(Name, Seen)> = self.users.iter().map(|(user, seen)| (user.clone(), seen.clone())).collect();
+        let last = |seen: &Seen| {
+            let granted = seen.granted.as_ref().map(|(when, ..)| *when);
+            granted.max(seen.refused.map(|(when, ..)| when))
+        };
+        users.sort_by(|(a, one), (b, other)| last(other).cmp(&last(one)).then_with(|| a.cmp(b)));
+        users
+    }
+
+    /// The packets that were refused last.
+    pub fn refused_part<'a>(&self, accepted: impl Iterator<Item = (&'a Name, u64)>) -> RefusedPart {
+        let mut records: Vec<Record> = self.refused.iter().chain(&self.strangers).cloned().collect();
+        records.sort_by_key(|record| record.at);
+        let accepted = accepted.map(|(user, n)| (user.clone(), n)).collect();
+        RefusedPart { records, accepted, users: self.seen_users(), is_cut: false }
+    }
+
+    /// Nothing is allocated for a stranger's once there are as many as may be.
+    fn remember(&mut self, refusal: &Refusal, packet: &[u8], now: u64) {
+        let (records, most) = match refusal.reason {
+            Reason::Unknown => (&mut self.strangers, STRANGERS),
+            reason if reason.explanation().is_some() => (&mut self.refused, REMEMBERED),
+            _ => return, // no SYN
+        };
+        let oldest = if records.len() < most { None } else { records.pop_front() };
+        let mut bytes = oldest.map(|record| record.packet).unwrap_or_default();
+        bytes.clear();
+        bytes.extend(packet);
+        records.push_back(Record { at: now, reason: refusal.reason, user: refusal.user.clone(), packet: bytes });
     }
 
     fn count(&mut self, reason: Reason) {
@@ -118,7 +156,7 @@ mod tests {
     fn each_reason_has_a_count_of_its_own() {
         let mut figures = Figures::default();
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
-            (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, 1));
+            (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, &[], 1));
         }
         let expected: Vec<u64> = (1..=20).collect();
         assert_eq!(figures.part(0, false).packets, expected);
@@ -128,7 +166,7 @@ mod tests {
     fn users_are_told_by_their_last_knock_and_forgotten_when_they_are_gone() {
         let mut figures = Figures::default();
         for (when, user) in [(1, "alice"), (3, "carol"), (2, "bob")] {
-            figures.refused(&Refusal { reason: Reason::Replayed, user: Some(name(user)), source: None }, when);
+            figures.refused(&Refusal { reason: Reason::Replayed, user: Some(name(user)), source: None }, &[], when);
         }
         let order = |figures: &Figures| {
             figures.part(0, false).users.into_iter().map(|(user, _)| user.to_string()).collect::<Vec<_>>()
@@ -136,6 +174,21 @@ mod tests {
         assert_eq!(order(&figures), ["carol", "bob", "alice"]);
         figures.keep([name("bob")].iter());
         assert_eq!(order(&figures), ["bob"]);
+    }
+
+    #[test]
+    fn a_flood_of_strangers_pushes_out_no_knock_and_fills_no_memory() {
+        let mut figures = Figures::default();
+        let refuse = |figures: &mut Figures, reason, at| {
+            figures.refused(&Refusal { reason, user: None, source: None }, &[1; 126], at);
+        };
+        refuse(&mut figures, Reason::WrongTag, 1);
+        (0..5000).for_each(|at| refuse(&mut figures, Reason::Unknown, at));
+        refuse(&mut figures, Reason::NotSyn, 5000);
+        let records = figures.refused_part(std::iter::empty()).records;
+        assert_eq!((records.len(), records[0].reason), (1 + 1024, Reason::WrongTag));
+        (0..5000).for_each(|at| refuse(&mut figures, Reason::Replayed, at));
+        assert_eq!(figures.refused_part(std::iter::empty()).records.len(), 256 + 1024);
     }
 
     #[test]

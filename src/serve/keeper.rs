@@ -209,6 +209,16 @@ impl Keeper {
                 }
                 self.catch_up_with_reloads()
             }
+            Some((Request::Explain, stream)) => {
+                match report::memory() {
+                    Ok(memory) => {
+                        self.ask_for("verifier", Message::Explain, &[&memory], &[Message::Reported])?;
+                        control::hand_over(&stream, &memory);
+                    }
+                    Err(error) => control::reply(stream, &busy(&error.to_string())),
+                }
+                self.catch_up_with_reloads()
+            }
             Some((Request::Confirm, stream)) => {
                 control::reply(stream, &self.confirm());
                 Ok(())

@@ -19,6 +19,7 @@ mod clock;
 pub mod configuration;
 pub mod control;
 pub mod ending;
+pub mod explain;
 pub mod figures;
 pub mod frames;
 pub mod gate;

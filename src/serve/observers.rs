@@ -4,7 +4,7 @@
 //! wait for a client.
 
 use std::fs;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -15,13 +15,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, recvmsg, sendmsg,
-    socket_with,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    accept_with, bind, connect, listen, sendmsg, socket_with,
 };
 use rustix::process::umask;
 
-use super::control::ControlError;
+use super::control::{ControlError, receive_with_descriptors};
 use super::report::{self, KeeperPart, MonitorPart, VerifierPart};
 
 /// Clients that have not yet taken what they were told: what is on its way to them counts against what the keeper may send.
@@ -163,7 +162,7 @@ pub fn status(directory: &Path) -> Result<Status, ControlError> {
     let path = directory.join("status.sock");
     let connection = connection(&path)?;
     let fail = |cause| ControlError::Io { path: path.clone(), cause };
-    let (bytes, descriptors) = receive(&connection).map_err(fail)?;
+    let (bytes, descriptors) = receive_with_descriptors(&connection).map_err(fail)?;
     let (version, rest) = postcard::take_from_bytes::<String>(&bytes).unwrap_or_default();
     if bytes.is_empty() {
         return Err(ControlError::Busy { path });
@@ -188,18 +187,4 @@ fn connection(path: &Path) -> Result<OwnedFd, ControlError> {
         io::Result::Ok(socket)
     };
     connect().map_err(|cause| ControlError::of_connecting(path, cause))
-}
-
-/// One message, with its descriptors; no bytes at the end.
-fn receive(connection: &OwnedFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut bytes = vec![0; 64 << 10];
-    let received = recvmsg(connection, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    bytes.truncate(received.bytes);
-    let descriptors = ancillary.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
-        _ => Vec::new(),
-    });
-    Ok((bytes, descriptors.collect()))
 }

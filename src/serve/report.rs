@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::service::{Name, Port};
 use crate::verify::Reason;
+use crate::verify::explain::Record;
 
 /// Bytes of the memory for one part.
 const MEMORY: u64 = 4 << 20;
@@ -153,6 +154,19 @@ pub struct LiveDoor {
     pub seconds_left: u64,
 }
 
+/// What the verifier knows of the packets that were refused last, for root.
+#[derive(Serialize, Deserialize)]
+pub struct RefusedPart {
+    /// The packets, the oldest first. Their bytes may hold tokens that can still be spent.
+    pub records: Vec<Record>,
+    /// The last accepted counters.
+    pub accepted: Vec<(Name, u64)>,
+    /// Who has knocked.
+    pub users: Vec<(Name, Seen)>,
+    /// There was no room for all of it.
+    pub is_cut: bool,
+}
+
 /// A part that can be made shorter.
 pub trait Part: Serialize + DeserializeOwned {
     /// Leaves half of it out, and says so.
@@ -161,6 +175,14 @@ pub trait Part: Serialize + DeserializeOwned {
 
 impl Part for VerifierPart {
     fn halve(&mut self) {
+        self.users.truncate(self.users.len() / 2);
+        self.is_cut = true;
+    }
+}
+
+impl Part for RefusedPart {
+    fn halve(&mut self) {
+        self.accepted.truncate(self.accepted.len() / 2);
         self.users.truncate(self.users.len() / 2);
         self.is_cut = true;
     }
@@ -237,7 +259,7 @@ mod tests {
     use std::fs::File;
     use std::io::{Seek, Write};
 
-    use super::{MEMORY, Queue, ROOM, Seen, VerifierPart, memory, read, write};
+    use super::{MEMORY, Queue, Seen, VerifierPart, memory, read, write};
 
     fn part(users: usize) -> VerifierPart {
         let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
@@ -260,7 +282,7 @@ mod tests {
 
     #[test]
     fn memory_neither_grows_nor_shrinks_and_what_is_no_part_is_refused() {
-        for length in [ROOM as u32 + 1, u32::MAX, 3] {
+        for length in [(4 << 20) - 3, u32::MAX, 3] {
             let memory = memory().unwrap();
             let mut file = File::from(memory.try_clone().unwrap());
             file.write_all(&length.to_be_bytes()).unwrap();

@@ -1,5 +1,6 @@
 //! The verifier: reads what anyone on the network can send, and can do nothing itself.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::hint::black_box;
 use std::io;
@@ -109,7 +110,7 @@ pub fn run() -> Result<(), VerifierError> {
         next: None,
         refusals: Refusals::new(Instant::now()),
         figures: Figures::default(),
-        waiting: 0,
+        claimed: VecDeque::new(),
         is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
         was_narrowed: false,
@@ -142,8 +143,8 @@ struct Process {
     next: Option<Box<Verifier>>,
     refusals: Refusals,
     figures: Figures,
-    /// Claims whose counters are being written, or wait for it.
-    waiting: usize,
+    /// The packets of claims whose counters are being written, or wait for it, in the order in which they are.
+    claimed: VecDeque<Vec<u8>>,
     /// More wait than may.
     is_slow: Trouble,
     clock: Clock,
@@ -187,12 +188,12 @@ impl Process {
         tokio::time::timeout(GRACE, is_told_to_stop).await.unwrap_or(Err(VerifierError::HungUp))
     }
 
-    async fn carry_out(&mut self, decisions: Vec<Decision>) -> Result<(), VerifierError> {
-        for decision in decisions {
+    async fn carry_out(&mut self, decisions: Vec<(Decision, Vec<u8>)>) -> Result<(), VerifierError> {
+        for (decision, packet) in decisions {
             match decision {
-                Decision::Refused(refusal) => self.refuse(&refusal),
-                Decision::Claimed(claim) => self.claim(claim)?,
-                Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal).await,
+                Decision::Refused(refusal) => self.refuse(&refusal, &packet),
+                Decision::Claimed(claim) => self.claim(claim, packet)?,
+                Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal, &packet).await,
             }
         }
         Ok(())
@@ -222,20 +223,28 @@ impl Process {
                 report::write(memory, self.figures.part(self.verifier.live(), is_narrowed))?;
                 self.keeper.send(Message::Reported, &[])?;
             }
+            Some((Message::Explain, mut descriptors)) => {
+                let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+                report::write(memory, self.figures.refused_part(self.verifier.accepted()))?;
+                self.keeper.send(Message::Reported, &[])?;
+            }
             Some((Message::Stop, _)) | None => return Ok(false),
             Some(_) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
         Ok(true)
     }
 
-    fn claim(&mut self, claim: Claim) -> Result<(), VerifierError> {
+    fn claim(&mut self, claim: Claim, packet: Vec<u8>) -> Result<(), VerifierError> {
         match self.work.try_send(Work::Record(claim)) {
-            Ok(()) => self.wait_for(self.waiting.saturating_add(1)),
+            Ok(()) => {
+                self.claimed.push_back(packet);
+                self.tell_waiting();
+            }
             Err(mpsc::TrySendError::Full(Work::Record(claim))) => {
                 if self.is_slow.is_news(Instant::now()) {
                     warn!("the counters are written more slowly than knocks come: those beyond {WAITING} are refused");
                 }
-                self.refuse(&claim.refuse(Reason::NotDurable));
+                self.refuse(&claim.refuse(Reason::NotDurable), &packet);
             }
             Err(_) => return Err(VerifierError::WriterGone),
         }
@@ -247,8 +256,11 @@ impl Process {
             Done::Recorded(Ok(recorded)) => self.settle(recorded).await,
             Done::Recorded(Err(refusals)) => {
                 self.figures.recorded(false, unix_now());
-                self.wait_for(self.waiting.saturating_sub(refusals.len()));
-                refusals.iter().for_each(|refusal| self.refuse(refusal));
+                for refusal in refusals {
+                    let packet = self.claimed.pop_front().unwrap_or_default();
+                    self.refuse(&refusal, &packet);
+                }
+                self.tell_waiting();
             }
             Done::Prepared(next) => {
                 let outcome = if next.is_some() { Message::Ready } else { Message::Unable };
@@ -261,16 +273,17 @@ impl Process {
 
     async fn settle(&mut self, recorded: Vec<Recorded>) {
         self.figures.recorded(true, unix_now());
-        self.wait_for(self.waiting.saturating_sub(recorded.len()));
         for recorded in recorded {
+            let packet = self.claimed.pop_front().unwrap_or_default();
             match self.verifier.settle(&recorded, unix_now()) {
                 Ok(grant) => {
                     self.figures.granted(&grant, unix_now());
                     self.open(grant).await;
                 }
-                Err(refusal) => self.refuse(&refusal),
+                Err(refusal) => self.refuse(&refusal, &packet),
             }
         }
+        self.tell_waiting();
     }
 
     async fn open(&self, grant: Grant) {
@@ -281,24 +294,22 @@ impl Process {
         }
     }
 
-    async fn withdraw(&mut self, withdrawal: Withdrawal) {
+    async fn withdraw(&mut self, withdrawal: Withdrawal, packet: &[u8]) {
         self.refusals.count_withdrawal(&withdrawal, Instant::now());
-        self.figures.withdrawn(&withdrawal, unix_now());
+        self.figures.withdrawn(&withdrawal, packet, unix_now());
         let Withdrawal { user, source, ports, .. } = withdrawal;
         for port in ports {
             self.ask(&Frame::Close { source, port, user: user.clone() }).await;
         }
     }
 
-    fn refuse(&mut self, refusal: &Refusal) {
+    fn refuse(&mut self, refusal: &Refusal, packet: &[u8]) {
         self.refusals.count(refusal, Instant::now());
-        self.figures.refused(refusal, unix_now());
+        self.figures.refused(refusal, packet, unix_now());
     }
 
-    /// So many claims are on their way to the disk now.
-    fn wait_for(&mut self, claims: usize) {
-        self.waiting = claims;
-        self.figures.waiting(claims, unix_now());
+    fn tell_waiting(&mut self) {
+        self.figures.waiting(self.claimed.len(), unix_now());
     }
 
     async fn ask(&self, frame: &Frame) {
@@ -329,7 +340,7 @@ impl Process {
         self.is_behind = self.verifier.advance(now, SLICE);
         self.verifier.forget(now);
         self.refusals.tell(Instant::now());
-        if self.waiting == 0 && self.is_slow.is_over() {
+        if self.claimed.is_empty() && self.is_slow.is_over() {
             info!("the counters of all knocks that waited are written");
         }
         let is_narrowed = self.verifier.is_narrowed(now);
@@ -352,7 +363,12 @@ async fn hear(keeper: &Channel, keeper_speaks: &UnixDatagram) -> io::Result<Opti
 }
 
 /// Decides on a block of packets. Strangers' SYNs, which are nearly all, end here.
-fn decide(verifier: &mut Verifier, refusals: &mut Refusals, figures: &mut Figures, block: &[u8]) -> Vec<Decision> {
+fn decide(
+    verifier: &mut Verifier,
+    refusals: &mut Refusals,
+    figures: &mut Figures,
+    block: &[u8],
+) -> Vec<(Decision, Vec<u8>)> {
     let (now, told_at) = (unix_now(), Instant::now());
     verifier.advance(now, SLICE);
     let mut decisions = Vec::new();
@@ -362,9 +378,9 @@ fn decide(verifier: &mut Verifier, refusals: &mut Refusals, figures: &mut Figure
                 let (user, source) = (refusal.user.as_ref().map(display), refusal.source.map(display));
                 debug!(reason = %refusal.reason, user, source, "packet");
                 refusals.count(&refusal, told_at);
-                figures.refused(&refusal, now);
+                figures.refused(&refusal, packet, now);
             }
-            decision => decisions.push(decision),
+            decision => decisions.push((decision, packet.to_vec())),
         }
     }
     decisions

@@ -7,7 +7,7 @@
 //! | `verifier` | `Unable` | once after `Settings`, instead |
 //! | `monitor` | `Bound` | once after `Start` |
 //! | `monitor` | `Ready` | once after the first `Loaded`, and each `Settings`, `Enforce`, `Release` and `Revoke` |
-//! | either | `Reported` | once after each `Report`, whatever else it was asked |
+//! | either | `Reported` | once after each `Report` and `Explain`, whatever else it was asked |
 //! | `monitor` | `Lost` | once after each `Loaded`, the first time not before its `Ready`; no more once it has answered `Release` |
 
 use thiserror::Error;
@@ -61,7 +61,7 @@ impl Vocabulary {
     pub(super) const fn tell(&mut self, message: Message) {
         match message {
             Message::Loaded if self.serves => self.may_lose = true,
-            Message::Report => self.owes_report = true,
+            Message::Report | Message::Explain => self.owes_report = true,
             message => self.asked = Some(message),
         }
     }
@@ -112,12 +112,14 @@ fn answers(child: &str, asked: Message) -> &'static [Message] {
 #[cfg(test)]
 mod tests {
     use super::Message::{
-        self, Bound, Enforce, Loaded, Lost, Ready, Release, Report, Reported, Revoke, Settings, Start, Stop, Unable,
+        self, Bound, Enforce, Explain, Loaded, Lost, Ready, Release, Report, Reported, Revoke, Settings, Start, Stop,
+        Unable,
     };
     use super::{Breach, Vocabulary};
 
-    const ALL: [Message; 13] =
-        [Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop, Report, Reported];
+    const ALL: [Message; 14] = [
+        Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop, Report, Reported, Explain,
+    ];
 
     /// What a child with this past may say now.
     fn may_say(child: &'static str, past: &[(Message, Message)]) -> Vec<Message> {
@@ -186,6 +188,7 @@ mod tests {
         let after = |more: &[(Message, Message)]| may_say("monitor", &[&serving[..], more].concat());
         assert_eq!(after(&[only(Report)]), [Lost, Reported]);
         assert_eq!(after(&[(Report, Reported)]), [Lost]);
+        assert_eq!(may_say("verifier", &[(Start, Ready), only(Explain)]), [Reported]);
         assert_eq!(after(&[only(Revoke), only(Report)]), [Ready, Lost, Reported]);
         assert_eq!(after(&[only(Revoke), (Report, Reported)]), [Ready, Lost], "the answer may still come");
         assert_eq!(may_say("verifier", &[(Start, Ready), only(Settings), only(Report)]), [Ready, Unable, Reported]);

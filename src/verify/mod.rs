@@ -3,6 +3,7 @@
 //! Pure: it is handed bytes and a time, and answers with a [`Decision`]. The daemon, the tests and the benchmarks run the
 //! same code. Times are Unix seconds throughout, as the counter is one.
 
+pub mod explain;
 pub mod index;
 pub mod reason;
 pub mod registry;

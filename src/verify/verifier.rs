@@ -196,6 +196,11 @@ impl Verifier {
         self.registry.users.iter().map(|user| &user.name)
     }
 
+    /// The last accepted counter of each user who has one.
+    pub fn accepted(&self) -> impl Iterator<Item = (&Name, u64)> {
+        self.registry.users.iter().filter_map(|user| Some((&user.name, self.counters.last(&user.public_key)?)))
+    }
+
     /// How many knocks the index expects.
     pub fn live(&self) -> usize {
         self.index.len()

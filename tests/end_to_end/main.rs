@@ -8,6 +8,7 @@ mod daemon;
 mod debugger;
 mod doctor;
 mod doors;
+mod explain;
 mod faults;
 mod guides;
 mod hostile;
@@ -95,8 +96,12 @@ impl Lab {
 
     /// What alice's key and the server's agree on.
     pub(crate) fn alice_key(&self) -> KnockKey {
-        let own: PrivateKey =
-            fs::read_to_string(self.home("alice").join(".config/knockq/key")).unwrap().parse().unwrap();
+        self.key_of("alice")
+    }
+
+    /// What a user's key and the server's agree on.
+    pub(crate) fn key_of(&self, user: &str) -> KnockKey {
+        let own: PrivateKey = fs::read_to_string(self.home(user).join(".config/knockq/key")).unwrap().parse().unwrap();
         let server = self.server_key().parse().unwrap();
         KnockKey::new(&KnockSecrets::derive(Side::Client, &own, &server, None).unwrap())
     }
