@@ -214,7 +214,7 @@ impl From<ControlError> for Failure {
             ControlError::Taken { .. } => {
                 failure.hint("is another knockq running? Else set another `runtime` in [server]")
             }
-            ControlError::Busy { .. } => failure.hint("end them: fuser -v /run/knockq/status.sock"),
+            ControlError::Busy { .. } => failure.hint("see who has that socket open, with `ss -xp`"),
             ControlError::OtherVersion { .. } => failure.hint("systemctl restart knockq"),
             ControlError::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 failure.hint("run this as root").code(PERMISSION)

@@ -18,7 +18,9 @@ mod send;
 mod serve;
 mod sockets;
 mod status;
+mod time;
 mod user;
+mod watch;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -73,6 +75,8 @@ enum Command {
     Revoke(grants::Revoke),
     /// Server: how the daemon is: what came, what became of it, who knocked last
     Status(status::Status),
+    /// Server: what happens: grants, closings, refusals, reloads, faults
+    Watch(watch::Watch),
     /// Server: what the SYNs were that were refused last, and what is wrong with them
     Explain(explain::Explain),
     /// Server: who may knock
@@ -151,6 +155,7 @@ pub fn main() -> ExitCode {
         Command::Grants(grants) => grants.run(),
         Command::Revoke(revoke) => revoke.run(),
         Command::Status(status) => status.run(),
+        Command::Watch(watch) => watch.run(),
         Command::Explain(explain) => explain.run(),
         Command::User(user) => user.run(),
         Command::Recover(recover) => recover.run(),

@@ -47,10 +47,12 @@ pub enum Message {
     Reported,
     /// Keeper to verifier: write into this memory what was refused last.
     Explain,
+    /// Keeper to child: whoever is at the other end wants to know what happens.
+    Watch,
 }
 
 impl Message {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Start,
         Self::Bound,
         Self::Loaded,
@@ -65,6 +67,7 @@ impl Message {
         Self::Report,
         Self::Reported,
         Self::Explain,
+        Self::Watch,
     ];
 
     const fn byte(self) -> u8 {
@@ -83,6 +86,7 @@ impl Message {
             Self::Report => 12,
             Self::Reported => 13,
             Self::Explain => 14,
+            Self::Watch => 15,
         }
     }
 }

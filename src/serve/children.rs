@@ -43,6 +43,8 @@ pub(super) enum Event {
     Request,
     /// Somebody wants to know how the daemon is.
     Status,
+    /// Somebody wants to know what happens.
+    Watch,
 }
 
 /// Where an event comes from.
@@ -51,6 +53,7 @@ enum Source {
     Signal(i32),
     Control,
     Status,
+    Watch,
     /// The child at this place.
     Child(usize),
 }
@@ -136,7 +139,8 @@ impl Children {
         let control = control.map(|control| (Source::Control, control.as_fd()));
         let heard = self.processes.iter().enumerate().filter(|(_, child)| is_heard(child.name));
         let channels = heard.filter_map(|(place, child)| Some((Source::Child(place), child.channel.as_ref()?.as_fd())));
-        let observers = observers.and_then(Observers::status).map(|socket| (Source::Status, socket));
+        let observers = observers.and_then(Observers::listeners).into_iter().flatten();
+        let observers = [Source::Status, Source::Watch].into_iter().zip(observers);
         let all = signals.chain(control).chain(channels).chain(observers);
         let (sources, descriptors): (Vec<Source>, Vec<BorrowedFd<'_>>) = all.unzip();
         let first = first_ready(&descriptors, deadline)?.and_then(|first| sources.get(first).copied());
@@ -152,6 +156,7 @@ impl Children {
             }
             Source::Control => Ok(Some(Event::Request)),
             Source::Status => Ok(Some(Event::Status)),
+            Source::Watch => Ok(Some(Event::Watch)),
             Source::Child(place) => {
                 let Some(child) = self.processes.get_mut(place) else { return Ok(None) };
                 let said = child.hear()?;

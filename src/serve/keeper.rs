@@ -25,7 +25,7 @@ use super::observers::Observers;
 use super::report::{self, KeeperPart, Queue, Table};
 use super::start::{self, Raised, TO_START, TO_WORK, take_gate_away};
 use super::vocabulary::Breach;
-use super::{calls, handover, sandbox, terminal};
+use super::{calls, handover, sandbox, terminal, watchers};
 
 /// Time between two looks at a table that others have to load.
 const LOOK: Duration = Duration::from_secs(1);
@@ -148,6 +148,7 @@ impl Keeper {
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Request) => self.answer(control.accept())?,
                 Some(Event::Status) => self.tell_observer()?,
+                Some(Event::Watch) => self.admit_watcher()?,
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
                 Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.bury(child))),
@@ -242,6 +243,20 @@ impl Keeper {
         let part = self.part();
         self.observers.hand_over(client, &part, &verifier, &monitor);
         self.catch_up_with_reloads()
+    }
+
+    /// Has all three tell somebody what happens.
+    fn admit_watcher(&mut self) -> Result<(), Ended> {
+        let Some(client) = self.observers.accept_watcher() else { return Ok(()) };
+        let Ok(copy) = client.try_clone() else { return Ok(()) };
+        if !watchers::add(copy) {
+            watchers::turn_away(client);
+            return Ok(());
+        }
+        for child in ["verifier", "monitor"] {
+            self.children.tell(child, Message::Watch, &[&client])?;
+        }
+        Ok(())
     }
 
     fn part(&self) -> KeeperPart {

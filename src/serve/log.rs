@@ -5,9 +5,13 @@ use std::panic::{self, PanicHookInfo};
 use std::{fmt, io, process};
 
 use tracing::{Event, Level, Subscriber, error};
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
+
+use super::watchers::ToWatchers;
 
 /// How lines look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,16 +55,17 @@ where
     }
 }
 
-/// Sends this process's lines to standard error.
+/// Sends this process's lines to standard error, and to those who watch.
 pub fn start(process: &'static str, style: Style) {
     let level = if style.debug { Level::DEBUG } else { Level::INFO };
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
+    let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .with_writer(io::stderr)
         .log_internal_errors(false) // it would panic where standard error is a terminal that has gone
         .event_format(Lines { process, priorities: style.priorities })
-        .finish();
+        .with_filter(LevelFilter::from_level(level));
+    let told = filter_fn(ToWatchers::are_told).with_max_level_hint(Level::DEBUG);
+    let subscriber = tracing_subscriber::registry().with(lines).with(ToWatchers { process }.with_filter(told));
     // A second call in one process leaves the first in charge.
     let _ = tracing::subscriber::set_global_default(subscriber);
 }

@@ -42,4 +42,5 @@ pub mod store;
 mod terminal;
 pub mod verifier;
 pub mod vocabulary;
+pub mod watchers;
 mod writer;

@@ -23,7 +23,7 @@ use super::rate::Rate;
 use super::repeats::Tally;
 use super::report::{self, LiveDoor, MonitorPart};
 use super::sandbox::{self, SandboxError};
-use super::{calls, handover, terminal};
+use super::{calls, handover, terminal, watchers};
 use crate::nft::{Door, Doors, ElementError, Flows, Loss, Member, OpenDoor, Ownership, Watch, comment};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 use crate::service::{Name, Port};
@@ -302,6 +302,10 @@ impl Monitor {
             (Message::Loaded, _) => return self.take_table_back().map(|()| true),
             (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
             (Message::Enforce, _) => self.enforce()?,
+            (Message::Watch, Some(watcher)) => {
+                watchers::add(watcher);
+                return Ok(true);
+            }
             (Message::Report, Some(memory)) => {
                 report::write(memory, self.part())?;
                 self.keeper.send(Message::Reported, &[])?;

@@ -15,13 +15,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    accept_with, bind, connect, listen, sendmsg, socket_with,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
+    SocketType, accept_with, bind, connect, listen, sendmsg, shutdown, socket_with,
 };
 use rustix::process::umask;
 
 use super::control::{ControlError, receive_with_descriptors};
 use super::report::{self, KeeperPart, MonitorPart, VerifierPart};
+use super::watchers::Event;
 
 /// Clients that have not yet taken what they were told: what is on its way to them counts against what the keeper may send.
 const MAX_UNREAD: usize = 16;
@@ -48,6 +49,7 @@ struct Listener {
 /// The keeper's ends.
 pub(super) struct Observers {
     status: Listener,
+    watch: Listener,
     unread: Vec<OwnedFd>,
     /// When the next is accepted.
     resumes: Instant,
@@ -71,7 +73,8 @@ impl Observers {
     /// The kernel's.
     pub(super) fn listen(directory: &Path, group: Option<u32>) -> Result<Self, ControlError> {
         let status = Listener::new(directory.join("status.sock"), group)?;
-        Ok(Self { status, unread: Vec::new(), resumes: Instant::now() })
+        let watch = Listener::new(directory.join("watch.sock"), group)?;
+        Ok(Self { status, watch, unread: Vec::new(), resumes: Instant::now() })
     }
 
     /// When the next client is accepted, if that is not now.
@@ -79,9 +82,9 @@ impl Observers {
         (self.resumes > now).then_some(self.resumes)
     }
 
-    /// Where clients come, if it is time for one.
-    pub(super) fn status(&self) -> Option<BorrowedFd<'_>> {
-        self.resumes(Instant::now()).is_none().then(|| self.status.socket.as_fd())
+    /// Where clients come who want to know the status, and those who watch, if it is time for one.
+    pub(super) fn listeners(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        self.resumes(Instant::now()).is_none().then(|| [self.status.socket.as_fd(), self.watch.socket.as_fd()])
     }
 
     /// The next client who wants to know the status; `None` if too many leave theirs unread.
@@ -90,6 +93,12 @@ impl Observers {
         let client = self.status.accept()?;
         self.unread.retain(|client| !can_be_written(client));
         (self.unread.len() < MAX_UNREAD).then_some(client)
+    }
+
+    /// The next client who watches.
+    pub(super) fn accept_watcher(&mut self) -> Option<OwnedFd> {
+        self.resumes = Instant::now() + PAUSE;
+        self.watch.accept()
     }
 
     /// Hands a client the parts of all three. Whoever does not take them has not asked.
@@ -123,8 +132,11 @@ impl Listener {
         }
     }
 
+    /// The next client, who can say nothing.
     fn accept(&self) -> Option<OwnedFd> {
-        accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).ok()
+        let client = accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).ok()?;
+        shutdown(&client, Shutdown::Read).ok()?;
+        Some(client)
     }
 }
 
@@ -177,6 +189,48 @@ pub fn status(directory: &Path) -> Result<Status, ControlError> {
         Ok(Status { keeper, verifier: report::read(verifier)?, monitor: report::read(monitor)? })
     };
     parts().map_err(fail)
+}
+
+/// What happens from now on.
+pub struct Watching {
+    connection: OwnedFd,
+    path: PathBuf,
+}
+
+/// Watches the running daemon.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn watch(directory: &Path) -> Result<Watching, ControlError> {
+    let path = directory.join("watch.sock");
+    let connection = connection(&path)?;
+    match set_socket_timeout(&connection, Timeout::Recv, None) {
+        Ok(()) => Ok(Watching { connection, path }),
+        Err(cause) => Err(ControlError::Io { path, cause: cause.into() }),
+    }
+}
+
+impl Watching {
+    /// Waits for the next event; `None` at the daemon's end.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn event(&self) -> Result<Option<Event>, ControlError> {
+        let fail = |cause| ControlError::Io { path: self.path.clone(), cause };
+        loop {
+            let (bytes, _) = match receive_with_descriptors(&self.connection) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                received => received.map_err(fail)?,
+            };
+            if bytes.is_empty() {
+                return Ok(None);
+            }
+            let event: Event = serde_json::from_slice(&bytes).map_err(|error| fail(error.into()))?;
+            if !event.0.is_empty() {
+                return Ok(Some(event));
+            }
+        }
+    }
 }
 
 fn connection(path: &Path) -> Result<OwnedFd, ControlError> {

@@ -259,7 +259,9 @@ mod tests {
     use std::fs::File;
     use std::io::{Seek, Write};
 
-    use super::{MEMORY, Queue, Seen, VerifierPart, memory, read, write};
+    use proptest::prelude::{any, proptest};
+
+    use super::{MEMORY, MonitorPart, Queue, RefusedPart, Seen, VerifierPart, memory, read, write};
 
     fn part(users: usize) -> VerifierPart {
         let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
@@ -293,6 +295,20 @@ mod tests {
         assert!(file.set_len(MEMORY + 1).is_err() && file.set_len(0).is_err());
         file.seek(std::io::SeekFrom::End(0)).unwrap();
         assert!(file.write_all(&[0]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_fail(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
+            let handed = || {
+                let memory = memory().unwrap();
+                let mut file = File::from(memory.try_clone().unwrap());
+                file.write_all(&u32::try_from(bytes.len()).unwrap().to_be_bytes()).unwrap();
+                file.write_all(&bytes).unwrap();
+                memory
+            };
+            let _ = (read::<VerifierPart>(handed()), read::<MonitorPart>(handed()), read::<RefusedPart>(handed()));
+        }
     }
 
     #[test]

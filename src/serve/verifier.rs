@@ -29,7 +29,7 @@ use super::sandbox::{self, SandboxError};
 use super::settings::Settings;
 use super::store::{Origin, Store, StoreError};
 use super::writer::{self, Done, WAITING, Work};
-use super::{calls, handover, terminal};
+use super::{calls, handover, terminal, watchers};
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Verifier, Withdrawal};
 
@@ -217,6 +217,9 @@ impl Process {
                 }
                 self.keeper.send(Message::Ready, &[])?;
             }
+            Some((Message::Watch, descriptors)) => descriptors.into_iter().for_each(|watcher| {
+                watchers::add(watcher);
+            }),
             Some((Message::Report, mut descriptors)) => {
                 let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                 let is_narrowed = self.verifier.is_narrowed(unix_now());

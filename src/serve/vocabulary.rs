@@ -62,6 +62,7 @@ impl Vocabulary {
         match message {
             Message::Loaded if self.serves => self.may_lose = true,
             Message::Report | Message::Explain => self.owes_report = true,
+            Message::Watch => {} // no answer
             message => self.asked = Some(message),
         }
     }
@@ -113,12 +114,13 @@ fn answers(child: &str, asked: Message) -> &'static [Message] {
 mod tests {
     use super::Message::{
         self, Bound, Enforce, Explain, Loaded, Lost, Ready, Release, Report, Reported, Revoke, Settings, Start, Stop,
-        Unable,
+        Unable, Watch,
     };
     use super::{Breach, Vocabulary};
 
-    const ALL: [Message; 14] = [
+    const ALL: [Message; 15] = [
         Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop, Report, Reported, Explain,
+        Watch,
     ];
 
     /// What a child with this past may say now.
@@ -188,6 +190,8 @@ mod tests {
         let after = |more: &[(Message, Message)]| may_say("monitor", &[&serving[..], more].concat());
         assert_eq!(after(&[only(Report)]), [Lost, Reported]);
         assert_eq!(after(&[(Report, Reported)]), [Lost]);
+        assert_eq!(after(&[only(Watch)]), [Lost]);
+        assert_eq!(after(&[only(Revoke), only(Watch)]), [Ready, Lost]);
         assert_eq!(may_say("verifier", &[(Start, Ready), only(Explain)]), [Reported]);
         assert_eq!(after(&[only(Revoke), only(Report)]), [Ready, Lost, Reported]);
         assert_eq!(after(&[only(Revoke), (Report, Reported)]), [Ready, Lost], "the answer may still come");

@@ -17,7 +17,7 @@ struct Way<'a> {
     host: &'a Host,
     source: IpAddr,
     family: Family,
-    change: fn(&mut Vec<u8>),
+    change: fn(&mut [u8]),
 }
 
 impl Way<'_> {
@@ -39,19 +39,19 @@ fn timestamp(packet: &[u8]) -> usize {
     options + packet[options..].windows(2).position(|kind| kind == [8, 10]).unwrap()
 }
 
-fn as_it_is(_: &mut Vec<u8>) {}
+fn as_it_is(_: &mut [u8]) {}
 
-fn to_another_port(packet: &mut Vec<u8>) {
+fn to_another_port(packet: &mut [u8]) {
     let place = tcp_offset(packet) + 3;
     packet[place] ^= 1;
 }
 
-fn with_another_timestamp(packet: &mut Vec<u8>) {
+fn with_another_timestamp(packet: &mut [u8]) {
     let place = timestamp(packet) + 5;
     packet[place] ^= 0x55;
 }
 
-fn without_a_timestamp(packet: &mut Vec<u8>) {
+fn without_a_timestamp(packet: &mut [u8]) {
     let place = timestamp(packet);
     packet[place..place + 10].fill(1);
 }
@@ -191,7 +191,7 @@ fn explain_tells_a_source_that_the_users_entry_does_not_allow_and_a_token_that_i
             lab.alice.enter(|| send_raw(&raw_socket(family), family, &knock));
             eventually(reason, || count(&lab.status(), reason) > before);
             let found = lab.explain(&[knock], family.alice());
-            let last = found.iter().filter(|finding| finding["reason"] == reason).next_back().unwrap();
+            let last = found.iter().rfind(|finding| finding["reason"] == reason).unwrap();
             let causes = last["causes"].as_array().unwrap();
             assert!(causes.iter().any(|found| found["cause"] == cause), "{found:#?}");
         }

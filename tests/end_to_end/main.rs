@@ -30,6 +30,7 @@ mod status;
 mod store;
 mod table;
 mod users;
+mod watch;
 mod wire;
 
 use std::net::{IpAddr, SocketAddr};

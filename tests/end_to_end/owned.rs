@@ -480,6 +480,7 @@ fn a_verifier_that_says_what_it_may_not_stops_all_with_one_line() {
         (&[4], 1, unasked("Ready")),
         (&[5], 0, unasked("Lost")),
         (&[11], 0, unasked("Stop")),
+        (&[13], 0, unasked("Reported")),
     ] {
         let verifier = Verifier::start(&lab);
         say(verifier.owned.channel(), bytes, &vec![null.as_fd(); descriptors]);
@@ -495,6 +496,29 @@ fn say(channel: &Channel, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     assert!(descriptors.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
     sendmsg(channel, &[std::io::IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+}
+
+/// Whatever it writes, the keeper hands it on unread, and the command that asked trusts nothing in it.
+#[test]
+fn what_a_verifier_writes_for_the_status_harms_neither_the_daemon_nor_who_asked() {
+    let (lab, world) = lab_with("open_for = \"6s\"");
+    let verifier = Verifier::start(&lab);
+    let runtime = lab.runtime().display().to_string();
+    for bytes in [&[0; 4][..], &[0, 0, 0, 64], &[0xff; 64], &random::<4096>()] {
+        thread::scope(|scope| {
+            let asked = scope.spawn(|| lab.knockq(&lab.server, &["status", "--runtime", &runtime]));
+            let [memory] = verifier.owned.is_told(Message::Report);
+            let mut memory = File::from(memory);
+            assert!(memory.set_len(1 << 40).is_err(), "it can fill no more");
+            memory.write_all(bytes).unwrap();
+            verifier.owned.say(Message::Reported);
+            let asked = asked.join().unwrap();
+            let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+            assert!(asked.status.code() == Some(1) && said.contains("status.sock: invalid data"), "{said}");
+        });
+    }
+    verifier.stop();
+    nothing_else_changed(&lab, &world, 0);
 }
 
 #[test]
