@@ -174,7 +174,7 @@ fn a_user_that_is_wrong_is_shown_with_its_place() {
             &["alice.toml:2:", "`filter a` is no set", "`inet filter alice`"],
         ),
         ("services", "add_to = [\"inet knockq a\"]\nservices", &["table inet knockq is knockq's own"]),
-        ("services", "psk_file = \"alice.psk\"\nservices", &["users.d/alice.psk: No such file"]),
+        ("services", "psk_file = \"alice.psk\"\nservices", &["alice.toml:2:12: ", "users.d/alice.psk: there is no such file"]),
         ("services", "source = \"some\"\nservices", &["alice.toml:2:10: unknown variant `some`"]),
         ("services", "from = [\"10.0.0\"]\nservices", &["alice.toml:2:", "`10.0.0` is no network"]),
     ];
@@ -965,7 +965,7 @@ fn the_blocks_of_the_configuration_reference_pass_the_check() {
     };
     let users = [("alice.toml".to_owned(), block("# users.d/alice.toml"))];
     let said = check_example(&block("[server]"), &users).succeeds();
-    assert!(said.contains("services 3, users 1"), "{said}");
+    assert!(said.contains("services 4, users 1"), "{said}");
 }
 
 #[test]

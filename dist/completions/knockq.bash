@@ -28,6 +28,9 @@ _knockq() {
             knockq,doctor)
                 cmd="knockq__subcmd__doctor"
                 ;;
+            knockq,explain)
+                cmd="knockq__subcmd__explain"
+                ;;
             knockq,grants)
                 cmd="knockq__subcmd__grants"
                 ;;
@@ -58,8 +61,14 @@ _knockq() {
             knockq,serve)
                 cmd="knockq__subcmd__serve"
                 ;;
+            knockq,status)
+                cmd="knockq__subcmd__status"
+                ;;
             knockq,user)
                 cmd="knockq__subcmd__user"
+                ;;
+            knockq,watch)
+                cmd="knockq__subcmd__watch"
                 ;;
             knockq__subcmd__host,add)
                 cmd="knockq__subcmd__host__subcmd__add"
@@ -98,7 +107,7 @@ _knockq() {
 
     case "${cmd}" in
         knockq)
-            opts="-h -V --help --version init check doctor ruleset serve confirm grants revoke user recover keygen host send connect proxy"
+            opts="-h -V --help --version init check doctor ruleset serve confirm grants revoke status watch explain user recover keygen host send connect proxy"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -170,6 +179,24 @@ _knockq() {
             return 0
             ;;
         knockq__subcmd__doctor)
+            opts="-h --json --config --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__explain)
             opts="-h --json --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -459,6 +486,28 @@ _knockq() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        knockq__subcmd__status)
+            opts="-h --json --prometheus --config --runtime --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --runtime)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         knockq__subcmd__user)
             opts="-h --help add invite list show remove rename"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -627,6 +676,28 @@ _knockq() {
             fi
             case "${prev}" in
                 --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__watch)
+            opts="-h --json --config --runtime --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --runtime)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

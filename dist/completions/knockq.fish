@@ -34,6 +34,9 @@ complete -c knockq -n "__fish_knockq_needs_command" -f -a "serve" -d 'Server: ru
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "confirm" -d 'Server: take the gate of `serve --try` for good'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "grants" -d 'Server: which doors are open, for whom and how long'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "revoke" -d 'Server: shut open doors'
+complete -c knockq -n "__fish_knockq_needs_command" -f -a "status" -d 'Server: how the daemon is: what came, what became of it, who knocked last'
+complete -c knockq -n "__fish_knockq_needs_command" -f -a "watch" -d 'Server: what happens: grants, closings, refusals, reloads, faults'
+complete -c knockq -n "__fish_knockq_needs_command" -f -a "explain" -d 'Server: what the SYNs were that were refused last, and what is wrong with them'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "user" -d 'Server: who may knock'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "recover" -d 'Server: make a new counter store, after a restored backup or a lost one'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "keygen" -d 'Client: make this machine\'s key and print its public half'
@@ -71,6 +74,18 @@ complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l config -d 'The 
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l all -d 'Shut every door'
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -l kill -d 'End their established connections too'
 complete -c knockq -n "__fish_knockq_using_subcommand revoke" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand status" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand status" -l runtime -d 'The directory of the daemon\'s sockets, for who may not read the configuration (default: /run/knockq)' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand status" -l json -d 'As a JSON object'
+complete -c knockq -n "__fish_knockq_using_subcommand status" -l prometheus -d 'As metrics, for the textfile collector of Prometheus\' node_exporter'
+complete -c knockq -n "__fish_knockq_using_subcommand status" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand watch" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand watch" -l runtime -d 'The directory of the daemon\'s sockets, for who may not read the configuration (default: /run/knockq)' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand watch" -l json -d 'As JSON, an object a line'
+complete -c knockq -n "__fish_knockq_using_subcommand watch" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand explain" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand explain" -l json -d 'As a JSON array'
+complete -c knockq -n "__fish_knockq_using_subcommand explain" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "add" -d 'Let a client\'s key open services, and print the profile that its user imports'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "invite" -d 'Let a user open services with a key that is made here, and print the profile that holds it, once'

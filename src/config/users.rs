@@ -8,7 +8,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::secure_file::{self, Privacy};
-use super::server::{OPENINGS, within};
+use super::server::{At, OPENINGS, within};
 use super::{ConfigError, Diagnostic, Expiry, FileError, Network, Seconds};
 use crate::crypto::{KeyError, PresharedKey, PublicKey};
 use crate::nft::SetName;
@@ -57,7 +57,7 @@ struct File {
     from: Vec<Network>,
     add_to: Option<Spanned<Vec<SetName>>>,
     expires: Option<Expiry>,
-    psk_file: Option<PathBuf>,
+    psk_file: Option<Spanned<PathBuf>>,
     open_for: Option<Spanned<Seconds>>,
 }
 
@@ -99,7 +99,7 @@ fn load_one(
     if let Some(sets) = file.add_to.as_ref().filter(|sets| sets.get_ref().len() > MAX_SETS) {
         return Err(at(sets.span(), format!("add_to lists more than {MAX_SETS} sets")).into());
     }
-    let preshared = file.psk_file.map(|file| preshared(path, &file)).transpose()?;
+    let preshared = file.psk_file.map(|file| preshared(path, &file, &at)).transpose()?;
     let at_key = |message| at(file.public_key.span(), message);
     let public_key: PublicKey =
         file.public_key.get_ref().parse().map_err(|error: KeyError| at_key(error.to_string()))?;
@@ -138,9 +138,13 @@ fn load_one(
 }
 
 /// A user's pre-shared key, from a file that is named from where the user's own is.
-fn preshared(entry: &Path, file: &Path) -> Result<(PathBuf, PresharedKey), ConfigError> {
-    let path = entry.with_file_name(file);
-    let key = secure_file::read(&path, Privacy::Secret)?.parse();
+fn preshared(entry: &Path, file: &Spanned<PathBuf>, at: &At<'_>) -> Result<(PathBuf, PresharedKey), ConfigError> {
+    let path = entry.with_file_name(file.get_ref());
+    let Some(text) = secure_file::read_if_there(&path, Privacy::Secret)? else {
+        let missing = at(file.span(), format!("{}: there is no such file", path.display()));
+        return Err(missing.with_hint("put the pre-shared key there, mode 0600").into());
+    };
+    let key = text.parse();
     key.map(|key| (path.clone(), key)).map_err(|cause| ConfigError::PresharedKey { path, cause })
 }
 

@@ -23,7 +23,8 @@ use super::rate::Rate;
 use super::repeats::Tally;
 use super::report::{self, LiveDoor, MonitorPart};
 use super::sandbox::{self, SandboxError};
-use super::{calls, handover, terminal, watchers};
+use super::watchers::{self, CLOSING};
+use super::{calls, handover, terminal};
 use crate::nft::{Door, Doors, ElementError, Flows, Loss, Member, OpenDoor, Ownership, Watch, comment};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 use crate::service::{Name, Port};
@@ -45,9 +46,6 @@ const BURST: usize = 64;
 
 /// More frames than the socket can hold.
 const IN_FLIGHT: usize = 4096;
-
-/// What events of doors that shut by themselves are called, for those who want to see them and those who do not.
-pub const CLOSING: &str = "closing";
 
 /// What makes a set that sources can be added to.
 const SET_HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }'";

@@ -22,7 +22,7 @@ use tracing_subscriber::layer::Context;
 pub(super) const MAX_WATCHERS: usize = 16;
 
 /// What is told although it is below the level of what is logged: that a door's time is over.
-const CLOSING: &str = "closing";
+pub(super) const CLOSING: &str = "closing";
 
 /// An event that says nothing: whether a watcher is there shows when it is sent.
 const EMPTY: &[u8] = b"{}";
@@ -220,7 +220,7 @@ mod tests {
     use tracing_subscriber::filter::filter_fn;
     use tracing_subscriber::prelude::*;
 
-    use super::{Event, MAX_WATCHERS, ToWatchers, add};
+    use super::{CLOSING, Event, MAX_WATCHERS, ToWatchers, add};
 
     fn next(watcher: &UnixDatagram) -> Option<Event> {
         let mut bytes = [0; 4096];
@@ -249,7 +249,7 @@ mod tests {
         assert!(add(ours.into()));
         info!(user = %"alice", seconds = 6, hint = "a\nb", "granted");
         debug!("a packet");
-        debug!(target: "closing", "its time is over");
+        debug!(target: CLOSING, "its time is over");
         let event = next(&watcher).unwrap();
         let names: Vec<&str> = event.0.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["time", "process", "level", "message", "user", "seconds", "hint"]);

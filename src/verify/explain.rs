@@ -395,6 +395,7 @@ mod tests {
             ports: vec![format!("tcp/{selector}").parse().unwrap()],
             open_for: 30,
             once: false,
+            kill: false,
         };
         let alice = User {
             name: "alice".parse().unwrap(),
@@ -403,6 +404,7 @@ mod tests {
             services: vec![0],
             source: SourcePolicy::Any,
             from: Vec::new(),
+            open_for: None,
             expires: None,
         };
         let registry = Registry {
