@@ -39,7 +39,9 @@ impl Check {
             note(&format!("warning: {doubt}"));
         }
         warn_of_ephemeral_ports(&config);
-        check_sets(&config)?;
+        for set in unseen_sets(&config)? {
+            note(&format!("warning: only root can see whether set {set} is there"));
+        }
         let (services, users) = (config.services.len(), config.users.len());
         let knock_ports = config.knock_ports.iter().count();
         print(&format!(
@@ -64,19 +66,21 @@ pub(super) fn check_store(config: &ServerConfig) -> Result<Option<String>, Failu
     }
 }
 
-/// The administrator's sets that users are added to. Only who may change the packet filter can look at them.
-fn check_sets(config: &ServerConfig) -> Result<(), Failure> {
+/// Fails unless the administrator's sets that users are added to are there. Only who may change the packet filter can look at
+/// them: those that were not seen.
+pub(super) fn unseen_sets(config: &ServerConfig) -> Result<Vec<&SetName>, Failure> {
     let named = config.users.iter().flat_map(|user| user.add_to.iter().map(move |set| (set, &user.path)));
     let named: BTreeMap<&SetName, &PathBuf> = named.collect();
+    let mut unseen = Vec::new();
     if named.is_empty() {
-        return Ok(());
+        return Ok(unseen);
     }
     let mut doors = Doors::new()?;
     for (set, entry) in named {
         match doors.check_set(set) {
             Ok(()) => {}
             Err(SetError::Kernel(_, ElementError::Refused(error))) if error.kind() == ErrorKind::PermissionDenied => {
-                note(&format!("warning: only root can see whether set {set} is there"));
+                unseen.push(set);
             }
             Err(error) => {
                 return Err(Failure::new(format!("{}: add_to: {error}", entry.display()))
@@ -85,7 +89,7 @@ fn check_sets(config: &ServerConfig) -> Result<(), Failure> {
             }
         }
     }
-    Ok(())
+    Ok(unseen)
 }
 
 /// A connection of this host's own may take a knock port in that range as its source.

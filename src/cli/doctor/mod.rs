@@ -15,7 +15,7 @@ use clap::Args;
 use rustix::process::geteuid;
 use serde::Serialize;
 
-use super::check::check_store;
+use super::check::{check_store, unseen_sets};
 use super::failure::{CONFIGURATION, FAILED, Failure, PERMISSION};
 use super::{ConfigArg, print, print_json};
 use crate::client::clock::is_synchronized;
@@ -148,6 +148,7 @@ fn examine(path: &Path) -> (Vec<Finding>, bool) {
     findings.push(clock());
     findings.push(gate::kernel(&config));
     findings.push(gate::table(&config, path));
+    findings.extend(sets(&config));
     findings.push(gate::include_file(&config, path));
     findings.push(gate::queue(&config));
     match list_ruleset() {
@@ -188,6 +189,17 @@ fn store(config: &ServerConfig) -> Finding {
         Ok(None) => Finding::ok(CHECK, format!("{}: is whole, and this server's", config.store_path().display())),
         Ok(Some(doubt)) => Finding::note(CHECK, doubt),
     }
+}
+
+/// The administrator's sets that users are added to, if any are.
+fn sets(config: &ServerConfig) -> Option<Finding> {
+    const CHECK: &str = "sets";
+    config.users.iter().find(|user| !user.add_to.is_empty())?;
+    Some(match unseen_sets(config) {
+        Err(failure) => Finding::failed(CHECK, failure),
+        Ok(unseen) if unseen.is_empty() => Finding::ok(CHECK, "all sets that users are added to are there"),
+        Ok(_) => Finding::unknown(CHECK, "whether the sets that users are added to are there, only root can see"),
+    })
 }
 
 fn clock() -> Finding {
