@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::columns::columns;
 use super::failure::{Failure, PERMISSION};
@@ -18,8 +18,8 @@ use crate::serve::report::{KeeperPart, LiveDoor, MonitorPart, Queue, StoreHealth
 use crate::service::Name;
 
 #[derive(Args)]
-#[command(after_help = "Examples:\n  knockq status\n  knockq status --json | jq .packets\n  \
-                        knockq status --prometheus | sponge /var/lib/node_exporter/knockq.prom\n\n\
+#[command(after_help = "Examples:\n  knockq status\n  knockq status --json | jq .packets.unknown\n  \
+                        knockq status --prometheus >knockq.prom.new; mv knockq.prom.new knockq.prom\n\n\
                         Root can ask, and the group of the daemon's account (`usermod -aG knockq NAME`), who can ask for \
                         nothing else. Numbers begin with the daemon's start.")]
 pub(super) struct Status {
@@ -59,6 +59,7 @@ struct Shown {
     reloaded: Option<Reloaded>,
     table: ShownTable,
     syns: Syns,
+    #[serde(serialize_with = "as_object")]
     packets: Vec<Count>,
     doors: Doors,
     knocks: Vec<Knocks>,
@@ -91,7 +92,7 @@ struct Syns {
     dropped_by_relay: u64,
 }
 
-#[derive(Serialize)]
+/// How many packets ended so.
 struct Count {
     reason: &'static str,
     count: u64,
@@ -148,6 +149,10 @@ struct Clock {
 struct Jump {
     at: u64,
     seconds: i64,
+}
+
+fn as_object<S: Serializer>(packets: &[Count], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(packets.iter().map(|packets| (packets.reason, packets.count)))
 }
 
 /// Seconds that a counter may wait for the disk before that is a trouble.

@@ -123,8 +123,8 @@ fn explain_knows_by_the_key_what_was_wrong_with_each_packet() {
         eventually("all of them", || {
             let status = lab.status();
             let seen = status["syns"]["seen"].as_u64().unwrap();
-            let ended: u64 =
-                status["packets"].as_array().unwrap().iter().map(|one| one["count"].as_u64().unwrap()).sum();
+            let packets = status["packets"].as_object().unwrap();
+            let ended: u64 = packets.values().map(|count| count.as_u64().unwrap()).sum();
             (seen, ended) == (14 * round, 14 * round)
         });
 
@@ -172,7 +172,7 @@ fn explain_knows_by_the_key_what_was_wrong_with_each_packet() {
 }
 
 #[test]
-fn explain_tells_a_source_that_the_users_entry_does_not_allow_and_a_token_that_is_not_bound() {
+fn explain_tells_what_of_the_users_entry_forbids_a_knock() {
     let lab = Lab::new();
     let user = lab.config().with_file_name("users.d").join("alice.toml");
     let entry = fs::read_to_string(&user).unwrap();
@@ -181,6 +181,7 @@ fn explain_tells_a_source_that_the_users_entry_does_not_allow_and_a_token_that_i
         for (line, cause, reason) in [
             ("from = [\"192.0.2.0/24\"]", "from_mismatch", "source_not_allowed"),
             ("source = \"bound\"", "not_bound", "wrong_tag"),
+            ("expires = \"2020-01-01\"", "expired", "expired"),
         ] {
             fs::write(&user, format!("{line}\n{entry}")).unwrap();
             let reloads = daemon.log().matches("knockq: reloaded").count();

@@ -504,7 +504,7 @@ fn what_a_verifier_writes_for_the_status_harms_neither_the_daemon_nor_who_asked(
     let (lab, world) = lab_with("open_for = \"6s\"");
     let verifier = Verifier::start(&lab);
     let runtime = lab.runtime().display().to_string();
-    for bytes in [&[0; 4][..], &[0, 0, 0, 64], &[0xff; 64], &random::<4096>()] {
+    for bytes in [&[0; 4][..], &[0xff; 64], &random::<4096>()] {
         thread::scope(|scope| {
             let asked = scope.spawn(|| lab.knockq(&lab.server, &["status", "--runtime", &runtime]));
             let [memory] = verifier.owned.is_told(Message::Report);

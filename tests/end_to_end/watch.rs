@@ -112,6 +112,19 @@ fn a_watcher_sees_grants_refusals_revocations_and_reloads_as_they_happen() {
 }
 
 #[test]
+fn a_watcher_is_told_that_a_door_has_closed_also_where_the_log_is_not() {
+    let lab = Lab::with("open_for = \"1s\"");
+    let daemon = lab.start();
+    let watch = Watch::start(&lab, &daemon, &["--json"]);
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        watch.says(&["\"level\":\"debug\",\"message\":\"closed\"", &family.alice().to_string()]);
+    }
+    assert!(!daemon.log().contains("closed"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
 fn a_watcher_that_stops_reading_loses_events_is_told_how_many_and_holds_nobody_up() {
     const KNOCKS: u64 = 600;
     let lab = Lab::with("open_for = \"1h\"");
