@@ -174,7 +174,11 @@ fn a_user_that_is_wrong_is_shown_with_its_place() {
             &["alice.toml:2:", "`filter a` is no set", "`inet filter alice`"],
         ),
         ("services", "add_to = [\"inet knockq a\"]\nservices", &["table inet knockq is knockq's own"]),
-        ("services", "psk_file = \"alice.psk\"\nservices", &["alice.toml:2:12: ", "users.d/alice.psk: there is no such file"]),
+        (
+            "services",
+            "psk_file = \"alice.psk\"\nservices",
+            &["alice.toml:2:12: ", "users.d/alice.psk: there is no such file"],
+        ),
         ("services", "source = \"some\"\nservices", &["alice.toml:2:10: unknown variant `some`"]),
         ("services", "from = [\"10.0.0\"]\nservices", &["alice.toml:2:", "`10.0.0` is no network"]),
     ];
