@@ -255,7 +255,7 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
     for (socket, mode) in [("control", "600 root"), ("status", "660 knockq")] {
         assert_eq!(machine.says(&format!("stat -c '%a %G' /run/knockq/{socket}.sock")), mode, "after a reload too");
     }
-    machine.says("useradd --groups knockq member; setpriv --reuid member --regid member --init-groups knockq status");
+    machine.says("useradd --groups knockq member; setpriv --reuid member --regid nogroup --init-groups knockq status");
     for path in ["/etc", "/usr", "/var/lib"] {
         assert!(!machine.run(&format!("{within} touch {path}/x")).status.success(), "{path}");
     }
