@@ -90,8 +90,11 @@ fn a_disk_that_takes_no_writes_for_a_time_opens_nothing_and_service_resumes_by_i
         writer.release();
         eventually("a refusal", || count(&daemon, "nothing is opened until they can: Read-only file system") == times);
         lab.stays_shut(family);
+        let store = &lab.status()["store"];
+        assert!(store["ok"] == false && store["failing_since"].is_u64(), "{store}");
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
+        assert_eq!(lab.status()["store"]["ok"], true);
         assert_eq!(count(&daemon, "the counters cannot be written"), times, "{}", daemon.log());
         assert_eq!(count(&daemon, "the counters can be written again"), times, "{}", daemon.log());
     }
@@ -149,6 +152,7 @@ fn knocks_wait_for_a_slow_disk_up_to_a_bound_and_others_are_decided_meanwhile() 
     for family in FAMILIES {
         assert_eq!(lab.door(family.alice(), 22), None, "not durable yet");
     }
+    assert_eq!(lab.status()["store"]["waiting"], 1 + WAITING, "the status needs no disk");
     for _ in 0..3 {
         thread::sleep(Duration::from_secs(1));
         assert_eq!(writer.finish(), 0);
