@@ -13,6 +13,8 @@ const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
         &[
             "serve/monitor.rs",
             "serve/book.rs",
+            "serve/members.rs",
+            "serve/connections.rs",
             "serve/policy.rs",
             "serve/rate.rs",
             "serve/repeats.rs",
@@ -26,6 +28,9 @@ const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
             "queue/kernel.rs",
             "queue/relay.rs",
             "nft/elements.rs",
+            "nft/sets.rs",
+            "nft/flows.rs",
+            "nft/attributes.rs",
             "nft/watch.rs",
         ],
     ),

@@ -234,7 +234,7 @@ fn handed_over() {
         source: SourcePolicy::Bound,
         from: vec!["192.0.2.0/24".parse().unwrap()],
         open_for: None,
-            expires: None,
+        expires: None,
     };
     let registry = Registry {
         window: 60,

@@ -359,7 +359,7 @@ fn keys() -> (Registry, Vec<KnockKey>) {
         source: if place == 2 { SourcePolicy::Bound } else { SourcePolicy::Any },
         from: if place == 1 { vec!["203.0.113.0/24".parse().unwrap()] } else { Vec::new() },
         open_for: None,
-            expires: None,
+        expires: None,
     };
     let service = |name: &str, ports: &[&str], once| {
         let ports: Vec<Port> = ports.iter().map(|port| port.parse().unwrap()).collect();

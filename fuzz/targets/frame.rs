@@ -24,7 +24,12 @@ static POLICY: LazyLock<Policy> = LazyLock::new(|| {
     let mut users: HashMap<Name, Allowance> = HashMap::new();
     for (user, service, port, once, seconds) in DOORS {
         let (user, service, port) = (user.parse().unwrap(), service.parse::<Name>().unwrap(), port.parse().unwrap());
-        let opening = services.entry(service.clone()).or_insert_with(|| Opening { ports: Vec::new(), once, seconds, kill: false });
+        let opening = services.entry(service.clone()).or_insert_with(|| Opening {
+            ports: Vec::new(),
+            once,
+            seconds,
+            kill: false,
+        });
         if !opening.ports.contains(&port) {
             opening.ports.push(port);
         }

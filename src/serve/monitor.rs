@@ -1,7 +1,7 @@
 //! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
 //! its policy permits.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::BTreeSet;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,8 +16,10 @@ use tracing::{debug, error, info, warn};
 use super::book::{Book, Grant, MAX_DOORS};
 use super::channel::{Channel, Message, has_hung_up};
 use super::clock::unix_now;
-use super::control::{Revocation, Selection};
+use super::connections::Connections;
+use super::control::Revocation;
 use super::frames::{FRAME_LEN, Frame, FrameError};
+use super::members::{self, Members};
 use super::policy::Policy;
 use super::rate::Rate;
 use super::repeats::Tally;
@@ -25,18 +27,15 @@ use super::report::{self, LiveDoor, MonitorPart};
 use super::sandbox::{self, SandboxError};
 use super::watchers::{self, CLOSING};
 use super::{calls, handover, terminal};
-use crate::nft::{Door, Doors, ElementError, Flows, Loss, Member, OpenDoor, Ownership, Watch, comment};
+use crate::nft::{Door, Doors, ElementError, Loss, Member, OpenDoor, Ownership, Watch, comment};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
-use crate::service::{Name, Port};
+use crate::service::Name;
 
 /// Time between two looks at what has run out.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Time between two tellings of what was counted.
 const TELLING: Duration = Duration::from_secs(10);
-
-/// Doors that are remembered when they have shut: their connections may live, and `revoke --kill` can name their user.
-const REMEMBERED: usize = 16_384;
 
 /// The clock may differ by so many seconds from one tick to the next before it was set.
 const CLOCK_STEP: u64 = 2;
@@ -46,9 +45,6 @@ const BURST: usize = 64;
 
 /// More frames than the socket can hold.
 const IN_FLIGHT: usize = 4096;
-
-/// What makes a set that sources can be added to.
-const SET_HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }'";
 
 /// Time that the keeper has to say that it is time to go, when the verifier has gone.
 const GRACE: Duration = Duration::from_secs(2);
@@ -115,11 +111,10 @@ pub fn run() -> Result<(), MonitorError> {
         next_policy: None,
         not_opened: Tally::default(),
         not_shut: Tally::default(),
-        not_added: Tally::default(),
         doors,
         book: Book::default(),
-        members: Book::default(),
-        past: VecDeque::new(),
+        members: Members::default(),
+        connections: Connections::default(),
         unsettled: BTreeSet::new(),
         figures: Figures::default(),
     };
@@ -156,13 +151,11 @@ struct Monitor {
     next_policy: Option<Policy>,
     not_opened: Tally,
     not_shut: Tally,
-    not_added: Tally,
     doors: Doors,
     book: Book,
     /// Who is in the administrator's sets.
-    members: Book<Member>,
-    /// Doors that have shut, and who had opened them, the last one last.
-    past: VecDeque<(Door, Name)>,
+    members: Members,
+    connections: Connections,
     /// Doors whose elements are to be made what the book says when the table is loaded.
     unsettled: BTreeSet<Door>,
     figures: Figures,
@@ -274,9 +267,7 @@ impl Monitor {
         self.loss = self.loss.max(self.watch.loss()?);
         let now = Instant::now();
         if self.watch.take_new_sets() {
-            // The administrator has loaded them again: who is let in belongs there.
-            let standing: Vec<Member> = self.members.standing(now).cloned().collect();
-            standing.iter().for_each(|member| self.put_member(member, now));
+            self.members.restore(now, &mut self.doors);
         }
         for door in self.watch.take_deleted() {
             let Door { source, port, .. } = door;
@@ -284,7 +275,7 @@ impl Monitor {
             for Grant { user, service, .. } in struck.iter().filter(|grant| grant.until > now) {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
-            struck.iter().for_each(|grant| self.leave_sets(grant, now));
+            struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
         }
         Ok(())
     }
@@ -320,7 +311,8 @@ impl Monitor {
                 let Revocation { selection, kill } = handover::unseal(selection)?;
                 let struck = self.shut("revoked", |door, grant| selection.covers(door, grant))?;
                 if kill {
-                    self.end_connections_of(&selection, &struck);
+                    let guarded = self.policy.ports();
+                    self.connections.of(&selection, &struck, &guarded, &self.book, &mut self.doors);
                 }
             }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
@@ -394,30 +386,19 @@ impl Monitor {
             if let (Some((Some(user), Some(service), bound)), Some(until)) = (opener, until) {
                 let members = self.members_of(&user, &open.door);
                 let grant = Grant { kill: self.kills(&service), user, service, until, bound, members };
-                self.join_sets(&grant, since);
+                self.members.join(&grant, since, &mut self.doors);
                 self.book.note(open.door, grant, open.door.once, since);
             }
         }
-        self.check_sets();
+        members::check(&self.policy, &mut self.doors);
         self.shut_what_policy_forbids()
     }
 
     fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
         let (policy, now, unix_now) = (self.policy.clone(), Instant::now(), unix_now());
         self.shut("shut", |door, grant| !policy.upholds(door, grant, now, unix_now))?;
-        for (member, _) in self.members.strike_all(|member, grant| !policy.adds(&grant.user, &member.set)) {
-            self.put_member(&member, now);
-        }
+        self.members.keep_to(&policy, now, &mut self.doors);
         Ok(())
-    }
-
-    /// Says which sets are missing or cannot be used, before somebody knocks.
-    fn check_sets(&mut self) {
-        for set in self.policy.sets() {
-            if let Err(error) = self.doors.check_set(set) {
-                warn!(hint = SET_HINT, "who knocks is not added: {error}");
-            }
-        }
     }
 
     /// Puts the next policy in force, and shuts what it does not uphold.
@@ -427,7 +408,7 @@ impl Monitor {
             self.rate.change(policy.grants_per_minute);
             self.policy = policy;
             self.shut_what_policy_forbids()?;
-            self.check_sets();
+            members::check(&self.policy, &mut self.doors);
         }
         Ok(())
     }
@@ -445,25 +426,12 @@ impl Monitor {
                     Ok(_) => {}
                     Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
                 }
-                self.leave_sets(grant, now);
+                self.members.leave(grant, now, &mut self.doors);
             }
             self.hear_of_changes()?;
         }
-        self.after_closing(&all);
+        self.connections.after(&all, &self.book, &mut self.doors);
         Ok(all)
-    }
-
-    /// Doors have shut, or some who held them open have gone: what belongs to that but for the element.
-    fn after_closing(&mut self, closed: &[(Door, Grant)]) {
-        let now = Instant::now();
-        let is_to_end = |(door, grant): &&(Door, Grant)| grant.kill && self.book.longest(door, now).is_none();
-        let to_end: HashSet<Door> = closed.iter().filter(is_to_end).map(|(door, _)| of_connections(door)).collect();
-        self.past.extend(closed.iter().map(|(door, grant)| (of_connections(door), grant.user.clone())));
-        let surplus = self.past.len().saturating_sub(REMEMBERED);
-        self.past.drain(..surplus);
-        if !to_end.is_empty() {
-            self.end_connections(|door| to_end.contains(door));
-        }
     }
 
     /// Whether connections to this service end with their door.
@@ -471,89 +439,11 @@ impl Monitor {
         self.policy.services.get(service).is_some_and(|opening| opening.kill)
     }
 
-    /// Ends what lives of those who were revoked: through doors that shut now or before.
-    fn end_connections_of(&mut self, selection: &Selection, struck: &[(Door, Grant)]) {
-        let now = Instant::now();
-        let struck = struck.iter().map(|(door, _)| of_connections(door));
-        let past = self.past.iter().filter(|(_, user)| selection.is_of(user)).map(|(door, _)| *door);
-        // What others hold open stays theirs.
-        let held =
-            |door: &Door| [false, true].iter().any(|&once| self.book.longest(&Door { once, ..*door }, now).is_some());
-        let doors: HashSet<Door> = struck.chain(past).filter(|door| !held(door)).collect();
-        let guarded: HashSet<Port> = self.policy.services.values().flat_map(|opening| opening.ports.clone()).collect();
-        let comes_from = |door: &Door| selection.is_source(door.source) && guarded.contains(&door.port);
-        self.end_connections(|door| doors.contains(door) || comes_from(door));
-    }
-
-    /// Has conntrack forget connections, and keeps them from beginning again.
-    fn end_connections(&mut self, is_meant: impl Fn(&Door) -> bool) {
-        let end = || {
-            let mut connections = Flows::new()?;
-            let flows = connections.find(is_meant)?;
-            let doors: HashSet<Door> = flows.iter().map(|flow| flow.door).collect();
-            doors.iter().try_for_each(|door| self.doors.keep_ended(door))?;
-            let mut ended = 0_usize;
-            for flow in flows {
-                ended += usize::from(connections.forget(flow)?);
-            }
-            Ok::<_, ElementError>(ended)
-        };
-        match end() {
-            Ok(0) => {}
-            Ok(connections) => info!(connections, "ended"),
-            Err(error) => warn!("connections live on: {error}"),
-        }
-    }
-
     /// What a user's source is in the administrator's sets, as long as this door is open.
     fn members_of(&mut self, user: &Name, door: &Door) -> Vec<Member> {
         let policies = [Some(&self.policy), self.next_policy.as_ref()];
         let sets = policies.into_iter().flatten().map(|policy| policy.sets_of(user)).find(|sets| !sets.is_empty());
-        let mut members = Vec::new();
-        for set in sets.unwrap_or_default() {
-            match self.doors.member(set, door) {
-                Ok(member) => members.extend(member),
-                Err(error) if self.not_added.is_first() => {
-                    let source = door.source;
-                    warn!(%user, %source, hint = SET_HINT, "not added: {error}");
-                }
-                Err(_) => {}
-            }
-        }
-        members
-    }
-
-    /// Adds a source to the administrator's sets.
-    fn join_sets(&mut self, grant: &Grant, now: Instant) {
-        for member in &grant.members {
-            let note = Grant { members: Vec::new(), ..grant.clone() };
-            if self.members.note(member.clone(), note, false, now).is_some() {
-                self.put_member(member, now);
-            }
-        }
-    }
-
-    /// Takes it out of them again, unless others keep it in.
-    fn leave_sets(&mut self, grant: &Grant, now: Instant) {
-        for member in &grant.members {
-            self.members.strike_grant(member, grant);
-            self.put_member(member, now);
-        }
-    }
-
-    /// Makes an element of the administrator's what the book says. The set may be gone, which is theirs to see to.
-    fn put_member(&mut self, member: &Member, now: Instant) {
-        let put = match self.members.longest(member, now) {
-            Some((Grant { user, service, bound, .. }, left)) => {
-                self.doors.add_member(member, left, &comment(user, service, *bound))
-            }
-            None => self.doors.delete_member(member),
-        };
-        if let Err(error) = put
-            && self.not_added.is_first()
-        {
-            warn!(source = %member.source, set = %member.set, "not as it should be in a set of yours: {error}");
-        }
+        self.members.of(sets.unwrap_or_default(), user, door, &mut self.doors)
     }
 
     /// Gives what is queued its verdict and hands the headers on.
@@ -611,7 +501,7 @@ impl Monitor {
                     {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
-                    struck.iter().for_each(|grant| self.leave_sets(grant, now));
+                    struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
                 }
             }
         }
@@ -641,7 +531,7 @@ impl Monitor {
                 return;
             }
         }
-        self.join_sets(&grant, now);
+        self.members.join(&grant, now, &mut self.doors);
     }
 
     /// Makes the kernel's element what the book says; `false` if that has to wait until the table is loaded.
@@ -692,7 +582,7 @@ impl Monitor {
                 debug!(target: CLOSING, %user, %service, %source, %port, "closed");
             }
         }
-        self.after_closing(&closed);
+        self.connections.after(&closed, &self.book, &mut self.doors);
         // Doors were opened until their users expire, by a clock that has been set since.
         let expected = last.1.saturating_add(now.duration_since(last.0).as_secs()).saturating_add(CLOCK_STEP);
         if unix_now > expected {
@@ -707,8 +597,11 @@ impl Monitor {
             0 => {}
             lost => warn!(lost, "the verifier is slower than the SYNs come: some were dropped unseen"),
         }
-        let tallies =
-            [(&mut self.not_opened, "opened"), (&mut self.not_shut, "shut"), (&mut self.not_added, "added to sets")];
+        let tallies = [
+            (&mut self.not_opened, "opened"),
+            (&mut self.not_shut, "shut"),
+            (self.members.not_added(), "added to sets"),
+        ];
         for (tally, what) in tallies {
             match tally.take_untold() {
                 0 => {}
@@ -723,11 +616,6 @@ impl Monitor {
             }
         }
     }
-}
-
-/// The door as conntrack's entries name it.
-const fn of_connections(door: &Door) -> Door {
-    Door { once: false, ..*door }
 }
 
 /// The next frame, if there is one.

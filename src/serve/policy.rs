@@ -1,6 +1,6 @@
 //! What the monitor lets the verifier ask for: its own copy, checked again.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -100,6 +100,11 @@ impl Policy {
             let may_have = Duration::from_secs(allowance.time(u32::MAX, unix_now).into());
             opening.once == door.once && allowance.covers(door.source, grant.bound) && left <= may_have
         })
+    }
+
+    /// The guarded ports.
+    pub fn ports(&self) -> HashSet<Port> {
+        self.services.values().flat_map(|opening| opening.ports.iter().copied()).collect()
     }
 
     /// Whether a source may be in this set for this user.

@@ -1,0 +1,103 @@
+//! Who is in sets of the administrator's: the sources of doors, as long as these are open.
+
+use std::time::Instant;
+
+use tracing::warn;
+
+use super::book::{Book, Grant};
+use super::policy::Policy;
+use super::repeats::Tally;
+use crate::nft::{Door, Doors, Member, SetName, comment};
+use crate::service::Name;
+
+/// What makes a set that sources can be added to.
+const HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }'";
+
+/// The elements in all of them.
+#[derive(Default)]
+pub struct Members {
+    book: Book<Member>,
+    not_added: Tally,
+}
+
+impl Members {
+    /// What a door's source is in these sets. One that is missing, or cannot take a source, is told of.
+    pub fn of(&mut self, sets: &[SetName], user: &Name, door: &Door, doors: &mut Doors) -> Vec<Member> {
+        let mut members = Vec::new();
+        for set in sets {
+            match doors.member(set, door) {
+                Ok(member) => members.extend(member),
+                Err(error) if self.not_added.is_first() => {
+                    warn!(%user, source = %door.source, hint = HINT, "not added: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+        members
+    }
+
+    /// Adds a source to the sets that its grant has part in.
+    pub fn join(&mut self, grant: &Grant, now: Instant, doors: &mut Doors) {
+        for member in &grant.members {
+            let note = Grant { members: Vec::new(), ..grant.clone() };
+            if self.book.note(member.clone(), note, false, now).is_some() {
+                self.put(member, now, doors);
+            }
+        }
+    }
+
+    /// Takes it out of them again, unless others keep it in.
+    pub fn leave(&mut self, grant: &Grant, now: Instant, doors: &mut Doors) {
+        for member in &grant.members {
+            self.book.strike_grant(member, grant);
+            self.put(member, now, doors);
+        }
+    }
+
+    /// Takes everybody out of sets that are theirs no more.
+    pub fn keep_to(&mut self, policy: &Policy, now: Instant, doors: &mut Doors) {
+        for (member, _) in self.book.strike_all(|member, grant| !policy.adds(&grant.user, &member.set)) {
+            self.put(&member, now, doors);
+        }
+    }
+
+    /// The administrator has made sets anew: who is let in belongs there.
+    pub fn restore(&mut self, now: Instant, doors: &mut Doors) {
+        let standing: Vec<Member> = self.book.standing(now).cloned().collect();
+        standing.iter().for_each(|member| self.put(member, now, doors));
+    }
+
+    /// Forgets what has run out, as the kernel has.
+    pub fn forget(&mut self, now: Instant) {
+        self.book.forget(now);
+    }
+
+    /// What could not be made as it should be, besides what was told.
+    pub const fn not_added(&mut self) -> &mut Tally {
+        &mut self.not_added
+    }
+
+    /// Makes an element what the book says. The set may be gone, which is the administrator's to see to.
+    fn put(&mut self, member: &Member, now: Instant, doors: &mut Doors) {
+        let put = match self.book.longest(member, now) {
+            Some((Grant { user, service, bound, .. }, left)) => {
+                doors.add_member(member, left, &comment(user, service, *bound))
+            }
+            None => doors.delete_member(member),
+        };
+        if let Err(error) = put
+            && self.not_added.is_first()
+        {
+            warn!(source = %member.source, set = %member.set, "not as it should be in a set of yours: {error}");
+        }
+    }
+}
+
+/// Says which sets are missing or cannot be used, before somebody knocks.
+pub fn check(policy: &Policy, doors: &mut Doors) {
+    for set in policy.sets() {
+        if let Err(error) = doors.check_set(set) {
+            warn!(hint = HINT, "who knocks is not added: {error}");
+        }
+    }
+}
