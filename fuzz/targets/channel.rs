@@ -57,7 +57,7 @@ fn send(peer: &OwnedFd, said: &[u8], count: usize) -> bool {
 }
 
 fn is_message(said: &[u8], count: usize) -> bool {
-    matches!(said, [1..=11]) && count <= 4
+    matches!(said, [1..=15]) && count <= 4
 }
 
 fn check_received(received: io::Result<Option<(Message, Vec<OwnedFd>)>>, said: &[u8], count: usize) {
