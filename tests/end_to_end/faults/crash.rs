@@ -150,7 +150,7 @@ fn killed_after_the_element_a_knock_is_spent_and_its_grant_stays_with_its_time()
         kill_and_bury(&mut daemon, victims, held);
         let left = |knock: &Knock| {
             let element = lab.door(knock.family.alice(), 22).expect("it was earned");
-            assert!(element.contains("comment \"alice ssh\""), "{element}");
+            assert!(element.contains("comment \"alice ssh"), "{element}");
             seconds_left(&element)
         };
         let before = knocks.each_ref().map(|knock| {
