@@ -27,7 +27,7 @@ impl Watch {
     pub(super) fn run(self) -> Result<(), Failure> {
         let watching = observers::watch(&self.place.directory()).map_err(unseen)?;
         while let Some(event) = watching.event()? {
-            let line = if self.json { serde_json::to_string(&event).unwrap_or_default() } else { line(&event) };
+            let line = if self.json { plain(&serde_json::to_string(&event).unwrap_or_default()) } else { line(&event) };
             print(&format!("{line}\n"))?;
         }
         Err(Failure::new("watch: the daemon has ended, or lets nobody else watch".to_owned())
@@ -57,13 +57,35 @@ fn shown(value: &Value) -> String {
     match value {
         Value::String(text) if is_word(text) => text.clone(),
         Value::String(text) => format!("{text:?}"),
-        other => other.to_string(),
+        other => plain(&other.to_string()),
     }
+}
+
+/// JSON in which all but printable ASCII is escaped: terminals obey more than the control characters of ASCII.
+fn plain(json: &str) -> String {
+    let mut plain = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_ascii_graphic() || c == ' ' {
+            plain.push(c);
+        } else {
+            plain.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        }
+    }
+    plain
 }
 
 #[cfg(test)]
 mod tests {
-    use super::line;
+    use super::{line, plain};
+
+    #[test]
+    fn json_that_is_made_plain_says_the_same() {
+        let json = "{\"x\":\"\u{9b}2J \u{7f} \u{202e} \u{1f600} \\\\ \"}";
+        let plain = plain(json);
+        assert!(plain.is_ascii() && !plain.contains(char::is_control), "{plain}");
+        let values: [serde_json::Value; 2] = [json, &plain].map(|text| serde_json::from_str(text).unwrap());
+        assert_eq!(values[0], values[1]);
+    }
 
     #[test]
     fn an_event_is_shown_as_the_log_has_it_and_nothing_in_it_reaches_the_terminal_unseen() {
@@ -77,8 +99,8 @@ mod tests {
                 "1970-01-01 00:00:01Z verifier: warning: refused hint=\"a b\"",
             ),
             (
-                r#"{"process":"\u001b[2J","message":"\n","\u0007":"\u001b[m","x":{"y":"\u001b"}}"#,
-                r#" \u{1b}[2J: \n \u{7}="\u{1b}[m" x={"y":"\u001b"}"#,
+                r#"{"process":"\u001b[2J","message":"\n","\u0007":"\u001b[m","x":{"y":"\u001b\u009b"}}"#,
+                r#" \u{1b}[2J: \n \u{7}="\u{1b}[m" x={"y":"\u001b\u009b"}"#,
             ),
         ] {
             assert_eq!(line(&serde_json::from_str(event).unwrap()), shown);

@@ -117,6 +117,11 @@ struct Place<'a> {
     set: &'a str,
 }
 
+fn ended(door: &Door) -> Place<'static> {
+    let [v4, v6] = ENDED;
+    Place { set: if door.source.is_ipv4() { v4 } else { v6 }, ..door.place() }
+}
+
 /// Why the kernel's sets could not be changed.
 #[derive(Debug, Error)]
 pub enum ElementError {
@@ -219,8 +224,7 @@ impl Doors {
         let mut request = Vec::new();
         self.append(&mut request, set.family(), NfTablesMessage::GetSet(SetMessage { attributes }).into(), 0);
         self.socket.send(&request, 0).map_err(|error| fail(error.into()))?;
-        let mut answer = Vec::with_capacity(8192);
-        self.socket.recv(&mut answer, 0).map_err(|error| fail(error.into()))?;
+        let answer = self.answer().map_err(fail)?;
         match read(&answer) {
             Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => Err(SetError::Missing(set.clone())),
             Some(Err(error)) => Err(fail(ElementError::Refused(error))),
@@ -228,14 +232,20 @@ impl Doors {
         }
     }
 
+    /// Lets connections begin again with a packet of the server's.
+    ///
+    /// # Errors
+    /// As [`Doors::open`].
+    pub fn forget_ended(&mut self, door: &Door) -> Result<(), ElementError> {
+        self.delete(&ended(door), &door.key())
+    }
+
     /// Keeps connections that were ended from beginning again with a packet of the server's.
     ///
     /// # Errors
     /// As [`Doors::open`].
     pub fn keep_ended(&mut self, door: &Door) -> Result<(), ElementError> {
-        let [v4, v6] = ENDED;
-        let place = Place { set: if door.source.is_ipv4() { v4 } else { v6 }, ..door.place() };
-        self.renew(&place, &door.key(), ENDED_FOR, "")
+        self.renew(&ended(door), &door.key(), ENDED_FOR, "")
     }
 
     fn renew(&mut self, place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> Result<(), ElementError> {
@@ -335,6 +345,22 @@ impl Doors {
         let start = batch.len();
         batch.resize(start + message.buffer_len(), 0);
         message.serialize(batch.get_mut(start..).unwrap_or_default());
+    }
+
+    /// The answer to what was asked last, and not to anything before.
+    fn answer(&self) -> Result<Vec<u8>, ElementError> {
+        loop {
+            let mut answer = Vec::with_capacity(8192);
+            match self.socket.recv(&mut answer, 0) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ElementError::NoAnswer),
+                Err(error) => return Err(error.into()),
+            }
+            let header = NetlinkBuffer::new_checked(&answer).map(|header| header.sequence_number());
+            if header.is_ok_and(|number| number == self.sequence) {
+                return Ok(answer);
+            }
+        }
     }
 
     fn verdict(&self) -> Result<(), ElementError> {

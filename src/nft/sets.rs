@@ -86,6 +86,13 @@ pub(super) struct Layout {
 }
 
 impl SetName {
+    /// As the kernel tells of it.
+    pub(super) fn of_kernel(family: u8, table: &[u8], set: &[u8]) -> Option<Self> {
+        let (family, _) = FAMILIES.iter().find(|(_, known)| u8::from(*known) == family)?;
+        let [table, set] = [table, set].map(std::str::from_utf8);
+        format!("{family} {} {}", table.ok()?, set.ok()?).parse().ok()
+    }
+
     pub(super) fn family(&self) -> NetfilterProtoFamily {
         let known = FAMILIES.iter().find(|(name, _)| *name == self.family);
         known.map_or(NetfilterProtoFamily::Unspec, |(_, family)| *family)

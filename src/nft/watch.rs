@@ -14,6 +14,7 @@ use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use super::TABLE;
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, attributes, messages, number};
 use super::elements::{Door, ENDED, SETS};
+use super::sets::SetName;
 
 /// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
 const GROUP: u32 = 7;
@@ -53,8 +54,8 @@ pub struct Told {
     is_edit: bool,
     /// The doors that were deleted, each by itself, and not made again since.
     deleted: HashSet<Door>,
-    /// Sets were made that are none of ours.
-    new_sets: bool,
+    /// Sets that were made, and are none of ours.
+    new_sets: HashSet<SetName>,
 }
 
 impl Watch {
@@ -102,9 +103,9 @@ impl Watch {
         std::mem::take(&mut self.told.deleted)
     }
 
-    /// Whether others have made sets. They are told once.
-    pub const fn take_new_sets(&mut self) -> bool {
-        std::mem::replace(&mut self.told.new_sets, false)
+    /// The sets that others have made. They are told once.
+    pub fn take_new_sets(&mut self) -> HashSet<SetName> {
+        std::mem::take(&mut self.told.new_sets)
     }
 }
 
@@ -122,10 +123,11 @@ impl Told {
             if is_end_of_transaction(message) {
                 self.edits = self.edits.saturating_add(usize::from(std::mem::take(&mut self.is_edit)));
             }
-            let Some(change) = Change::read(message) else {
-                self.new_sets |= kind(message) == Some(NEW_SET) && !is_for_check(message);
+            let Some(change) = Change::read(message) else { continue };
+            if !change.is_of_our_table() {
+                self.new_sets.extend(change.new_set());
                 continue;
-            };
+            }
             match change.kind {
                 DELETE_ELEMENT => self.deleted.extend(change.doors()),
                 NEW_ELEMENT => change.doors().for_each(|door| {
@@ -184,6 +186,9 @@ const NEW_ELEMENT: u8 = 12;
 const DELETE_ELEMENT: u8 = 14;
 const NEW_GENERATION: u8 = 15;
 
+/// The family of our table (`NFPROTO_INET`).
+const INET: u8 = 1;
+
 /// Attribute of all these messages: the table's name (`NFTA_TABLE_NAME` and its like).
 const TABLE_NAME: u16 = 1;
 
@@ -202,24 +207,32 @@ const KEY: u16 = 1;
 /// Attribute of a key: its bytes (`NFTA_DATA_VALUE`).
 const VALUE: u16 = 1;
 
-/// Whether a message is about the table that is made for comparison only.
-fn is_for_check(message: &[u8]) -> bool {
-    let attributes = message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default();
-    attribute(attributes, TABLE_NAME).is_some_and(|name| name.starts_with(TABLE.as_bytes()))
-}
-
 /// A change of our table. Of what the kernel tells, only names, flags and doors are looked at: the rest is as deep as rules
 /// are.
 struct Change<'a> {
     kind: u8,
+    family: u8,
     attributes: &'a [u8],
 }
 
 impl<'a> Change<'a> {
-    /// `None` if it is about something else.
+    /// `None` if it is no message of nf_tables.
     fn read(message: &'a [u8]) -> Option<Self> {
-        let change = Self { kind: kind(message)?, attributes: message.get(MESSAGE_HEADER + FAMILY_HEADER..)? };
-        (change.name(TABLE_NAME)? == TABLE.as_bytes()).then_some(change)
+        let change = Self {
+            kind: kind(message)?,
+            family: *message.get(MESSAGE_HEADER)?,
+            attributes: message.get(MESSAGE_HEADER + FAMILY_HEADER..)?,
+        };
+        Some(change)
+    }
+
+    fn is_of_our_table(&self) -> bool {
+        self.family == INET && self.name(TABLE_NAME).is_some_and(|name| name == TABLE.as_bytes())
+    }
+
+    /// The set that was made.
+    fn new_set(&self) -> Option<SetName> {
+        SetName::of_kernel(self.family, self.name(TABLE_NAME)?, self.name(SET_NAME)?).filter(|_| self.kind == NEW_SET)
     }
 
     /// Whatever is changed but the doors.
@@ -274,6 +287,17 @@ mod tests {
 
     fn loss(datagram: &[u8]) -> Loss {
         Told::default().read(datagram)
+    }
+
+    #[test]
+    fn a_table_of_another_family_is_none_of_ours_and_its_new_sets_are_known() {
+        for (family, set) in [(2, Some("ip knockq mine")), (10, Some("ip6 knockq mine")), (1, None), (99, None)] {
+            let mut message = told(9, &[ours(), attribute(2, b"mine\0")]);
+            message[16] = family;
+            let mut all = Told::default();
+            assert_eq!(all.read(&message), if family == 1 { Loss::Rules } else { Loss::Nothing });
+            assert_eq!(all.new_sets, set.into_iter().map(|set| set.parse().unwrap()).collect(), "{family}");
+        }
     }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {

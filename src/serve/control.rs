@@ -22,8 +22,6 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::book::Grant;
-use crate::nft::Door;
 use crate::service::Name;
 
 /// Bytes of the longest request or reply.
@@ -71,12 +69,8 @@ pub enum Selection {
 
 impl Selection {
     /// Whether this grant is meant.
-    pub fn covers(&self, door: &Door, grant: &Grant) -> bool {
-        match self {
-            Self::Source(network) => network.contains(&door.source),
-            Self::User(user) => grant.user == *user,
-            Self::All => true,
-        }
+    pub fn covers(&self, source: IpAddr, user: &Name) -> bool {
+        self.is_source(source) || self.is_of(user)
     }
 
     /// Whether this user's doors are meant, whatever their source.

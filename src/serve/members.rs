@@ -1,5 +1,6 @@
 //! Who is in sets of the administrator's: the sources of doors, as long as these are open.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use tracing::warn;
@@ -42,6 +43,8 @@ impl Members {
             let note = Grant { members: Vec::new(), ..grant.clone() };
             if self.book.note(member.clone(), note, false, now).is_some() {
                 self.put(member, now, doors);
+            } else {
+                self.not_added.is_first(); // told together
             }
         }
     }
@@ -54,16 +57,17 @@ impl Members {
         }
     }
 
-    /// Takes everybody out of sets that are theirs no more.
-    pub fn keep_to(&mut self, policy: &Policy, now: Instant, doors: &mut Doors) {
-        for (member, _) in self.book.strike_all(|member, grant| !policy.adds(&grant.user, &member.set)) {
+    /// Takes sources out, whichever door they are in for.
+    pub fn strike(&mut self, is_meant: impl Fn(&Member, &Grant) -> bool, now: Instant, doors: &mut Doors) {
+        for (member, _) in self.book.strike_all(is_meant) {
             self.put(&member, now, doors);
         }
     }
 
     /// The administrator has made sets anew: who is let in belongs there.
-    pub fn restore(&mut self, now: Instant, doors: &mut Doors) {
-        let standing: Vec<Member> = self.book.standing(now).cloned().collect();
+    pub fn restore(&mut self, made: &HashSet<SetName>, now: Instant, doors: &mut Doors) {
+        let standing = self.book.standing(now).filter(|member| made.contains(&member.set));
+        let standing: Vec<Member> = standing.cloned().collect();
         standing.iter().for_each(|member| self.put(member, now, doors));
     }
 

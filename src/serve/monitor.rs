@@ -115,6 +115,7 @@ pub fn run() -> Result<(), MonitorError> {
         book: Book::default(),
         members: Members::default(),
         connections: Connections::default(),
+        closed: Vec::new(),
         unsettled: BTreeSet::new(),
         figures: Figures::default(),
     };
@@ -156,6 +157,8 @@ struct Monitor {
     /// Who is in the administrator's sets.
     members: Members,
     connections: Connections,
+    /// What the verifier has taken back, until all of its frames are read.
+    closed: Vec<(Door, Grant)>,
     /// Doors whose elements are to be made what the book says when the table is loaded.
     unsettled: BTreeSet<Door>,
     figures: Figures,
@@ -266,9 +269,11 @@ impl Monitor {
     fn hear_of_changes(&mut self) -> io::Result<()> {
         self.loss = self.loss.max(self.watch.loss()?);
         let now = Instant::now();
-        if self.watch.take_new_sets() {
-            self.members.restore(now, &mut self.doors);
+        let made = self.watch.take_new_sets();
+        if !made.is_empty() {
+            self.members.restore(&made, now, &mut self.doors);
         }
+        let mut closed = Vec::new();
         for door in self.watch.take_deleted() {
             let Door { source, port, .. } = door;
             let struck = self.book.strike_door(&door);
@@ -276,7 +281,9 @@ impl Monitor {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
             struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
+            closed.extend(struck.into_iter().map(|grant| (door, grant)));
         }
+        self.connections.after(&closed, &self.book, &mut self.doors);
         Ok(())
     }
 
@@ -309,7 +316,9 @@ impl Monitor {
             }
             (Message::Revoke, Some(selection)) => {
                 let Revocation { selection, kill } = handover::unseal(selection)?;
-                let struck = self.shut("revoked", |door, grant| selection.covers(door, grant))?;
+                let struck = self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
+                let covers = |member: &Member, grant: &Grant| selection.covers(member.source, &grant.user);
+                self.members.strike(covers, Instant::now(), &mut self.doors);
                 if kill {
                     let guarded = self.policy.ports();
                     self.connections.of(&selection, &struck, &guarded, &self.book, &mut self.doors);
@@ -397,7 +406,8 @@ impl Monitor {
     fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
         let (policy, now, unix_now) = (self.policy.clone(), Instant::now(), unix_now());
         self.shut("shut", |door, grant| !policy.upholds(door, grant, now, unix_now))?;
-        self.members.keep_to(&policy, now, &mut self.doors);
+        let is_over = |member: &Member, grant: &Grant| !policy.adds(&grant.user, &grant.service, &member.set);
+        self.members.strike(is_over, now, &mut self.doors);
         Ok(())
     }
 
@@ -436,14 +446,19 @@ impl Monitor {
 
     /// Whether connections to this service end with their door.
     fn kills(&self, service: &Name) -> bool {
-        self.policy.services.get(service).is_some_and(|opening| opening.kill)
+        self.policies().find_map(|policy| policy.services.get(service)).is_some_and(|opening| opening.kill)
+    }
+
+    /// What is permitted by: what comes into force next, and what is in force.
+    fn policies(&self) -> impl Iterator<Item = &Policy> {
+        self.next_policy.iter().chain([&self.policy])
     }
 
     /// What a user's source is in the administrator's sets, as long as this door is open.
     fn members_of(&mut self, user: &Name, door: &Door) -> Vec<Member> {
-        let policies = [Some(&self.policy), self.next_policy.as_ref()];
-        let sets = policies.into_iter().flatten().map(|policy| policy.sets_of(user)).find(|sets| !sets.is_empty());
-        self.members.of(sets.unwrap_or_default(), user, door, &mut self.doors)
+        let Self { policy, next_policy, members, doors, .. } = self;
+        let allowance = next_policy.iter().chain([&*policy]).find_map(|policy| policy.users.get(user));
+        members.of(allowance.map_or(&[], |allowance| &allowance.add_to), user, door, doors)
     }
 
     /// Gives what is queued its verdict and hands the headers on.
@@ -468,6 +483,9 @@ impl Monitor {
             }
             self.answer(frame);
         }
+        // Together: it may take a look at all connections.
+        let closed = std::mem::take(&mut self.closed);
+        self.connections.after(&closed, &self.book, &mut self.doors);
         Ok(())
     }
 
@@ -476,7 +494,7 @@ impl Monitor {
         let now = Instant::now();
         match frame {
             Frame::Open { source, port, once, bound, seconds, user, service } => {
-                let allowance = self.policy.users.get(&user);
+                let allowance = self.policies().find_map(|policy| policy.users.get(&user));
                 let seconds = allowance.map_or(seconds, |allowance| allowance.time(seconds, unix_now()));
                 // At the very second in which the user expires there is none left.
                 if seconds == 0 {
@@ -502,6 +520,7 @@ impl Monitor {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
                     struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
+                    self.closed.extend(struck.into_iter().map(|grant| (door, grant)));
                 }
             }
         }
@@ -531,6 +550,7 @@ impl Monitor {
                 return;
             }
         }
+        self.connections.begin(&door, &mut self.doors);
         self.members.join(&grant, now, &mut self.doors);
     }
 

@@ -34,6 +34,9 @@ const STATUS_LEN: usize = 2048;
 /// Time between two clients: whoever connects all the time leaves the daemon its own.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// Time between two watchers: each is told of to the other processes, who must come after it.
+const PAUSE_OF_WATCHERS: Duration = Duration::from_millis(250);
+
 /// Time that a client waits for the daemon: as long as it waits for its processes.
 const WORK: Duration = Duration::from_secs(150);
 
@@ -51,7 +54,8 @@ pub(super) struct Observers {
     status: Listener,
     watch: Listener,
     unread: Vec<OwnedFd>,
-    /// When the next is accepted.
+    /// When the last was accepted, and when the next will be.
+    accepted: Instant,
     resumes: Instant,
 }
 
@@ -74,7 +78,8 @@ impl Observers {
     pub(super) fn listen(directory: &Path, group: Option<u32>) -> Result<Self, ControlError> {
         let status = Listener::new(directory.join("status.sock"), group)?;
         let watch = Listener::new(directory.join("watch.sock"), group)?;
-        Ok(Self { status, watch, unread: Vec::new(), resumes: Instant::now() })
+        let now = Instant::now();
+        Ok(Self { status, watch, unread: Vec::new(), accepted: now, resumes: now })
     }
 
     /// When the next client is accepted, if that is not now.
@@ -89,7 +94,8 @@ impl Observers {
 
     /// The next client who wants to know the status; `None` if too many leave theirs unread.
     pub(super) fn accept_status(&mut self) -> Option<OwnedFd> {
-        self.resumes = Instant::now() + PAUSE;
+        self.accepted = Instant::now();
+        self.resumes = self.accepted + PAUSE;
         let client = self.status.accept()?;
         self.unread.retain(|client| !can_be_written(client));
         (self.unread.len() < MAX_UNREAD).then_some(client)
@@ -97,7 +103,7 @@ impl Observers {
 
     /// The next client who watches.
     pub(super) fn accept_watcher(&mut self) -> Option<OwnedFd> {
-        self.resumes = Instant::now() + PAUSE;
+        self.resumes = Instant::now() + PAUSE_OF_WATCHERS;
         self.watch.accept()
     }
 
@@ -115,6 +121,8 @@ impl Observers {
         {
             self.unread.push(client);
         }
+        let now = Instant::now();
+        self.resumes = now + PAUSE.max(now.duration_since(self.accepted)); // half of the time is for knocks
     }
 }
 

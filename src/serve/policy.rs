@@ -97,8 +97,9 @@ impl Policy {
     pub fn upholds(&self, door: &Door, grant: &Grant, now: Instant, unix_now: u64) -> bool {
         let left = grant.until.saturating_duration_since(now);
         self.opening(&grant.user, &grant.service, door.port).is_some_and(|(allowance, opening)| {
-            let may_have = Duration::from_secs(allowance.time(u32::MAX, unix_now).into());
-            opening.once == door.once && allowance.covers(door.source, grant.bound) && left <= may_have
+            // To the second: what was granted until the expiry has not changed by what is left of the one that begins.
+            let may_have = Duration::from_secs(u64::from(allowance.time(u32::MAX, unix_now)) + 1);
+            opening.once == door.once && allowance.covers(door.source, grant.bound) && left < may_have
         })
     }
 
@@ -107,17 +108,13 @@ impl Policy {
         self.services.values().flat_map(|opening| opening.ports.iter().copied()).collect()
     }
 
-    /// Whether a source may be in this set for this user.
-    pub fn adds(&self, user: &Name, set: &SetName) -> bool {
-        self.sets_of(user).contains(set)
+    /// Whether a source may be in this set for this user and service.
+    pub fn adds(&self, user: &Name, service: &Name, set: &SetName) -> bool {
+        let allowance = self.users.get(user).filter(|allowance| allowance.services.contains(service));
+        allowance.is_some_and(|allowance| allowance.add_to.contains(set))
     }
 
-    /// Sets that a user's source is added to.
-    pub fn sets_of(&self, user: &Name) -> &[SetName] {
-        self.users.get(user).map_or(&[], |allowance| &allowance.add_to)
-    }
-
-    /// All of them, each once.
+    /// The sets that sources are added to, each once.
     pub fn sets(&self) -> BTreeSet<&SetName> {
         self.users.values().flat_map(|allowance| &allowance.add_to).collect()
     }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
@@ -289,4 +289,60 @@ fn connections_to_a_service_that_says_so_end_when_the_door_shuts() {
         assert!(lab::echoes(&mut mail), "that of a service that does not say so lives on");
     }
     drop(daemon);
+}
+
+/// Somebody copied the knock: whoever has come in by it, the user or the other, is out.
+#[test]
+fn connections_end_with_a_knock_that_is_taken_back_where_the_service_says_so() {
+    let lab = Lab::network();
+    lab.configure("[services.ssh]\nports = [\"tcp/22\", \"tcp/7000\"]\nopen_for = \"1h\"\non_close = \"kill\"\n");
+    lab.add_user("alice", &["ssh"]);
+    let (service, _daemon) = (talk(&lab), lab.start());
+    for family in FAMILIES {
+        let packet = lab.print_knock(family, &["ssh", "--source", "none"]);
+        lab.alice.oracle_says(&["replay", &packet]);
+        lab.wait_for_door(family.alice(), 7000);
+        let (server, client) = ends(&lab, family, &service);
+        assert!(is_heard(&server, &client));
+        lab.mallory.oracle_says(&["replay", &packet, "--from", &family.mallory().to_string()]);
+        eventually("the end", || !is_heard(&server, &client));
+        assert!(!is_heard(&client, &server));
+    }
+}
+
+/// Connection tracking has forgotten them for their silence, and what the service says next would begin another.
+#[test]
+fn idle_exchanges_over_udp_end_too_and_begin_again_with_another_knock() {
+    let lab = Lab::network();
+    lab.configure("[services.vpn]\nports = [\"udp/7001\"]\nopen_for = \"1h\"\non_close = \"kill\"\n");
+    lab.add_user("alice", &["vpn"]);
+    let socket = |host: &lab::Host, port: u16| {
+        let socket = host.enter(|| UdpSocket::bind(("::", port)).unwrap());
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        socket
+    };
+    let _daemon = lab.start();
+    for timeout in ["udp_timeout", "udp_timeout_stream"] {
+        lab.server.sysctl(&format!("net/netfilter/nf_conntrack_{timeout}"), "1");
+    }
+    let knock = |family: Family| {
+        lab.knock_as("alice", family, "vpn");
+        let door = || lab.control(&["grants"]).contains(&family.alice().to_string());
+        eventually("the door", door);
+    };
+    for family in FAMILIES {
+        let (server, client) = (socket(&lab.server, 7001), socket(&lab.alice, 7002));
+        let mut heard = [0; 5];
+        knock(family);
+        client.send_to(b"hello", SocketAddr::new(family.server(), 7001)).unwrap();
+        let (_, peer) = server.recv_from(&mut heard).unwrap();
+        let speaks = |heard: &mut [u8]| server.send_to(b"hello", peer).is_ok() && client.recv_from(heard).is_ok();
+        assert!(speaks(&mut heard));
+        std::thread::sleep(Duration::from_secs(4));
+        lab.revoke(&["--user", "alice"]);
+        assert!(!speaks(&mut heard), "the service cannot begin it anew");
+        knock(family);
+        eventually("beginning again", || speaks(&mut heard));
+        lab.revoke(&["--all", "--kill"]);
+    }
 }
