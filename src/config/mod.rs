@@ -3,6 +3,7 @@
 pub mod diagnostic;
 pub mod duration;
 pub mod expiry;
+mod limits;
 pub mod network;
 pub mod secure_file;
 pub mod server;

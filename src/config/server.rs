@@ -1,7 +1,6 @@
 //! `knockq.toml`: the server and its services.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+use super::limits::{At, OPENINGS, within_or};
 use super::secure_file::{self, Privacy};
 use super::users::{self, UserEntry};
 use super::{ConfigError, Diagnostic, Expiry, Network, Seconds};
@@ -28,9 +28,6 @@ pub const QUEUE: u16 = 4097;
 
 /// Seconds that a window may have: below, knocks fail on the slightest skew; above, the index grows past its use.
 const WINDOWS: RangeInclusive<Seconds> = Seconds(5)..=Seconds(600);
-
-/// Seconds that a service may stay open for one knock: up to a year.
-pub(super) const OPENINGS: RangeInclusive<Seconds> = Seconds(1)..=Seconds(365 * 86_400);
 
 /// Doors that may be opened in a minute, unless `grants_per_minute` says otherwise: ten a second.
 const GRANTS: u32 = 600;
@@ -228,33 +225,6 @@ impl ServerConfig {
             queue: self.queue,
         }
     }
-}
-
-/// Where in a file something is wrong, and what.
-pub(super) type At<'a> = dyn Fn(Range<usize>, String) -> Diagnostic + 'a;
-
-fn within_or<T: Copy + PartialOrd + Display>(
-    value: Option<Spanned<T>>,
-    default: T,
-    allowed: &RangeInclusive<T>,
-    what: &str,
-    at: &At<'_>,
-) -> Result<T, Diagnostic> {
-    value.map_or(Ok(default), |value| within(value, allowed, what, at))
-}
-
-/// A value that is neither too small nor too large.
-pub(super) fn within<T: Copy + PartialOrd + Display>(
-    value: Spanned<T>,
-    allowed: &RangeInclusive<T>,
-    what: &str,
-    at: &At<'_>,
-) -> Result<T, Diagnostic> {
-    if allowed.contains(value.get_ref()) {
-        return Ok(value.into_inner());
-    }
-    let (least, most) = (allowed.start(), allowed.end());
-    Err(at(value.span(), format!("{what} must be from {least} to {most}, not {}", value.get_ref())))
 }
 
 fn service(name: Name, table: Spanned<ServiceTable>, at: &At<'_>) -> Result<(Service, Range<usize>), Diagnostic> {

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::limits::{At, OPENINGS, within};
 use super::secure_file::{self, Privacy};
-use super::server::{At, OPENINGS, within};
 use super::{ConfigError, Diagnostic, Expiry, FileError, Network, Seconds};
 use crate::crypto::{KeyError, PresharedKey, PublicKey};
 use crate::nft::SetName;

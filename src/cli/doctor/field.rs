@@ -4,9 +4,17 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::follow::Packet;
 use crate::client::address::own_addresses;
-use crate::service::Transport;
+use crate::service::{Port, Transport};
+
+/// The first packet of a connection from elsewhere, from an address that is routed back to where it came from.
+#[derive(Clone, Copy)]
+pub(super) struct Packet {
+    pub(super) is_ipv6: bool,
+    pub(super) port: Port,
+    /// Its destination was translated: it is for another host, or for a container.
+    pub(super) is_translated: bool,
+}
 
 /// Whether a condition is met.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use super::Finding;
-use super::follow::{End, Ends, Packet, ends};
+use super::field::Packet;
+use super::follow::{End, Ends, ends};
 use super::listing::Table;
 use super::translation::{Translation, of};
 use crate::cli::sockets::listeners;

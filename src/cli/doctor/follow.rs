@@ -6,21 +6,11 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use super::field::{Field, Is, field};
+use super::field::{Field, Is, Packet, field};
 use super::listing::{Chain, Rule, Table, items};
-use crate::service::Port;
 
 /// Chains that call each other deeper than the kernel allows are not followed.
 const DEPTH: u8 = 16;
-
-/// The first packet of a connection from elsewhere, from an address that is routed back to where it came from.
-#[derive(Clone, Copy)]
-pub(super) struct Packet {
-    pub(super) is_ipv6: bool,
-    pub(super) port: Port,
-    /// Its destination was translated: it is for another host, or for a container.
-    pub(super) is_translated: bool,
-}
 
 /// What may become of it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
