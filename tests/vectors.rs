@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use knockq::crypto::knockknock;
 use knockq::crypto::{
     Binding, KeyError, KnockKey, KnockPorts, KnockSecrets, PresharedKey, PrivateKey, PublicKey, Side,
 };
@@ -109,4 +110,26 @@ fn a_private_key_survives_its_file() {
     let line = key.to_file_line();
     assert!(line.ends_with('\n') && line.len() == 45);
     assert_eq!(line.parse::<PrivateKey>().unwrap().public(), key.public());
+}
+
+#[test]
+fn every_token_of_the_ancestor_is_sealed_and_opened_as_written() {
+    let all = vectors("knockknock.json");
+    let all = all.as_array().unwrap();
+    assert_eq!(all.len(), 16);
+    for vector in all {
+        let text = |field: &str| vector[field].as_str().unwrap();
+        let number = |field: &str| vector[field].as_u64().unwrap();
+        let keys = format!("{}\n{}\n", text("cipher_key"), text("mac_key"));
+        let key = knockknock::Key::new(&keys.parse().unwrap());
+        let (counter, port) = (u32::try_from(number("counter")).unwrap(), u16::try_from(number("port")).unwrap());
+        let token = key.seal(counter, port);
+        let knockknock::Token { ip_id, sequence, acknowledgment, window } = token;
+        assert_eq!(u64::from(ip_id), number("ip_id"));
+        assert_eq!(u64::from(sequence), number("tcp_sequence"));
+        assert_eq!(u64::from(acknowledgment), number("tcp_acknowledgment"));
+        assert_eq!(u64::from(window), number("tcp_window"));
+        assert_eq!(format!("{ip_id:04x}{sequence:08x}{acknowledgment:08x}{window:04x}"), text("ciphertext"));
+        assert_eq!(key.open(counter, port, &token).map(|opened| opened.n()), Some(number("counter")));
+    }
 }

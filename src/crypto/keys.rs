@@ -115,7 +115,7 @@ impl PrivateKey {
         Self::from_bytes(*bytes)
     }
 
-    fn from_bytes(bytes: [u8; 32]) -> Result<Self, KeyError> {
+    pub(super) fn from_bytes(bytes: [u8; 32]) -> Result<Self, KeyError> {
         let secret = StaticSecret::from(bytes);
         let public = PublicKey::try_from(*x25519_dalek::PublicKey::from(&secret).as_bytes())?;
         Ok(Self { secret, public })

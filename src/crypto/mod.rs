@@ -3,6 +3,7 @@
 //! Pure: no file, no clock, no socket. `docs/protocol.md` is the specification, `tests/vectors/` its worked examples.
 
 pub mod keys;
+pub mod knockknock;
 pub mod ports;
 pub mod secret;
 pub mod token;

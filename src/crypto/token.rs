@@ -55,12 +55,12 @@ pub struct Pad {
     choice: u32,
 }
 
-/// Proof that a tag held. Only [`KnockKey::open`] makes one.
+/// Proof that a tag held. Only [`KnockKey::open`] and [`super::knockknock::Key::open`] make one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Opened {
-    n: u64,
-    port: u16,
-    binding: Binding,
+    pub(super) n: u64,
+    pub(super) port: u16,
+    pub(super) binding: Binding,
 }
 
 impl KnockKey {
@@ -136,7 +136,7 @@ impl Pad {
 }
 
 impl Opened {
-    /// The counter: Unix seconds.
+    /// The counter: Unix seconds, or the knocks of a profile of the ancestor's so far.
     pub const fn n(&self) -> u64 {
         self.n
     }
