@@ -8,7 +8,7 @@ use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
 
 use knockq::crypto::{Binding, KnockKey, KnockSecrets, PrivateKey, PublicKey, Side};
-use knockq::serve::store::{Doubt, Origin, Remains, Store, StoreError};
+use knockq::serve::store::{Doubt, Origin, Remains, Safe, Store, StoreError};
 use knockq::verify::{Counters, Fresh};
 
 /// Bytes of a page of redb's.
@@ -42,7 +42,7 @@ impl Subject {
         let server = *key.public();
         let own: Vec<PrivateKey> = (0..USERS).map(|_| PrivateKey::generate().unwrap()).collect();
         let users: Vec<PublicKey> = own.iter().map(|own| *own.public()).collect();
-        Store::create(create(&path), &server, 0).unwrap();
+        Store::create(create(&path), &server, Safe::default()).unwrap();
         let mut store = reopen(&path, server, FLOOR).unwrap();
         let mut counters = Counters::default();
         // What matters of an opened token here is its counter alone.
@@ -50,7 +50,7 @@ impl Subject {
         for n in 1_000..1_000 + COMMITS {
             let token = key.seal(n, 22, Binding::Unbound);
             let opened = key.open(n, 22, token.tsval, Binding::Unbound).unwrap();
-            let reserve = |user| counters.reserve(user, &opened, IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+            let reserve = |user| counters.reserve(user, &opened, IpAddr::V4(Ipv4Addr::LOCALHOST), 7).unwrap();
             Fresh::record(users.iter().map(reserve).collect(), &mut store).unwrap();
         }
         let killed = fs::read(&path).unwrap();
@@ -106,7 +106,7 @@ fn open(path: &PathBuf) -> File {
 fn reopen(path: &PathBuf, server: PublicKey, floor: u64) -> Result<Store, StoreError> {
     let file = open(path);
     let origin = Origin::of(&file).unwrap();
-    Store::open(file, server, origin, floor)
+    Store::open(file, server, origin, Safe { floor, since: 0 })
 }
 
 fn create(path: &PathBuf) -> File {
@@ -244,7 +244,8 @@ fn raise(subject: &Subject, store: &mut Store, n: u64) {
     let key = KnockKey::new(&KnockSecrets::derive(Side::Client, &own, key.public(), None).unwrap());
     let token = key.seal(n, 22, Binding::Unbound);
     let opened = key.open(n, 22, token.tsval, Binding::Unbound).unwrap();
-    let reservation = Counters::default().reserve(&subject.users[0], &opened, IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let reservation =
+        Counters::default().reserve(&subject.users[0], &opened, IpAddr::V4(Ipv4Addr::LOCALHOST), 7).unwrap();
     Fresh::record(vec![reservation], store).unwrap();
 }
 

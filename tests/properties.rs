@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use knockq::client::counter::{CounterFile, Issued};
-use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, Side};
-use knockq::verify::{Candidate, Index, Reason, Registry, SourcePolicy, User};
+use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, Side, knockknock};
+use knockq::verify::{Candidate, Index, Key, KnockknockProfile, Reason, Registry, Secrets, SourcePolicy, User};
 use numbers::Numbers;
 use pair::{End, Knock, Memory, NOW, Server, WINDOW, name, private_key, service, world};
 use proptest::prelude::{ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest};
@@ -344,7 +344,7 @@ fn user(place: usize, services: Vec<usize>) -> (User, KnockKey) {
     let entry = User {
         name: name(&format!("u{place}")),
         public_key: *own.public(),
-        secrets: derive(Side::Server, &server, own.public()),
+        secrets: Secrets::Token(derive(Side::Server, &server, own.public())),
         services,
         source: SourcePolicy::Any,
         from: Vec::new(),
@@ -441,7 +441,8 @@ proptest! {
         let (registry, keys) = registry(window, &selectors, &users);
         let mut oracle = Oracle { registry: &registry, keys: &keys, sequences: HashMap::new() };
         let mut now = start;
-        let mut index = Index::new(&registry, &keys, now);
+        let indexed: Vec<Key> = keys.iter().cloned().map(Key::Token).collect();
+        let mut index = Index::new(&registry, &indexed, now);
         let whole = |now: u64| (now.saturating_sub(window), now.saturating_add(window + 2));
         // Seconds whose knocks are all in the index, and those of which there may be some, for want of time since.
         let (mut sure, mut span) = (whole(now), whole(now));
@@ -461,7 +462,7 @@ proptest! {
                 span = (if is_behind { span.0 } else { whole.0 }, span.1.max(whole.1));
                 is_behind
             } else {
-                index = Index::new(&registry, &keys, now);
+                index = Index::new(&registry, &indexed, now);
                 (sure, span) = (whole, whole);
                 false
             };
@@ -639,4 +640,39 @@ fn processes_with_clocks_of_their_own_never_issue_one_counter() {
     issued.sort_unstable();
     issued.dedup();
     assert!(issued.len() == count && count > 300, "{} of {count} are different", issued.len());
+}
+
+proptest! {
+    #![proptest_config(fixed(48))]
+
+    #[test]
+    fn a_profiles_knocks_around_its_count_are_in_the_index_and_no_other_however_it_moves(
+        selectors in prop::collection::btree_set(any::<u16>(), 1..=3),
+        counts in prop::collection::vec(count(), 1..12),
+    ) {
+        let (mut registry, _) = registry(1, &selectors, &[u8::MAX]);
+        let secrets: knockknock::Secrets = format!("{0}==\n{0}==", "A".repeat(22)).parse().unwrap();
+        let profile = KnockknockProfile { secrets: secrets.clone(), knock_port: 2222, counter: 0, as_of: 0 };
+        registry.users[0].secrets = Secrets::Knockknock(profile);
+        let ports: Vec<u16> = registry.selectors(&registry.users[0]).collect();
+        let key = knockknock::Key::new(&secrets);
+        let mut index = Index::new(&registry, &[registry.users[0].secrets.key()], NOW);
+        prop_assert_eq!(index.len(), 0);
+        for next in counts {
+            index.count(0, next);
+            let live = next.saturating_sub(20)..(next + 20).min(1 << 32);
+            let around = live.start.saturating_sub(30)..(live.end + 30).min(1 << 32);
+            for (n, &port) in around.flat_map(|n| ports.iter().map(move |port| (n, port))) {
+                let sequence = key.seal(u32::try_from(n).unwrap(), port).sequence;
+                let is_in = index.candidates(sequence).any(|found| found == Candidate { user: 0, n, port });
+                prop_assert_eq!(is_in, live.contains(&n), "{} of {:?}", n, live);
+            }
+            prop_assert_eq!(u64::try_from(index.len()).unwrap(), (live.end - live.start) * ports.len() as u64);
+        }
+    }
+}
+
+/// Counts, near each other and at both ends.
+fn count() -> impl Strategy<Value = u64> {
+    prop_oneof![4 => 0..100_u64, 1 => 0..(1_u64 << 32), 2 => (1_u64 << 32) - 60..=1 << 32]
 }

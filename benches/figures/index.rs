@@ -8,7 +8,7 @@ use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use knockq::packet::Flow;
 use knockq::serve::verifier::SLICE;
 use knockq::service::{Port, Transport};
-use knockq::verify::{Registry, Service, SourcePolicy, User, Verifier};
+use knockq::verify::{Registry, Secrets, Service, SourcePolicy, User, Verifier};
 
 use crate::lab::{FAMILIES, Family};
 use crate::recorded::persona;
@@ -79,7 +79,7 @@ fn verifier(users: usize, window: u64) -> Verifier {
         User {
             name: format!("user{number}").parse().unwrap(),
             public_key,
-            secrets: KnockSecrets::derive(Side::Server, &server, &public_key, None).unwrap(),
+            secrets: Secrets::Token(KnockSecrets::derive(Side::Server, &server, &public_key, None).unwrap()),
             services: vec![0],
             source: SourcePolicy::Any,
             from: Vec::new(),
@@ -101,5 +101,5 @@ fn verifier(users: usize, window: u64) -> Verifier {
         }],
         users: (0..users).map(user).collect(),
     };
-    Verifier::new(registry, HashMap::new(), NOW)
+    Verifier::new(registry, &HashMap::new(), NOW)
 }

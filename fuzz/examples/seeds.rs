@@ -16,7 +16,7 @@ use knockq::serve::policy::{Allowance, Opening, Policy};
 use knockq::serve::sandbox::Identity;
 use knockq::serve::settings::Settings;
 use knockq::service::{Answer, Name, Port};
-use knockq::verify::{Registry, Service, SourcePolicy, User};
+use knockq::verify::{Registry, Secrets, Service, SourcePolicy, User};
 use knockq_fuzz::recorded::persona;
 
 fn main() {
@@ -229,7 +229,7 @@ fn handed_over() {
     let user = User {
         name: "alice".parse().unwrap(),
         public_key: *alice.public(),
-        secrets: KnockSecrets::derive(Side::Server, &server, alice.public(), None).unwrap(),
+        secrets: Secrets::Token(KnockSecrets::derive(Side::Server, &server, alice.public(), None).unwrap()),
         services: vec![0],
         source: SourcePolicy::Bound,
         from: vec!["192.0.2.0/24".parse().unwrap()],

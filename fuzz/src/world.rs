@@ -8,7 +8,7 @@ use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Pu
 use knockq::packet::{Flow, Persona, Syn};
 use knockq::service::Port;
 use knockq::verify::{
-    Claim, Decision, Grant, Ledger, Recorded, Registry, Reservation, Service, SourcePolicy, User, Verifier, Withdrawal,
+    Claim, Decision, Grant, Ledger, Recorded, Registry, Reservation, Secrets, Service, SourcePolicy, User, Verifier, Withdrawal,
 };
 
 use crate::Input;
@@ -105,7 +105,7 @@ impl Default for World {
 impl World {
     pub fn new() -> Self {
         let registry = KEYS.0.clone();
-        let verifier = Verifier::new(registry.clone(), HashMap::new(), NOW);
+        let verifier = Verifier::new(registry.clone(), &HashMap::new(), NOW);
         Self {
             registry,
             verifier,
@@ -299,7 +299,7 @@ impl World {
         if has(3) {
             registry.services.swap(0, 1);
         }
-        let verifier = Verifier::new(registry.clone(), self.ledger.last.clone(), self.now);
+        let verifier = Verifier::new(registry.clone(), &self.ledger.last, self.now);
         self.next = Some((registry, verifier));
     }
 
@@ -316,7 +316,7 @@ impl World {
         self.next = None;
         self.last = self.ledger.last.clone();
         self.claimed.retain(|(user, n), _| self.ledger.last.get(user) >= Some(n));
-        self.verifier = Verifier::new(self.registry.clone(), self.ledger.last.clone(), self.now);
+        self.verifier = Verifier::new(self.registry.clone(), &self.ledger.last, self.now);
     }
 }
 
@@ -354,7 +354,7 @@ fn keys() -> (Registry, Vec<KnockKey>) {
     let user = |place: usize| User {
         name: format!("u{place}").parse().unwrap(),
         public_key: *own[place].public(),
-        secrets: secrets(Side::Server, &server, &own[place]),
+        secrets: Secrets::Token(secrets(Side::Server, &server, &own[place])),
         services: vec![0, 1],
         source: if place == 2 { SourcePolicy::Bound } else { SourcePolicy::Any },
         from: if place == 1 { vec!["203.0.113.0/24".parse().unwrap()] } else { Vec::new() },

@@ -43,7 +43,7 @@ impl Check {
             note(&format!("warning: only root can see whether set {set} is there"));
         }
         let (services, users) = (config.services.len(), config.users.len());
-        let knock_ports = config.knock_ports.iter().count();
+        let knock_ports = config.all_knock_ports().iter().count();
         print(&format!(
             "{}: ok (services {services}, users {users}, knock ports {knock_ports})\nserver key fingerprint: {}\n",
             path.display(),
@@ -104,7 +104,7 @@ pub(super) fn ephemeral_knock_port(config: &ServerConfig) -> Option<String> {
     let range = ephemeral_ports();
     let reserved = reserved_ports();
     let is_given = |port: &u16| range.contains(port) && !reserved.iter().any(|ports| ports.contains(port));
-    let port = config.knock_ports.iter().find(is_given)?;
+    let port = config.all_knock_ports().iter().find(is_given)?;
     let (start, end) = (range.start(), range.end());
     Some(format!("knock port {port} lies inside net.ipv4.ip_local_port_range ({start}-{end})"))
 }

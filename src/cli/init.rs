@@ -15,11 +15,12 @@ use super::check::{ephemeral_ports, warn_of_ephemeral_ports};
 use super::failure::{CONFIGURATION, Failure, USAGE};
 use super::{note, print, sockets};
 use crate::client::address::{is_global, own_addresses};
+use crate::client::clock::unix_now;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::{RUNTIME_DIRECTORY, STATE_DIRECTORY};
 use crate::config::{FileError, ServerConfig};
 use crate::crypto::{KnockPorts, KnockPortsError, PrivateKey};
-use crate::serve::store::Store;
+use crate::serve::store::{Safe, Store};
 use crate::service::{HostAddress, Port, Transport};
 
 /// Knock ports that are chosen where none are given.
@@ -231,7 +232,8 @@ impl Made {
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|cause| FileError::Io { path: path.to_owned(), cause })?;
         self.0.push(path.to_owned());
-        Store::create(file, key.public(), 0).map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))
+        Store::create(file, key.public(), Safe { floor: 0, since: unix_now() })
+            .map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))
     }
 
     fn keep(mut self) {

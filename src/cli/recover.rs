@@ -13,7 +13,7 @@ use crate::client::clock::{is_synchronized, unix_now};
 use crate::config::secure_file::{self, Draft, Privacy};
 use crate::config::{Seconds, ServerConfig};
 use crate::serve::start;
-use crate::serve::store::{Remains, Store, StoreError};
+use crate::serve::store::{Remains, Safe, Store, StoreError};
 use crate::serve::verifier::VerifierError;
 
 #[derive(Args)]
@@ -41,14 +41,14 @@ impl Recover {
         warn_of_clock(now, &old, &config);
 
         secure_file::create_directory(&config.state)?;
-        let floor = now.saturating_add(config.window.0.into()).saturating_add(self.ahead.0.into());
+        let safe = Safe::after(now, u64::from(config.window.0).saturating_add(self.ahead.0.into()));
         let (draft, file) = Draft::new(&path, Privacy::Secret)?;
-        Store::create_after(&old.remains, file, config.private_key.public(), floor)
+        Store::create_after(&old.remains, file, config.private_key.public(), safe)
             .map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))?;
         let kept = old.keep_aside(&path, now)?;
         draft.install()?;
         print(&report(&path, kept.as_deref(), &old))?;
-        print(&waiting(now, floor, &old.remains, &config))
+        print(&waiting(now, safe.floor, &old.remains, &config))
     }
 }
 

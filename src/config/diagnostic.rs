@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::FileError;
+use crate::crypto::knockknock::{Secrets, SecretsError};
 use crate::crypto::{KeyError, PrivateKey};
 
 /// Why a configuration is refused.
@@ -38,6 +39,14 @@ pub enum ConfigError {
         /// Why not.
         cause: KeyError,
     },
+    /// The file of a knockknock profile's keys holds none.
+    #[error("{}: {cause}", path.display())]
+    ProfileKeys {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: SecretsError,
+    },
     /// A user's key is none.
     #[error("{}: {cause}", path.display())]
     Key {
@@ -58,6 +67,9 @@ impl ConfigError {
             Self::ServerKey { .. } => Some(SERVER_KEY.to_owned()),
             Self::PresharedKey { .. } => {
                 Some("restore it; or make another, for the user too: head -c 32 /dev/urandom | base64".to_owned())
+            }
+            Self::ProfileKeys { .. } => {
+                Some("take it from the original profile: its cipher.key, then its mac.key, a line each".to_owned())
             }
             Self::Key { .. } => Some("the user makes one with `knockq keygen` on their machine".to_owned()),
         }
@@ -105,7 +117,7 @@ impl Diagnostic {
     /// What TOML or a type of ours did not take. Of a file that holds a key, nothing is shown: it may be a private one. Of a
     /// profile that brings a private key, no line is.
     pub fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> Self {
-        if text.parse::<PrivateKey>().is_ok() {
+        if text.parse::<PrivateKey>().is_ok() || text.parse::<Secrets>().is_ok() {
             return Self::new(path, "", 0..0, "is a key file, which is shown to nobody");
         }
         let message = error.message().replace('\n', ", ");

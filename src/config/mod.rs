@@ -2,8 +2,9 @@
 
 pub mod diagnostic;
 pub mod duration;
-pub mod expiry;
+pub mod knockknock;
 mod limits;
+pub mod moment;
 pub mod network;
 pub mod secure_file;
 pub mod server;
@@ -11,7 +12,8 @@ pub mod users;
 
 pub use diagnostic::{ConfigError, Diagnostic};
 pub use duration::Seconds;
-pub use expiry::Expiry;
+pub use knockknock::Knockknock;
+pub use moment::Moment;
 pub use network::Network;
 pub use secure_file::FileError;
 pub use server::ServerConfig;

@@ -11,11 +11,11 @@ use toml::Spanned;
 use super::limits::{At, OPENINGS, within_or};
 use super::secure_file::{self, Privacy};
 use super::users::{self, UserEntry};
-use super::{ConfigError, Diagnostic, Expiry, Network, Seconds};
+use super::{ConfigError, Diagnostic, Knockknock, Moment, Network, Seconds};
 use crate::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use crate::nft::Ruleset;
 use crate::service::{Answer, HostAddress, Name, Port, Transport};
-use crate::verify::{Registry, Service, User};
+use crate::verify::{KnockknockProfile, Registry, Secrets, Service, User};
 
 /// Where the counters are kept, unless `state` names another directory.
 pub const STATE_DIRECTORY: &str = "/var/lib/knockq";
@@ -190,18 +190,15 @@ impl ServerConfig {
     /// When a key agrees on nothing, which loading has ruled out.
     pub fn registry(&self) -> Result<Registry, ConfigError> {
         let user = |entry: &UserEntry| {
-            let preshared = entry.preshared.as_ref().map(|(_, key)| key);
-            let secrets = KnockSecrets::derive(Side::Server, &self.private_key, &entry.public_key, preshared)
-                .map_err(|cause| ConfigError::Key { path: entry.path.clone(), cause })?;
             Ok(User {
                 name: entry.name.clone(),
                 public_key: entry.public_key,
-                secrets,
+                secrets: self.secrets(entry)?,
                 services: entry.services.clone(),
                 source: entry.source,
                 from: entry.from.clone(),
                 open_for: entry.open_for.map(|cap| cap.0),
-                expires: entry.expires.map(Expiry::unix),
+                expires: entry.expires.map(Moment::unix),
             })
         };
         Ok(Registry {
@@ -212,6 +209,27 @@ impl ServerConfig {
         })
     }
 
+    fn secrets(&self, entry: &UserEntry) -> Result<Secrets, ConfigError> {
+        if let Some(Knockknock { secrets, knock_port, counter, as_of, .. }) = &entry.knockknock {
+            let (secrets, as_of) = (secrets.clone(), as_of.unix());
+            return Ok(Secrets::Knockknock(KnockknockProfile {
+                secrets,
+                knock_port: *knock_port,
+                counter: *counter,
+                as_of,
+            }));
+        }
+        let preshared = entry.preshared.as_ref().map(|(_, key)| key);
+        KnockSecrets::derive(Side::Server, &self.private_key, &entry.public_key, preshared)
+            .map(Secrets::Token)
+            .map_err(|cause| ConfigError::Key { path: entry.path.clone(), cause })
+    }
+
+    /// Every port that somebody knocks at: the server's own, and those of knockknock profiles.
+    pub fn all_knock_ports(&self) -> KnockPorts {
+        self.knock_ports.and(self.users.iter().filter_map(|user| Some(user.knockknock.as_ref()?.knock_port)))
+    }
+
     /// The table for this configuration.
     pub fn ruleset(&self) -> Ruleset {
         let mut guarded: Vec<Port> = self.services.iter().flat_map(|service| service.ports.clone()).collect();
@@ -219,7 +237,7 @@ impl ServerConfig {
         guarded.dedup();
         Ruleset {
             guarded,
-            knock_ports: self.knock_ports.ranges(),
+            knock_ports: self.all_knock_ports().ranges(),
             trusted: self.trusted.clone(),
             answer: self.answer,
             queue: self.queue,

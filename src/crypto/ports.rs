@@ -35,6 +35,15 @@ impl KnockPorts {
         }
     }
 
+    /// These and others, with no regard to how many they are.
+    #[must_use]
+    pub fn and(&self, others: impl IntoIterator<Item = u16>) -> Self {
+        let mut ports: Vec<u16> = self.iter().chain(others).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        Self(ports)
+    }
+
     /// The port number `choice mod K`, K the length of the list (docs/protocol.md section 3).
     pub fn pick(&self, choice: u32) -> u16 {
         let count = u32::try_from(self.0.len()).unwrap_or(u32::MAX);

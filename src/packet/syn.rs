@@ -16,8 +16,14 @@ pub struct Syn {
     pub destination: IpAddr,
     /// Port it was sent to.
     pub destination_port: u16,
+    /// Identification of the IPv4 header (RFC 791), which IPv6 has not.
+    pub ip_id: Option<u16>,
     /// Initial sequence number.
     pub sequence: u32,
+    /// Acknowledgment number, which means nothing in a SYN.
+    pub acknowledgment: u32,
+    /// Window.
+    pub window: u16,
     /// TSval of the timestamp option (RFC 7323), where there is one.
     pub tsval: Option<u32>,
 }
@@ -66,7 +72,8 @@ impl Syn {
         }
         let [source, destination] = [header.source(), header.destination()].map(|octets| Ipv4Addr::from(octets).into());
         let rest = packet.get(header.slice().len()..).unwrap_or_default();
-        Self::parse_tcp(source, destination, header.protocol(), rest)
+        let syn = Self::parse_tcp(source, destination, header.protocol(), rest)?;
+        Ok(Self { ip_id: Some(header.identification()), ..syn })
     }
 
     fn parse_v6(packet: &[u8]) -> Result<Self, NotSyn> {
@@ -103,7 +110,10 @@ impl Syn {
             source_port: tcp.source_port(),
             destination,
             destination_port: tcp.destination_port(),
+            ip_id: None,
             sequence: tcp.sequence_number(),
+            acknowledgment: tcp.acknowledgment_number(),
+            window: tcp.window_size(),
             tsval: timestamp(tcp.options()),
         })
     }

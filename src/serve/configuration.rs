@@ -16,7 +16,7 @@ use super::settings::Settings;
 use super::vocabulary::Breach;
 use crate::config::server::RulesetMode;
 use crate::config::users::UserEntry;
-use crate::config::{Expiry, ServerConfig};
+use crate::config::{Moment, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::nft::Ruleset;
 use crate::verify::Service;
@@ -145,7 +145,7 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
         ruleset: config.ruleset(),
         users: config.users.len(),
         services: config.services.len(),
-        knock_ports: config.knock_ports.to_string(),
+        knock_ports: config.all_knock_ports().to_string(),
     }
 }
 
@@ -163,7 +163,7 @@ fn policy(config: &ServerConfig, identity: Identity) -> Policy {
         from: user.from.clone(),
         bound: user.must_bind(),
         open_for: user.open_for.map(|cap| cap.0),
-        expires: user.expires.map(Expiry::unix),
+        expires: user.expires.map(Moment::unix),
         add_to: user.add_to.clone(),
     };
     let users = config.users.iter().map(|user| (user.name.clone(), allowance(user)));

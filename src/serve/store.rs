@@ -36,6 +36,10 @@ const ORIGIN: &str = "origin";
 /// No n up to this one is accepted for any key, 8 bytes big-endian.
 const FLOOR: &str = "floor";
 
+/// A count of a knockknock profile that was set before this moment is not trusted: the store may have known of more. Unix
+/// seconds, 8 bytes big-endian.
+const FORGOT: &str = "forgot";
+
 /// What the tables mean, 4 bytes big-endian. A store that does not say is of version 1.
 const VERSION: &str = "version";
 
@@ -119,24 +123,25 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn create(file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
-        Self::create_after(&Remains::default(), file, server, floor)
+    pub fn create(file: File, server: &PublicKey, safe: Safe) -> Result<(), StoreError> {
+        Self::create_after(&Remains::default(), file, server, safe)
     }
 
     /// Makes a store in an empty file that takes over what another one knew: no counter and no floor is ever lowered.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn create_after(remains: &Remains, file: File, server: &PublicKey, floor: u64) -> Result<(), StoreError> {
+    pub fn create_after(remains: &Remains, file: File, server: &PublicKey, safe: Safe) -> Result<(), StoreError> {
         let origin = Origin::of(&file)?;
         let database = database(locked(file)?, &Arc::default())?;
-        let floor = remains.floor.max(floor);
+        let floor = remains.floor.max(safe.floor);
         let transaction = database.begin_write()?;
         {
             let mut facts = transaction.open_table(FACTS)?;
             facts.insert(SERVER, server.as_bytes().as_slice())?;
             facts.insert(ORIGIN, origin.as_bytes())?;
             facts.insert(FLOOR, floor.to_be_bytes().as_slice())?;
+            facts.insert(FORGOT, safe.since.to_be_bytes().as_slice())?;
             facts.insert(VERSION, KNOWN_VERSION.to_be_bytes().as_slice())?;
             let mut counters = transaction.open_table(COUNTERS)?;
             for (row, n) in &remains.rows {
@@ -149,16 +154,16 @@ impl Store {
 
     /// Opens the store of this server, and checks every page of it.
     ///
-    /// If that leaves a [`Doubt`], no counter up to `floor` is accepted from then on. It must be above all that can have been
-    /// accepted. `origin` is that of `file`.
+    /// If that leaves a [`Doubt`], what was accepted before cannot be told, and `safe` says what cannot be of it. `origin` is
+    /// that of `file`.
     ///
     /// # Errors
     /// When it is not one, another server's, a newer knockq's, or damaged.
-    pub fn open(file: File, server: PublicKey, origin: Origin, floor: u64) -> Result<Self, StoreError> {
+    pub fn open(file: File, server: PublicKey, origin: Origin, safe: Safe) -> Result<Self, StoreError> {
         let pages = locked(file.try_clone()?)?;
         // On the disk nothing changes before the floor is where it belongs: who ends meanwhile finds the same again.
         let (opened, doubt) = examine(pages.clone(), &server, &origin)?;
-        let settled = doubt.map_or(Ok(()), |_| settle(&opened.database, &origin, floor));
+        let settled = doubt.map_or(Ok(()), |_| settle(&opened.database, &origin, safe));
         if let Err(error) = settled.and_then(|()| Ok(opened.header.let_go(&pages)?)) {
             opened.header.close();
             return Err(error);
@@ -187,7 +192,7 @@ impl Store {
         fstat(&self.file).is_ok_and(|file| file.st_nlink == 0)
     }
 
-    /// The last accepted counter of every key in `known`: what is written, or the floor where that is higher.
+    /// The last accepted counter of the token of every key in `known`: what is written, or the floor where that is higher.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -195,16 +200,43 @@ impl Store {
         &mut self,
         known: impl Iterator<Item = PublicKey>,
     ) -> Result<HashMap<PublicKey, u64>, StoreError> {
+        let floor = floor(self.database()?)?;
+        self.written(known, |written| Some(written.unwrap_or(0).max(floor)))
+    }
+
+    /// The number of the last accepted knock of every profile in `known` that had one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn last_counts(
+        &mut self,
+        known: impl Iterator<Item = PublicKey>,
+    ) -> Result<HashMap<PublicKey, u64>, StoreError> {
+        self.written(known, |written| written)
+    }
+
+    fn written(
+        &mut self,
+        known: impl Iterator<Item = PublicKey>,
+        last: impl Fn(Option<u64>) -> Option<u64>,
+    ) -> Result<HashMap<PublicKey, u64>, StoreError> {
         let server = self.server;
-        let database = self.database()?;
-        let floor = floor(database)?;
-        let transaction = database.begin_read()?;
+        let transaction = self.database()?.begin_read()?;
         let counters = transaction.open_table(COUNTERS)?;
-        let last = |client: PublicKey| {
-            let written = counters.get(row(&client, &server))?;
-            Ok((client, written.map_or(0, |n| n.value()).max(floor)))
+        let entry = |client: PublicKey| {
+            let written = counters.get(row(&client, &server))?.map(|n| n.value());
+            Ok(last(written).map(|last| (client, last)))
         };
-        known.map(last).collect()
+        known.map(entry).filter_map(Result::transpose).collect()
+    }
+
+    /// Counts of knockknock profiles that were set before this moment, in Unix seconds, may be less than what was accepted
+    /// since, and then forgotten.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn forgot(&mut self) -> Result<u64, StoreError> {
+        Ok(seconds(self.database()?, FORGOT)?.unwrap_or(0))
     }
 
     fn database(&mut self) -> Result<&Database, StoreError> {
@@ -215,6 +247,22 @@ impl Store {
             self.database = Some(database);
         }
         self.database.as_ref().ok_or(StoreError::NotAStore)
+    }
+}
+
+/// What cannot have been accepted before, although nobody knows it any more. By default, anything.
+#[derive(Clone, Copy, Default)]
+pub struct Safe {
+    /// Counters of tokens above this one, in Unix seconds.
+    pub floor: u64,
+    /// Counts of knockknock profiles that are set at this moment or later, in Unix seconds.
+    pub since: u64,
+}
+
+impl Safe {
+    /// From now on: tokens that are ahead of every window, and counts that are set later than this second.
+    pub const fn after(now: u64, window: u64) -> Self {
+        Self { floor: now.saturating_add(window), since: now.saturating_add(1) }
     }
 }
 
@@ -307,8 +355,13 @@ fn write<'a>(
 }
 
 fn floor(database: &Database) -> Result<u64, StoreError> {
-    let floor = fact(database, FLOOR)?.and_then(|floor| <[u8; 8]>::try_from(floor).ok());
-    floor.map(u64::from_be_bytes).ok_or(StoreError::NotAStore)
+    seconds(database, FLOOR)?.ok_or(StoreError::NotAStore)
+}
+
+/// A fact that is a moment.
+fn seconds(database: &Database, name: &str) -> Result<Option<u64>, StoreError> {
+    let bytes = fact(database, name)?.map(|bytes| <[u8; 8]>::try_from(bytes).map_err(|_| StoreError::NotAStore));
+    Ok(bytes.transpose()?.map(u64::from_be_bytes))
 }
 
 /// A database whose header on the disk is still as it was.
@@ -347,13 +400,15 @@ fn examine(
     Ok((opened, doubt))
 }
 
-/// From here on it takes no counter up to `floor`, and is at home in its file.
-fn settle(database: &Database, origin: &Origin, to: u64) -> Result<(), StoreError> {
-    let floor = floor(database)?.max(to);
+/// From here on it takes only what is safe, and is at home in its file.
+fn settle(database: &Database, origin: &Origin, safe: Safe) -> Result<(), StoreError> {
+    let floor = floor(database)?.max(safe.floor);
+    let since = seconds(database, FORGOT)?.unwrap_or(0).max(safe.since);
     let transaction = database.begin_write()?;
     {
         let mut facts = transaction.open_table(FACTS)?;
         facts.insert(FLOOR, floor.to_be_bytes().as_slice())?;
+        facts.insert(FORGOT, since.to_be_bytes().as_slice())?;
         facts.insert(ORIGIN, origin.as_bytes())?;
     }
     transaction.commit()?;

@@ -27,7 +27,7 @@ use super::repeats::Trouble;
 use super::report;
 use super::sandbox::{self, SandboxError};
 use super::settings::Settings;
-use super::store::{Origin, Store, StoreError};
+use super::store::{Origin, Safe, Store, StoreError};
 use super::writer::{self, Done, WAITING, Work};
 use super::{calls, handover, terminal, watchers};
 use crate::queue::{RelayReader, records};
@@ -89,8 +89,8 @@ pub fn run() -> Result<(), VerifierError> {
     unprivileged.allow_only(calls::VERIFIER)?;
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
-    let floor = unix_now().saturating_add(registry.window);
-    let mut store = Store::open(store, server, origin, floor).map_err(fail)?;
+    let safe = Safe::after(unix_now(), registry.window);
+    let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
     if let Some(doubt) = store.doubt() {
         let seconds = registry.window.saturating_add(1);
         let hint = "so long users cannot knock";

@@ -7,14 +7,14 @@ use std::thread;
 use std::time::Instant;
 
 use tokio::sync::mpsc as channel;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::clock::unix_now;
 use super::repeats::Trouble;
 use super::settings::Settings;
 use super::store::{Store, StoreError};
 use super::{handover, log};
-use crate::verify::{Claim, Recorded, Refusal, Registry, Verifier};
+use crate::verify::{Claim, Recorded, Refusal, Registry, Secrets, User, Verifier};
 
 /// Claims that wait for the disk at most; one more is refused.
 pub(super) const WAITING: usize = 1024;
@@ -126,8 +126,25 @@ fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
     prepare(store, registry).map_err(io::Error::other)
 }
 
-/// A verifier by these settings, with the counters that the store knows.
-pub(super) fn prepare(store: &mut Store, registry: Registry) -> Result<Verifier, StoreError> {
-    let last = store.last_counters(registry.users.iter().map(|user| user.public_key))?;
-    Ok(Verifier::new(registry, last, unix_now()))
+/// A verifier by these settings, with the counters that the store knows. Of users whose count it may have forgotten, no knock
+/// is one.
+pub(super) fn prepare(store: &mut Store, mut registry: Registry) -> Result<Verifier, StoreError> {
+    let forgot = store.forgot()?;
+    let is_forgotten = |user: &User| matches!(&user.secrets, Secrets::Knockknock(profile) if profile.as_of < forgot);
+    let (waiting, users): (Vec<User>, _) = registry.users.into_iter().partition(is_forgotten);
+    registry.users = users;
+    if !waiting.is_empty() {
+        let users: Vec<&str> = waiting.iter().map(|user| user.name.as_str()).collect();
+        let hint = "ask their clients for the number of the next knock, and set it: knockq user counter NAME NUMBER";
+        warn!(
+            users = users.join(", "),
+            hint,
+            "the counter store was made anew or restored since these profiles were counted: no knock of theirs is taken"
+        );
+    }
+    let has_profile = |user: &&User| matches!(user.secrets, Secrets::Knockknock(_));
+    let (profiles, tokens): (Vec<&User>, Vec<&User>) = registry.users.iter().partition(has_profile);
+    let mut last = store.last_counters(tokens.iter().map(|user| user.public_key))?;
+    last.extend(store.last_counts(profiles.iter().map(|user| user.public_key))?);
+    Ok(Verifier::new(registry, &last, unix_now()))
 }

@@ -3,16 +3,21 @@
 //! For whoever has the keys and the time, not for the daemon: one AES block for each key and second, 172,800 a key.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Reason, Registry, Service, SourcePolicy, User};
+use super::{Key, Reason, Registry, Secrets, Service, SourcePolicy, User};
 use crate::crypto::{Binding, KnockKey, Pad};
 use crate::packet::Syn;
 use crate::service::Name;
+
+mod cause;
+mod knockknock;
+
+pub use cause::Cause;
+use knockknock::{Counted, Profile};
 
 /// Seconds that a clock may be off, either way.
 const DAY: u64 = 86_400;
@@ -59,71 +64,6 @@ pub struct Finding {
     pub causes: Vec<Cause>,
 }
 
-/// What was wrong with a packet.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-#[serde(tag = "cause", rename_all = "snake_case")]
-pub enum Cause {
-    /// It bears nobody's token, within a day.
-    NoKey,
-    /// The client's clock is behind the server's.
-    ClockBehind {
-        /// By so much.
-        seconds: u64,
-    },
-    /// The client's clock is ahead of the server's.
-    ClockAhead {
-        /// By so much.
-        seconds: u64,
-    },
-    /// It is older than the window, and a later knock of this key was accepted.
-    Old {
-        /// By so much.
-        seconds: u64,
-    },
-    /// It came to another knock port than the server's list gives.
-    WrongKnockPort {
-        /// The port that it came to.
-        port: u16,
-    },
-    /// The source lies outside the user's networks.
-    FromMismatch {
-        /// Where it came from.
-        source: IpAddr,
-    },
-    /// There is no timestamp.
-    TimestampStripped,
-    /// It is bound to another address.
-    WrongSource {
-        /// The address that it is bound to.
-        bound: IpAddr,
-        /// The address that it came from.
-        source: IpAddr,
-    },
-    /// Its tag holds for no address that is known here.
-    TimestampRewritten,
-    /// It is bound to no address, and this user's must be.
-    NotBound,
-    /// What only the daemon knew when the packet came.
-    State {
-        /// Its reason.
-        reason: Reason,
-    },
-    /// The user may not open this service.
-    PortNotAllowed {
-        /// The service.
-        service: Name,
-    },
-    /// There is no such service.
-    NoSuchService {
-        /// The selector that stands for it.
-        selector: u16,
-    },
-    /// The user's entry has expired.
-    Expired,
-    /// Nothing, by the configuration of now.
-    Nothing,
-}
-
 /// A knock that a packet could be.
 #[derive(Clone, Copy)]
 struct Candidate {
@@ -140,6 +80,8 @@ struct Suspect<'a> {
     record: &'a Record,
     syn: Syn,
     best: Option<Candidate>,
+    /// The knockknock profile's knock that it is.
+    counted: Option<Counted>,
 }
 
 /// Explains these packets, as far as they are SYNs. `past` knows the users' by name; `tell` is called before each user with
@@ -151,12 +93,22 @@ pub fn explain(
     mut tell: impl FnMut(usize),
 ) -> Vec<Finding> {
     let parsed = records.iter().filter_map(|record| Some((record, Syn::parse(&record.packet).ok()?)));
-    let mut suspects: Vec<Suspect<'_>> = parsed.map(|(record, syn)| Suspect { record, syn, best: None }).collect();
+    let mut suspects: Vec<Suspect<'_>> =
+        parsed.map(|(record, syn)| Suspect { record, syn, best: None, counted: None }).collect();
     let seconds = seconds_around(&suspects);
     let places = by_low_half(&suspects);
+    let by_sequence = knockknock::by_sequence(&suspects);
     for (place, user) in registry.users.iter().enumerate() {
         tell(place);
-        let key = KnockKey::new(&user.secrets);
+        let key = match user.secrets.key() {
+            Key::Token(key) => key,
+            Key::Knockknock { key, knock_port } => {
+                let last = user.last(past.get(&user.name).and_then(|past| past.accepted));
+                let next = last.map_or(0, |last| last.saturating_add(1));
+                Profile { user: place, key: &key, knock_port, next }.search(registry, &by_sequence, &mut suspects);
+                continue;
+            }
+        };
         for n in seconds.iter().cloned().flatten() {
             let pad = key.pad(n);
             // Within the low half there is no selector.
@@ -228,7 +180,8 @@ impl Suspect<'_> {
     fn guess_address(&mut self, registry: &Registry, past: &HashMap<Name, Past>) {
         let (Some(best), Some(tsval)) = (&mut self.best, self.syn.tsval) else { return };
         let Some(user) = registry.users.get(best.user).filter(|_| best.binding.is_none()) else { return };
-        let key = KnockKey::new(&user.secrets);
+        let Secrets::Token(secrets) = &user.secrets else { return };
+        let key = KnockKey::new(secrets);
         let own = past.get(&user.name).into_iter().flat_map(|past| &past.addresses);
         let all = past.values().flat_map(|past| &past.addresses);
         let private = BEHIND_NAT.into_iter().flat_map(|([a, b], networks)| {
@@ -243,8 +196,15 @@ impl Suspect<'_> {
     fn finding(&self, registry: &Registry, past: &HashMap<Name, Past>) -> Finding {
         let Record { at, reason, .. } = *self.record;
         let known = self.best.and_then(|best| Some((best, registry.users.get(best.user)?)));
+        let counted = self.counted.and_then(|counted| Some((counted, registry.users.get(counted.user)?)));
         let (mut user, mut service, mut causes) = (self.record.user.clone(), None, Vec::new());
-        if let Some((best, owner)) = known {
+        if let Some((counted, owner)) = counted {
+            let asked = registry.services.iter().find(|service| service.selector == counted.selector);
+            causes = self.causes_of_count(registry, counted, owner, asked);
+            (user, service) = (Some(owner.name.clone()), asked.map(|service| service.name.clone()));
+        } else if reason == Reason::WrongTag && self.is_of_profile(registry) {
+            causes.push(Cause::Rewritten);
+        } else if let Some((best, owner)) = known {
             let asked = registry.services.iter().find(|service| service.selector == best.selector);
             causes = self.causes(registry, past.get(&owner.name), &best, owner, asked);
             (user, service) = (Some(owner.name.clone()), asked.map(|service| service.name.clone()));
@@ -266,7 +226,6 @@ impl Suspect<'_> {
         service: Option<&Service>,
     ) -> Vec<Cause> {
         let Syn { source, destination_port: port, .. } = self.syn;
-        let at = self.record.at;
         let mut causes = Vec::new();
         causes.extend(self.time(registry.window, past, best.n));
         causes.extend((best.knock_port != port).then_some(Cause::WrongKnockPort { port }));
@@ -278,19 +237,62 @@ impl Suspect<'_> {
             (_, Some(Binding::Unbound)) if user.source == SourcePolicy::Bound => Some(Cause::NotBound),
             _ => None,
         });
-        causes.extend(is_of_state(self.record.reason).then_some(Cause::State { reason: self.record.reason }));
-        causes.extend(match service {
-            None => Some(Cause::NoSuchService { selector: best.selector }),
-            Some(service) if registry.permitted(user, best.selector).is_none() => {
-                Some(Cause::PortNotAllowed { service: service.name.clone() })
-            }
-            Some(_) => None,
-        });
-        causes.extend(user.expires.is_some_and(|expiry| at >= expiry).then_some(Cause::Expired));
+        causes.extend(self.of_rights(registry, user, best.selector, service));
         if causes.is_empty() {
             causes.push(Cause::Nothing);
         }
         causes
+    }
+
+    /// What is wrong with a knock of a knockknock profile.
+    fn causes_of_count(
+        &self,
+        registry: &Registry,
+        counted: Counted,
+        user: &User,
+        service: Option<&Service>,
+    ) -> Vec<Cause> {
+        let Syn { source, destination_port: port, .. } = self.syn;
+        let mut causes = Vec::new();
+        causes.extend((counted.knock_port != port).then_some(Cause::WrongKnockPort { port }));
+        causes.extend((!user.may_come_from(source)).then_some(Cause::FromMismatch { source }));
+        causes.extend(self.of_rights(registry, user, counted.selector, service));
+        // The daemon knows no knock for what the user may not open.
+        if registry.permitted(user, counted.selector).is_some() {
+            causes.extend(counted.cause(&user.name, self.record.reason));
+        }
+        if causes.is_empty() {
+            causes.push(Cause::Nothing);
+        }
+        causes
+    }
+
+    /// What the daemon knew, and what the user may.
+    fn of_rights(
+        &self,
+        registry: &Registry,
+        user: &User,
+        selector: u16,
+        service: Option<&Service>,
+    ) -> impl Iterator<Item = Cause> {
+        let Record { at, reason, .. } = *self.record;
+        let state = is_of_state(reason).then_some(Cause::State { reason });
+        let right = match service {
+            None => Some(Cause::NoSuchService { selector }),
+            Some(service) if registry.permitted(user, selector).is_none() => {
+                Some(Cause::PortNotAllowed { service: service.name.clone() })
+            }
+            Some(_) => None,
+        };
+        let expired = user.expires.is_some_and(|expiry| at >= expiry).then_some(Cause::Expired);
+        [state, right, expired].into_iter().flatten()
+    }
+
+    /// Whether the daemon took it for a knock of a knockknock profile.
+    fn is_of_profile(&self, registry: &Registry) -> bool {
+        let mut users = registry.users.iter();
+        let user = users.find(|user| self.record.user.as_ref() == Some(&user.name));
+        user.is_some_and(|user| matches!(user.secrets, Secrets::Knockknock(_)))
     }
 
     fn time(&self, window: u64, past: Option<&Past>, n: u64) -> Option<Cause> {
@@ -321,63 +323,12 @@ const fn is_of_state(reason: Reason) -> bool {
     )
 }
 
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoKey => f.write_str("no key fits"),
-            Self::ClockBehind { seconds } => write!(f, "with a clock {} behind", Time(*seconds)),
-            Self::ClockAhead { seconds } => write!(f, "with a clock {} ahead", Time(*seconds)),
-            Self::Old { seconds } => write!(
-                f,
-                "{} old, and a later knock was accepted: a replay of a recorded one, or a clock that was set back",
-                Time(*seconds)
-            ),
-            Self::WrongKnockPort { port } => {
-                write!(f, "to the wrong knock port {port}: the client's profile is outdated, import a new one")
-            }
-            Self::FromMismatch { source } => write!(f, "from {source}, outside the `from` networks of the user's entry"),
-            Self::TimestampStripped => f.write_str("without its timestamp: something on the way takes TCP timestamps off"),
-            Self::WrongSource { bound, source } => {
-                write!(f, "bound to {bound}, but it came from {source}: NAT on the way, or somebody else sent a copy")
-            }
-            Self::TimestampRewritten => f.write_str(
-                "with a tag that holds for no address known here: its timestamp was rewritten on the way, or it is bound \
-                 to an address that NAT changed",
-            ),
-            Self::NotBound => f.write_str("bound to no address, which the user's entry demands (source = \"bound\")"),
-            Self::State { reason } => match (reason, reason.explanation()) {
-                (Reason::Replayed, _) => f.write_str("a replay: this knock was spent before"),
-                (_, Some(explanation)) => f.write_str(explanation),
-                (reason, None) => write!(f, "{reason}"),
-            },
-            Self::PortNotAllowed { service } => write!(f, "for {service}, which the user's entry does not list"),
-            Self::NoSuchService { selector } => write!(f, "for service number {selector}, which this server does not have"),
-            Self::Expired => f.write_str("of a user whose entry has expired"),
-            Self::Nothing => f.write_str("and nothing is wrong with it by the configuration of now"),
-        }
-    }
-}
-
-/// A time in its two largest units.
-struct Time(u64);
-
-impl fmt::Display for Time {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (hours, minutes, seconds) = (self.0 / 3600, self.0 / 60 % 60, self.0 % 60);
-        match (hours, minutes) {
-            (0, 0) => write!(f, "{seconds} s"),
-            (0, _) => write!(f, "{minutes} min {seconds} s"),
-            _ => write!(f, "{hours} h {minutes} min"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use etherparse::{PacketBuilder, TcpOptionElement};
 
     use super::{
-        Cause, Finding, HashMap, IpAddr, Past, Reason, Record, Registry, Service, SourcePolicy, User, explain,
+        Cause, Finding, HashMap, IpAddr, Past, Reason, Record, Registry, Secrets, Service, SourcePolicy, User, explain,
     };
     use crate::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Side};
 
@@ -400,7 +351,7 @@ mod tests {
         let alice = User {
             name: "alice".parse().unwrap(),
             public_key: *alice.public(),
-            secrets,
+            secrets: Secrets::Token(secrets),
             services: vec![0],
             source: SourcePolicy::Any,
             from: Vec::new(),

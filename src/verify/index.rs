@@ -2,13 +2,14 @@
 //!
 //! For a given (key, n, port) the sequence number is fixed, so it is computed ahead, and a SYN of a stranger costs one
 //! hash lookup however many keys there are. The index moves with the clock: one second in at the front and one out at the
-//! back, one AES block a key.
+//! back, one AES block a key. For knockknock profiles it moves with their counts: from an accepted knock to those after it.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 
-use super::Registry;
-use crate::crypto::KnockKey;
+use super::{Key, Registry};
+use crate::crypto::{KnockKey, knockknock};
 
 /// Seconds computed beyond the window, so that moving on is never late.
 const LEAD: u64 = 2;
@@ -29,13 +30,24 @@ pub struct Index {
     window: u64,
     keys: Vec<IndexedKey>,
     rows: VecDeque<Row>,
+    /// By their places in [`Registry::users`].
+    profiles: HashMap<usize, IndexedProfile>,
     live: Live,
 }
 
-/// What the index needs of a user.
+/// What the index needs of a user with tokens.
 struct IndexedKey {
+    user: usize,
     key: KnockKey,
     ports: Vec<u16>,
+}
+
+/// What it needs of a user with a knockknock profile.
+struct IndexedProfile {
+    key: knockknock::Key,
+    ports: Vec<u16>,
+    /// The counters that are live.
+    counters: Range<u64>,
 }
 
 /// One counter: the sequence number of selector 0 for each key so far, from which the others differ by the port.
@@ -47,13 +59,38 @@ struct Row {
 impl Index {
     /// Computes the index around `now`. Counters that were accepted are in it too, so that their replays are known for
     /// what they are.
-    pub fn new(registry: &Registry, keys: &[KnockKey], now: u64) -> Self {
-        let keys = registry.users.iter().zip(keys);
-        let keys = keys.map(|(user, key)| IndexedKey { key: key.clone(), ports: registry.selectors(user).collect() });
-        let mut index =
-            Self { window: registry.window, keys: keys.collect(), rows: VecDeque::new(), live: Live::default() };
+    ///
+    /// Knockknock profiles have no knocks in it until [`Index::count`] says where they are.
+    pub fn new(registry: &Registry, keys: &[Key], now: u64) -> Self {
+        let (mut tokens, mut profiles) = (Vec::new(), HashMap::new());
+        for (place, (user, key)) in registry.users.iter().zip(keys).enumerate() {
+            let ports = registry.selectors(user).collect();
+            match key.clone() {
+                Key::Token(key) => tokens.push(IndexedKey { user: place, key, ports }),
+                Key::Knockknock { key, .. } => {
+                    profiles.insert(place, IndexedProfile { key, ports, counters: 0..0 });
+                }
+            }
+        }
+        let (window, live) = (registry.window, Live::default());
+        let mut index = Self { window, keys: tokens, rows: VecDeque::new(), profiles, live };
         while index.advance(now, usize::MAX) {}
         index
+    }
+
+    /// Moves a knockknock profile, by its user's place, on to the knocks from `next` on, as many as the ancestor's server looks
+    /// at. As many before them are in it too, so that replays are known for what they are.
+    pub fn count(&mut self, user: usize, next: u64) {
+        let Some(profile) = self.profiles.get_mut(&user) else { return };
+        let end = next.saturating_add(knockknock::WINDOW).min(knockknock::LAST + 1);
+        let counters = next.saturating_sub(knockknock::WINDOW)..end;
+        let before = std::mem::replace(&mut profile.counters, counters.clone());
+        for n in before.clone().filter(|n| !counters.contains(n)) {
+            profile.knocks(user, n).for_each(|(sequence, knock)| self.live.remove(sequence, knock));
+        }
+        for n in counters.filter(|n| !before.contains(n)) {
+            profile.knocks(user, n).for_each(|(sequence, knock)| self.live.insert(sequence, knock));
+        }
     }
 
     /// Whether the index can follow the clock to `now` by moving on; if not, the clock has jumped.
@@ -112,11 +149,11 @@ impl Index {
             return 0;
         };
         let before = row.sequences.len();
-        for (user, key) in self.keys.iter().enumerate().skip(before).take(most) {
-            let pad = key.key.pad(row.n);
+        for IndexedKey { user, key, ports } in self.keys.iter().skip(before).take(most) {
+            let pad = key.pad(row.n);
             row.sequences.push(pad.sequence_for(0));
-            for &port in &key.ports {
-                self.live.insert(pad.sequence_for(port), Candidate { user, n: row.n, port });
+            for &port in ports {
+                self.live.insert(pad.sequence_for(port), Candidate { user: *user, n: row.n, port });
             }
         }
         row.sequences.len() - before
@@ -129,9 +166,9 @@ impl Index {
         };
         let before = row.sequences.len();
         let keep = before.saturating_sub(most);
-        for ((user, key), sequence) in self.keys.iter().enumerate().zip(&row.sequences).skip(keep) {
-            for &port in &key.ports {
-                self.live.remove(sequence ^ (u32::from(port) << 16), Candidate { user, n: row.n, port });
+        for (IndexedKey { user, ports, .. }, sequence) in self.keys.iter().zip(&row.sequences).skip(keep) {
+            for &port in ports {
+                self.live.remove(sequence ^ (u32::from(port) << 16), Candidate { user: *user, n: row.n, port });
             }
         }
         row.sequences.truncate(keep);
@@ -139,6 +176,14 @@ impl Index {
             self.rows.pop_front();
         }
         before - keep
+    }
+}
+
+impl IndexedProfile {
+    /// The knocks of a counter, with their sequence numbers.
+    fn knocks(&self, user: usize, n: u64) -> impl Iterator<Item = (u32, Candidate)> {
+        let counter = u32::try_from(n).unwrap_or(u32::MAX);
+        self.ports.iter().map(move |&port| (self.key.seal(counter, port).sequence, Candidate { user, n, port }))
     }
 }
 

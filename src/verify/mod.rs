@@ -5,6 +5,7 @@
 
 pub mod explain;
 pub mod index;
+mod knockknock;
 pub mod reason;
 pub mod registry;
 pub mod replay;
@@ -13,6 +14,6 @@ pub mod verifier;
 
 pub use index::{Candidate, Index};
 pub use reason::Reason;
-pub use registry::{Registry, Service, SourcePolicy, User};
+pub use registry::{Key, KnockknockProfile, Registry, Secrets, Service, SourcePolicy, User};
 pub use replay::{Counters, Fresh, Ledger, Reservation};
 pub use verifier::{Claim, Decision, Grant, Recorded, Refusal, Verifier, Withdrawal};

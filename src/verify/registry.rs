@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::crypto::{KnockPorts, KnockSecrets, PublicKey};
+use crate::crypto::{KnockKey, KnockPorts, KnockSecrets, PublicKey, knockknock};
 use crate::service::{Name, Port};
 
 /// A service that can be asked for.
@@ -34,15 +34,63 @@ pub enum SourcePolicy {
     Bound,
 }
 
+/// What knocks are made with.
+#[derive(Clone, Serialize, Deserialize)]
+pub enum Secrets {
+    /// Tokens: what the server's key and the user's agree on.
+    Token(KnockSecrets),
+    /// The ancestor's.
+    Knockknock(KnockknockProfile),
+}
+
+/// A profile of knockknock's.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct KnockknockProfile {
+    /// Its keys.
+    pub secrets: knockknock::Secrets,
+    /// Where it knocks.
+    pub knock_port: u16,
+    /// The next knock's number at least.
+    pub counter: u32,
+    /// When that was said, in Unix seconds.
+    pub as_of: u64,
+}
+
+/// The keyed state of a user's functions.
+#[derive(Clone)]
+pub enum Key {
+    /// For tokens.
+    Token(KnockKey),
+    /// For the ancestor's knocks.
+    Knockknock {
+        /// Keyed.
+        key: knockknock::Key,
+        /// Where they come to.
+        knock_port: u16,
+    },
+}
+
+impl Secrets {
+    /// Keys the functions.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Token(secrets) => Key::Token(KnockKey::new(secrets)),
+            Self::Knockknock(KnockknockProfile { secrets, knock_port, .. }) => {
+                Key::Knockknock { key: knockknock::Key::new(secrets), knock_port: *knock_port }
+            }
+        }
+    }
+}
+
 /// A user: one key pair, and what it may do.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct User {
     /// Name in the configuration.
     pub name: Name,
-    /// Their public key, which counters are kept by.
+    /// Their public key, which counters are kept by, or what stands for it.
     pub public_key: PublicKey,
-    /// What the server's key and theirs agree on.
-    pub secrets: KnockSecrets,
+    /// What their knocks are made with.
+    pub secrets: Secrets,
     /// Places of the services in [`Registry::services`] that they may open.
     pub services: Vec<usize>,
     /// Which tokens count.
@@ -60,6 +108,14 @@ impl User {
     pub fn time_for(&self, service: &Service, now: u64) -> u32 {
         let left = self.expires.map(|expiry| u32::try_from(expiry.saturating_sub(now)).unwrap_or(u32::MAX));
         [self.open_for, left].into_iter().flatten().fold(service.open_for, u32::min)
+    }
+
+    /// The counter that counts as the last accepted one, where this one was: what a knockknock profile's entry says counts too.
+    pub fn last(&self, accepted: Option<u64>) -> Option<u64> {
+        match &self.secrets {
+            Secrets::Token(_) => accepted,
+            Secrets::Knockknock(profile) => accepted.max(u64::from(profile.counter).checked_sub(1)),
+        }
     }
 
     /// Whether a knock may come from here.

@@ -71,6 +71,8 @@ pub struct Counters {
 
 /// Where an accepted token came from.
 struct Sighting {
+    /// The Unix second that it stands for: the counter of a token, and of a knock of the ancestor's when it came.
+    at: u64,
     source: IpAddr,
     unbound: bool,
     withdrawn: bool,
@@ -97,11 +99,17 @@ impl Counters {
         self.last.get(client).copied()
     }
 
-    /// Takes the counter of an opened token, if it is above the key's last.
+    /// Takes the counter of an opened token, if it is above the key's last. `at` is the Unix second that it stands for.
     ///
     /// # Errors
     /// [`Reason::Replayed`] or [`Reason::Superseded`].
-    pub fn reserve(&mut self, client: &PublicKey, opened: &Opened, source: IpAddr) -> Result<Reservation, Reason> {
+    pub fn reserve(
+        &mut self,
+        client: &PublicKey,
+        opened: &Opened,
+        source: IpAddr,
+        at: u64,
+    ) -> Result<Reservation, Reason> {
         let n = opened.n();
         // What was seen counts also where the last is not known any more: of a user who was removed and is back.
         if self.last(client) == Some(n) || self.recent.contains_key(&(*client, n)) {
@@ -112,7 +120,7 @@ impl Counters {
         }
         self.last.insert(*client, n);
         let unbound = opened.binding() == Binding::Unbound;
-        self.recent.insert((*client, n), Sighting { source, unbound, withdrawn: false });
+        self.recent.insert((*client, n), Sighting { at, source, unbound, withdrawn: false });
         Ok(Reservation { client: *client, n })
     }
 
@@ -140,9 +148,9 @@ impl Counters {
         }
     }
 
-    /// Forgets sightings of counters that have left the window; what was accepted stays accepted.
-    pub fn forget_before(&mut self, n: u64) {
-        self.recent.retain(|(_, seen), _| *seen >= n);
+    /// Forgets sightings that stand for a Unix second before this one; what was accepted stays accepted.
+    pub fn forget_before(&mut self, oldest: u64) {
+        self.recent.retain(|_, sighting| sighting.at >= oldest);
     }
 }
 
@@ -169,7 +177,7 @@ mod tests {
     fn a_token_that_was_withdrawn_never_stands_again_also_when_it_is_forgotten() {
         let (own, opened) = opened();
         let mut counters = Counters::default();
-        counters.reserve(own.public(), &opened, SOURCE).unwrap();
+        counters.reserve(own.public(), &opened, SOURCE, 7).unwrap();
         assert_eq!(counters.stands(own.public(), 7), Ok(()));
         assert_eq!(counters.withdraw(own.public(), 7, ELSEWHERE), Some(SOURCE));
         assert_eq!(counters.stands(own.public(), 7), Err(Reason::SpentTwice));
@@ -182,11 +190,11 @@ mod tests {
         let (own, opened) = opened();
         // The disk was full: no ledger knows the counter.
         let mut counters = Counters::default();
-        counters.reserve(own.public(), &opened, SOURCE).unwrap();
+        counters.reserve(own.public(), &opened, SOURCE, 7).unwrap();
         let mut removed = Counters::default();
         removed.inherit(counters, |_| false);
         let mut back = Counters::default();
         back.inherit(removed, |_| true);
-        assert_eq!(back.reserve(own.public(), &opened, SOURCE).unwrap_err(), Reason::Replayed);
+        assert_eq!(back.reserve(own.public(), &opened, SOURCE, 7).unwrap_err(), Reason::Replayed);
     }
 }

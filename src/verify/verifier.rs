@@ -4,7 +4,10 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use super::tries::Tries;
-use super::{Candidate, Counters, Fresh, Index, Ledger, Reason, Registry, Reservation, Service, SourcePolicy, User};
+use super::{
+    Candidate, Counters, Fresh, Index, Key, Ledger, Reason, Registry, Reservation, Secrets, Service, SourcePolicy,
+    User, knockknock,
+};
 use crate::crypto::{Binding, KnockKey, Opened, PublicKey};
 use crate::packet::Syn;
 use crate::service::{Name, Port};
@@ -142,7 +145,7 @@ impl Grant {
 /// The state of the decision: who may, what was spent, what the index expects next.
 pub struct Verifier {
     registry: Registry,
-    keys: Vec<KnockKey>,
+    keys: Vec<Key>,
     /// Places of the users in the registry, by key.
     places: HashMap<PublicKey, usize>,
     index: Index,
@@ -152,12 +155,25 @@ pub struct Verifier {
 
 impl Verifier {
     /// Starts from the configuration and from the last accepted counters.
-    pub fn new(registry: Registry, last: HashMap<PublicKey, u64>, now: u64) -> Self {
-        let keys: Vec<KnockKey> = registry.users.iter().map(|user| KnockKey::new(&user.secrets)).collect();
+    pub fn new(registry: Registry, last: &HashMap<PublicKey, u64>, now: u64) -> Self {
+        let keys: Vec<Key> = registry.users.iter().map(|user| user.secrets.key()).collect();
         let places = registry.users.iter().enumerate().map(|(place, user)| (user.public_key, place)).collect();
-        let counters = Counters::new(last);
+        let last = |user: &User| Some((user.public_key, user.last(last.get(&user.public_key).copied())?));
+        let counters = Counters::new(registry.users.iter().filter_map(last).collect());
         let index = Index::new(&registry, &keys, now);
-        Self { registry, keys, places, index, counters, tries: Tries::default() }
+        let mut verifier = Self { registry, keys, places, index, counters, tries: Tries::default() };
+        verifier.count();
+        verifier
+    }
+
+    /// Brings every knockknock profile's knocks into the index, from the one after the last accepted on.
+    fn count(&mut self) {
+        for (place, user) in self.registry.users.iter().enumerate() {
+            if matches!(user.secrets, Secrets::Knockknock(_)) {
+                let last = self.counters.last(&user.public_key);
+                self.index.count(place, last.map_or(0, |last| last.saturating_add(1)));
+            }
+        }
     }
 
     /// Goes on as another verifier, by its registry, but with all that was learnt until now: what was spent, where tokens
@@ -166,6 +182,7 @@ impl Verifier {
         std::mem::swap(self, &mut next);
         self.counters.inherit(next.counters, |client| self.places.contains_key(client));
         self.tries = next.tries;
+        self.count();
     }
 
     /// Moves the index on by at most `budget` keys; `true` if there may be more to do.
@@ -176,6 +193,7 @@ impl Verifier {
             return self.index.advance(now, budget);
         }
         self.index = Index::new(&self.registry, &self.keys, now);
+        self.count();
         false
     }
 
@@ -252,10 +270,16 @@ impl Verifier {
             let (Some(user), Some(key)) = (self.registry.users.get(place), self.keys.get(place)) else {
                 continue;
             };
-            match self.open(syn, candidate, user, key, now) {
+            let opened = match key {
+                Key::Token(key) => self.open(syn, candidate, user, key, now),
+                Key::Knockknock { key, knock_port } => knockknock::open(syn, candidate, user, key, *knock_port),
+            };
+            match opened {
                 Ok(opened) => return Ok((place, opened)),
                 Err(reason) => {
-                    if reason == Reason::WrongTag && self.counters.last(&user.public_key) < Some(candidate.n) {
+                    // Of an ancestor's knock 64 more bits must be right, which nobody tries out.
+                    let is_try = reason == Reason::WrongTag && matches!(key, Key::Token(_));
+                    if is_try && self.counters.last(&user.public_key) < Some(candidate.n) {
                         wrong_tags.push((user.public_key, candidate.n));
                     }
                     refusal = Refusal::of(reason, Some(user.name.clone()), Some(syn.source));
@@ -296,11 +320,18 @@ impl Verifier {
             return Decision::Refused(Refusal::of(Reason::NotPermitted, None, Some(source)));
         };
         let refuse = |reason| Decision::Refused(Refusal::of(reason, Some(user.name.clone()), Some(source)));
-        if opened.n().abs_diff(now) > self.registry.window {
+        let at = match user.secrets {
+            Secrets::Token(_) => opened.n(),
+            Secrets::Knockknock(_) => now,
+        };
+        if at.abs_diff(now) > self.registry.window {
             return refuse(Reason::OutsideWindow);
         }
-        let reason = match self.counters.reserve(&user.public_key, opened, source) {
+        let reason = match self.counters.reserve(&user.public_key, opened, source, at) {
             Ok(reservation) => {
+                if matches!(user.secrets, Secrets::Knockknock(_)) {
+                    self.index.count(place, opened.n().saturating_add(1));
+                }
                 return Decision::Claimed(Claim { opened: *opened, reservation, source });
             }
             Err(reason) => reason,

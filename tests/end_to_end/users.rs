@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use knockq::config::Expiry;
+use knockq::config::Moment;
 use nix::sys::signal::Signal;
 
 use crate::lab::{self, Daemon, FAMILIES, Family, Lab, PATIENCE, eventually, succeeds};
@@ -100,7 +100,7 @@ fn no_door_outlives_its_users_expiry_and_none_opens_after_it() {
     let lab = Lab::with("open_for = \"1h\"");
     lab.add_user("dave", &["ssh"]);
     let end = unix_now() + 45;
-    let written: Expiry = jiff::Timestamp::from_second(end.cast_signed()).unwrap().to_string().parse().unwrap();
+    let written: Moment = jiff::Timestamp::from_second(end.cast_signed()).unwrap().to_string().parse().unwrap();
     lab.narrow("dave", &format!("expires = {written}"));
     let mut daemon = lab.start();
     for family in FAMILIES {

@@ -18,7 +18,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use knockq::serve::store::Store;
+use knockq::serve::store::{Safe, Store};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
@@ -394,7 +394,7 @@ impl Lab {
     pub fn make_store(&self, path: &Path) {
         let mut options = File::options();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(path).unwrap();
-        Store::create(file, &self.server_key().parse().unwrap(), 0).unwrap();
+        Store::create(file, &self.server_key().parse().unwrap(), Safe::default()).unwrap();
     }
 
     /// Seconds that are left of a door, if it is open.

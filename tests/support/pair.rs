@@ -11,8 +11,8 @@ use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Pu
 use knockq::packet::Flow;
 use knockq::service::{Name, Port};
 use knockq::verify::{
-    Claim, Decision, Grant, Ledger, Reason, Recorded, Refusal, Registry, Reservation, Service, SourcePolicy, User,
-    Verifier,
+    Claim, Decision, Grant, Ledger, Reason, Recorded, Refusal, Registry, Reservation, Secrets, Service, SourcePolicy,
+    User, Verifier,
 };
 
 use crate::recorded::persona;
@@ -100,7 +100,7 @@ pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Clie
         let mut user = User {
             name: name(&format!("u{place}")),
             public_key: *own.public(),
-            secrets: KnockSecrets::derive(Side::Server, &server, own.public(), None).unwrap(),
+            secrets: Secrets::Token(KnockSecrets::derive(Side::Server, &server, own.public(), None).unwrap()),
             services: vec![0, 1],
             source: SourcePolicy::Any,
             from: Vec::new(),
@@ -122,7 +122,7 @@ pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Clie
         ],
         users,
     };
-    let verifier = Verifier::new(registry.clone(), HashMap::new(), NOW);
+    let verifier = Verifier::new(registry.clone(), &HashMap::new(), NOW);
     (Server { verifier, ledger: Memory::default(), registry }, clients)
 }
 
@@ -213,11 +213,11 @@ impl Server {
     /// The configuration is edited and read again: what the verifier has learnt goes over, the rest is in the ledger.
     pub fn reload(&mut self, now: u64, edit: impl FnOnce(&mut Registry)) {
         edit(&mut self.registry);
-        self.verifier.succeed(Verifier::new(self.registry.clone(), self.ledger.last.clone(), now));
+        self.verifier.succeed(Verifier::new(self.registry.clone(), &self.ledger.last, now));
     }
 
     /// What a new process knows: the configuration and what the ledger kept.
     pub fn restart(&mut self, now: u64) {
-        self.verifier = Verifier::new(self.registry.clone(), self.ledger.last.clone(), now);
+        self.verifier = Verifier::new(self.registry.clone(), &self.ledger.last, now);
     }
 }

@@ -159,9 +159,9 @@ fn answer(config: &ServerConfig, tables: &[Table], translations: &[Translation])
 
 /// What becomes of a SYN to a port that nobody uses; `None` if that depends on more than that.
 fn closed(config: &ServerConfig, tables: &[Table], translations: &[Translation]) -> Option<End> {
-    let listeners = listeners();
+    let (listeners, knock_ports) = (listeners(), config.all_knock_ports());
     let is_free = |port: &Port| {
-        !config.knock_ports.contains(port.number)
+        !knock_ports.contains(port.number)
             && !config.ruleset().guarded.contains(port)
             && listeners.iter().all(|listener| listener.port != *port)
             && !translations.iter().any(|translation| translation.covers(*port))

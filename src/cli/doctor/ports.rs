@@ -28,12 +28,13 @@ pub(super) fn all(config: &ServerConfig, tables: &[Table]) -> Vec<Finding> {
 
 fn knock_ports(config: &ServerConfig, listeners: &[Listener]) -> Finding {
     const CHECK: &str = "knock-ports";
+    let knock_ports = config.all_knock_ports();
     let is_hit = |listener: &&Listener| {
         let Port { transport, number } = listener.port;
-        transport == Transport::Tcp && listener.is_reachable() && config.knock_ports.contains(number)
+        transport == Transport::Tcp && listener.is_reachable() && knock_ports.contains(number)
     };
     match listeners.iter().find(is_hit) {
-        None => Finding::ok(CHECK, format!("nobody listens on the knock ports, {}", config.knock_ports)),
+        None => Finding::ok(CHECK, format!("nobody listens on the knock ports, {knock_ports}")),
         Some(Listener { port, address }) => {
             let message = format!("knock port {port}: somebody listens there, on {address}, and cannot be reached");
             let hint = format!(
@@ -52,7 +53,7 @@ fn ephemeral(config: &ServerConfig) -> Finding {
         Some(message) => Finding::problem(CHECK, format!("{message}: connections of this host's own may take it"))
             .hint(format!(
                 "sysctl net.ipv4.ip_local_reserved_ports={}",
-                config.knock_ports.to_string().replace(' ', "")
+                config.all_knock_ports().to_string().replace(' ', "")
             )),
     }
 }

@@ -11,7 +11,7 @@ use super::{entry_path, exists};
 use crate::cli::ConfigArg;
 use crate::cli::failure::{Failure, USAGE};
 use crate::config::secure_file::{self, Privacy};
-use crate::config::{Expiry, Network, Seconds, ServerConfig};
+use crate::config::{Moment, Network, Seconds, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::nft::SetName;
 use crate::service::Name;
@@ -34,7 +34,7 @@ pub(super) struct Entry {
     open_for: Option<Seconds>,
     /// From then on the user opens nothing: 2027-01-31, or 2027-01-31T18:00:00Z
     #[arg(long, value_name = "DATE")]
-    expires: Option<Expiry>,
+    expires: Option<Moment>,
     /// A set of yours that the user's address is added to while a door is open: 'inet filter alice'
     #[arg(long, value_name = "SET")]
     add_to: Vec<SetName>,

@@ -2,6 +2,7 @@
 
 mod add;
 mod change;
+mod counter;
 mod entry;
 mod invite;
 mod profile;
@@ -42,6 +43,8 @@ enum UserCommand {
     Remove(change::Remove),
     /// Give a user another name
     Rename(change::Rename),
+    /// Set the count of a user's knockknock profile
+    Counter(counter::Counter),
 }
 
 impl User {
@@ -53,6 +56,7 @@ impl User {
             UserCommand::Show(show) => show.run(),
             UserCommand::Remove(remove) => remove.run(),
             UserCommand::Rename(rename) => rename.run(),
+            UserCommand::Counter(counter) => counter.run(),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::cli::columns::columns;
 use crate::cli::failure::Failure;
 use crate::cli::{ConfigArg, note, print, print_json};
 use crate::config::users::UserEntry;
-use crate::config::{Expiry, Seconds, ServerConfig};
+use crate::config::{Moment, Seconds, ServerConfig};
 use crate::nft::SetName;
 use crate::service::Name;
 
@@ -64,6 +64,13 @@ impl Show {
         let user = config.users.iter().find(|user| user.name == self.name).ok_or_else(|| missing(&self.name, path))?;
         let facts = Facts::new(user, &config);
         if self.profile {
+            if let Some(profile) = &user.knockknock {
+                return Err(Failure::new(format!(
+                    "user {}: has a knockknock profile, which is not kept here",
+                    user.name
+                ))
+                .hint(format!("the client has it; its keys are in {}", profile.key_file.display())));
+            }
             let (name, key, allowed) = (&user.name, user.public_key, facts.services.as_slice());
             let (open_for, is_preshared) = (user.open_for, user.preshared.is_some());
             let profile = profile(&config, &Holder { name, key, allowed, open_for, is_preshared })?;
@@ -80,22 +87,33 @@ impl Show {
 #[derive(Serialize)]
 struct Facts<'a> {
     name: &'a Name,
-    public_key: String,
+    /// None beside a knockknock profile.
+    public_key: Option<String>,
     services: Vec<Name>,
     source: &'static str,
     from: &'a [IpNet],
     open_for: Option<Seconds>,
-    expires: Option<Expiry>,
+    expires: Option<Moment>,
     add_to: &'a [SetName],
     psk_file: Option<&'a Path>,
+    knockknock: Option<ProfileFacts<'a>>,
     file: &'a Path,
+}
+
+/// What there is to know of a knockknock profile.
+#[derive(Serialize)]
+struct ProfileFacts<'a> {
+    key_file: &'a Path,
+    knock_port: u16,
+    counter: u32,
+    as_of: Moment,
 }
 
 impl<'a> Facts<'a> {
     fn new(user: &'a UserEntry, config: &ServerConfig) -> Self {
         Self {
             name: &user.name,
-            public_key: user.public_key.to_string(),
+            public_key: user.knockknock.is_none().then(|| user.public_key.to_string()),
             services: user
                 .services
                 .iter()
@@ -107,6 +125,12 @@ impl<'a> Facts<'a> {
             expires: user.expires,
             add_to: &user.add_to,
             psk_file: user.preshared.as_ref().map(|(file, _)| file.as_path()),
+            knockknock: user.knockknock.as_ref().map(|profile| ProfileFacts {
+                key_file: &profile.key_file,
+                knock_port: profile.knock_port,
+                counter: profile.counter,
+                as_of: profile.as_of,
+            }),
             file: &user.path,
         }
     }
@@ -116,14 +140,25 @@ impl<'a> Facts<'a> {
         let expires = self.expires.map_or_else(String::new, |expiry| {
             if expiry.is_over() { format!("{expiry} (over)") } else { expiry.to_string() }
         });
-        [self.name.to_string(), services, self.source.to_owned(), from, expires, self.public_key.clone()]
+        [self.name.to_string(), services, self.source.to_owned(), from, expires, self.key()]
+    }
+
+    fn key(&self) -> String {
+        self.public_key.clone().unwrap_or_else(|| "(knockknock)".to_owned())
     }
 
     fn lines(&self) -> Vec<[String; 2]> {
-        let [name, services, source, from, expires, public_key] = self.row();
+        let [name, services, source, from, expires, _] = self.row();
+        let key = match &self.knockknock {
+            None => ["public_key".to_owned(), self.key()],
+            Some(ProfileFacts { key_file, knock_port, counter, as_of }) => [
+                "knockknock".to_owned(),
+                format!("{}, to port {knock_port}, from knock {counter} on as of {as_of}", key_file.display()),
+            ],
+        };
         vec![
             ["name".to_owned(), name],
-            ["public_key".to_owned(), public_key],
+            key,
             ["services".to_owned(), services],
             ["source".to_owned(), source],
             ["from".to_owned(), from],

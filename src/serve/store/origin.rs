@@ -38,7 +38,7 @@ mod tests {
 
     use rustix::fs::{MemfdFlags, memfd_create};
 
-    use super::super::{Doubt, Origin, Store};
+    use super::super::{Doubt, Origin, Safe, Store};
     use crate::crypto::PrivateKey;
 
     fn memory() -> File {
@@ -49,13 +49,14 @@ mod tests {
     fn a_copy_takes_no_counter_up_to_the_given_one_from_then_on_and_its_floor_is_never_lowered() {
         let server = *PrivateKey::generate().unwrap().public();
         let home = memory();
-        Store::create(home.try_clone().unwrap(), &server, 10).unwrap();
+        Store::create(home.try_clone().unwrap(), &server, Safe { floor: 10, since: 0 }).unwrap();
         let elsewhere = memory();
         io::copy(&mut File::open(format!("/proc/self/fd/{}", home.as_raw_fd())).unwrap(), &mut &elsewhere).unwrap();
 
         let floor = |file: &File, since| {
             let origin = Origin::of(file).unwrap();
-            let mut store = Store::open(file.try_clone().unwrap(), server, origin, since).unwrap();
+            let mut store =
+                Store::open(file.try_clone().unwrap(), server, origin, Safe { floor: since, since }).unwrap();
             let is_copy = store.doubt() == Some(Doubt::Copy);
             (is_copy, store.last_counters([server].into_iter()).unwrap()[&server])
         };

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use redb::StorageBackend;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{Origin, Pages, Store, examine};
+use super::{Origin, Pages, Safe, Store, examine};
 use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, PublicKey, Side};
 use crate::verify::{Counters, Ledger, Reservation};
 
@@ -155,7 +155,7 @@ fn opened(n: u64) -> Opened {
 fn reservations(clients: impl Iterator<Item = usize>, n: u64) -> Vec<Reservation> {
     let source = IpAddr::from(Ipv4Addr::LOCALHOST);
     let opened = opened(n);
-    clients.map(|client| Counters::default().reserve(&key(client), &opened, source).unwrap()).collect()
+    clients.map(|client| Counters::default().reserve(&key(client), &opened, source, 7).unwrap()).collect()
 }
 
 fn server() -> PublicKey {
@@ -185,7 +185,7 @@ fn live(begin: Vec<u8>, batches: impl Iterator<Item = (usize, u64)>) -> Life {
 
 fn new_store() -> Vec<u8> {
     let file = memory(&[]);
-    Store::create(file.try_clone().unwrap(), &server(), 0).unwrap();
+    Store::create(file.try_clone().unwrap(), &server(), Safe::default()).unwrap();
     content(&file)
 }
 
@@ -194,7 +194,7 @@ fn is_recovered(image: &[u8], effects: &[(usize, usize, u64)]) {
     let mut store = {
         let file = memory(image);
         let origin = Origin::of(&file).unwrap();
-        Store::open(file, server(), origin, 0).unwrap()
+        Store::open(file, server(), origin, Safe::default()).unwrap()
     };
     let clients = effects.iter().map(|(_, clients, _)| *clients).max().unwrap_or(1);
     let last = store.last_counters((0..clients).map(key)).unwrap();

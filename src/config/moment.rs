@@ -10,11 +10,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use toml::value::Datetime;
 
-/// The moment from which on a user opens nothing, to the second: `2027-01-31`, whose first moment in UTC is meant, or
-/// `2027-01-31T18:00:00+01:00` (RFC 3339).
+/// A moment, to the second: `2027-01-31`, whose first moment in UTC is meant, or `2027-01-31T18:00:00+01:00` (RFC 3339).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "String")]
-pub struct Expiry(Timestamp);
+pub struct Moment(Timestamp);
 
 /// With quotation marks or without: TOML has dates of its own.
 #[derive(Deserialize)]
@@ -24,7 +23,13 @@ enum Written {
     Text(String),
 }
 
-impl Expiry {
+impl Moment {
+    /// This one.
+    pub fn now() -> Self {
+        let now = Timestamp::now();
+        Self(Timestamp::from_second(now.as_second()).unwrap_or(now))
+    }
+
     /// Whether it has come.
     pub fn is_over(self) -> bool {
         self.0 <= Timestamp::now()
@@ -36,11 +41,11 @@ impl Expiry {
     }
 }
 
-impl FromStr for Expiry {
-    type Err = ExpiryError;
+impl FromStr for Moment {
+    type Err = MomentError;
 
-    fn from_str(text: &str) -> Result<Self, ExpiryError> {
-        let wrong = |_| ExpiryError(text.escape_default().to_string());
+    fn from_str(text: &str) -> Result<Self, MomentError> {
+        let wrong = |_| MomentError(text.escape_default().to_string());
         let is_date = text.len() == "2027-01-31".len();
         let moment = if is_date {
             text.parse::<Date>().and_then(|date| TimeZone::UTC.to_timestamp(date.at(0, 0, 0, 0)))
@@ -51,10 +56,10 @@ impl FromStr for Expiry {
     }
 }
 
-impl TryFrom<Written> for Expiry {
-    type Error = ExpiryError;
+impl TryFrom<Written> for Moment {
+    type Error = MomentError;
 
-    fn try_from(written: Written) -> Result<Self, ExpiryError> {
+    fn try_from(written: Written) -> Result<Self, MomentError> {
         match written {
             Written::Date(date) => date.to_string().parse(),
             Written::Text(text) => text.parse(),
@@ -62,13 +67,13 @@ impl TryFrom<Written> for Expiry {
     }
 }
 
-impl From<Expiry> for String {
-    fn from(expiry: Expiry) -> Self {
+impl From<Moment> for String {
+    fn from(expiry: Moment) -> Self {
         expiry.to_string()
     }
 }
 
-impl fmt::Display for Expiry {
+impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
@@ -76,16 +81,16 @@ impl fmt::Display for Expiry {
 
 /// Not a moment.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("`{0}` is no date: write 2027-01-31, which ends as that day begins in UTC, or 2027-01-31T18:00:00Z")]
-pub struct ExpiryError(String);
+#[error("`{0}` is no date: write 2027-01-31, whose first moment in UTC is meant, or 2027-01-31T18:00:00Z")]
+pub struct MomentError(String);
 
 #[cfg(test)]
 mod tests {
-    use super::Expiry;
+    use super::Moment;
 
     #[derive(serde::Deserialize)]
     struct File {
-        expires: Expiry,
+        expires: Moment,
     }
 
     #[test]
@@ -103,7 +108,7 @@ mod tests {
         }
         // A time of no place, and one of no day, say nothing.
         for bad in ["", "2027-02-30", "2027-01-31T18:00:00", "18:00:00", "31.1.2027", "tomorrow", "1801353600"] {
-            assert!(bad.parse::<Expiry>().is_err(), "{bad:?}");
+            assert!(bad.parse::<Moment>().is_err(), "{bad:?}");
         }
     }
 }

@@ -1,0 +1,95 @@
+//! Which knock of a knockknock profile a refused packet was: by its count, for there is no time in it.
+
+use std::collections::HashMap;
+
+use super::{Cause, Suspect};
+use crate::crypto::knockknock::{Key, LAST, WINDOW};
+use crate::service::Name;
+use crate::verify::knockknock::token;
+use crate::verify::{Reason, Registry};
+
+/// Knocks before and after the server's count that are looked at.
+const AROUND: u64 = 10_000;
+
+/// A knock that a packet is: all of its bits are right.
+#[derive(Clone, Copy)]
+pub(super) struct Counted {
+    /// Place of whose it is.
+    pub(super) user: usize,
+    /// The port that it asks for.
+    pub(super) selector: u16,
+    /// The only one that it may come to.
+    pub(super) knock_port: u16,
+    n: u64,
+    /// The next that the server takes.
+    next: u64,
+}
+
+/// A user's profile, as it is searched with.
+pub(super) struct Profile<'a> {
+    /// Their place.
+    pub(super) user: usize,
+    /// Keyed.
+    pub(super) key: &'a Key,
+    /// Where it knocks.
+    pub(super) knock_port: u16,
+    /// The next knock that the server takes.
+    pub(super) next: u64,
+}
+
+/// The places of those with this sequence number.
+pub(super) fn by_sequence(suspects: &[Suspect<'_>]) -> HashMap<u32, Vec<usize>> {
+    let mut places: HashMap<u32, Vec<usize>> = HashMap::new();
+    for (place, suspect) in suspects.iter().enumerate() {
+        places.entry(suspect.syn.sequence).or_default().push(place);
+    }
+    places
+}
+
+impl Profile<'_> {
+    /// Looks for this profile's knocks: for a service that there is, anywhere around the count, and for any port, among those
+    /// that the server looks at.
+    pub(super) fn search(&self, registry: &Registry, places: &HashMap<u32, Vec<usize>>, suspects: &mut [Suspect<'_>]) {
+        let Self { key, next, .. } = *self;
+        for counter in counters(next.saturating_sub(AROUND), next.saturating_add(AROUND)) {
+            for service in &registry.services {
+                let sequence = key.seal(counter, service.selector).sequence;
+                for &place in places.get(&sequence).into_iter().flatten() {
+                    suspects.get_mut(place).into_iter().for_each(|suspect| self.try_on(suspect, counter));
+                }
+            }
+        }
+        for suspect in suspects.iter_mut().filter(|suspect| suspect.syn.destination_port == self.knock_port) {
+            counters(next, next.saturating_add(WINDOW)).for_each(|counter| self.try_on(suspect, counter));
+        }
+    }
+
+    fn try_on(&self, suspect: &mut Suspect<'_>, counter: u32) {
+        let Self { user, key, knock_port, next } = *self;
+        if let Some(selector) = token(&suspect.syn).and_then(|token| key.port(counter, &token)) {
+            suspect.counted = Some(Counted { user, selector, knock_port, n: counter.into(), next });
+        }
+    }
+}
+
+/// Counters from one up to another.
+fn counters(from: u64, to: u64) -> impl Iterator<Item = u32> {
+    (from..to.min(LAST + 1)).filter_map(|n| u32::try_from(n).ok())
+}
+
+impl Counted {
+    /// What is wrong with its count, if something is.
+    pub(super) fn cause(&self, user: &Name, reason: Reason) -> Option<Cause> {
+        let Self { n, next, .. } = *self;
+        let (user, after) = (user.clone(), n.saturating_add(1));
+        if n >= next.saturating_add(WINDOW) {
+            return Some(Cause::CountAhead { user, knocks: n - next, next: after });
+        }
+        // The daemon knows the last knocks before the count, and says more of them.
+        match (reason == Reason::Unknown, n < next) {
+            (true, true) => Some(Cause::CountBehind { knocks: next - n, next }),
+            (true, false) => Some(Cause::NotCounted { user, next: after }),
+            (false, _) => None,
+        }
+    }
+}
