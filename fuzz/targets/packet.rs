@@ -36,7 +36,10 @@ fn plainly(packet: &[u8]) -> Option<Syn> {
         source_port: u16_at(0),
         destination,
         destination_port: u16_at(2),
+        ip_id: (packet[0] >> 4 == 4).then(|| u16::from_be_bytes([packet[4], packet[5]])),
         sequence: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
+        acknowledgment: u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
+        window: u16_at(14),
         tsval: tsval(&header[20..]),
     })
 }
