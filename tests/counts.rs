@@ -1,4 +1,4 @@
-//! Knockknock profiles in memory: every rule of docs/protocol.md section 5.
+//! Knockknock profiles in memory: every rule of docs/protocol.md section 6.
 
 #[path = "support/pair.rs"]
 mod pair;

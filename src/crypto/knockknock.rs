@@ -1,4 +1,4 @@
-//! The token of knockknock, the ancestor: twelve bytes of a SYN (docs/protocol.md section 5).
+//! The token of knockknock, the ancestor: twelve bytes of a SYN (docs/protocol.md section 6).
 //!
 //! ```text
 //! P = port(2) || HMAC-SHA1(mac_key, port(2))[0..10]
