@@ -1,7 +1,8 @@
-//! A SYN as bytes: read from the queue, and made from one that this host's kernel has built.
+//! A SYN as bytes: read from the queue, and made as this host's kernel builds one, or as knockknock does.
 //!
 //! Pure: bytes in, fields out, and back. Nothing here can panic on any input.
 
+pub mod knockknock;
 pub mod persona;
 pub mod syn;
 
