@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
+use crate::client::count::CountError;
 use crate::client::counter::CounterError;
 use crate::client::port::PortError;
 use crate::client::proxy::ProxyError;
@@ -268,6 +269,9 @@ impl From<HomeError> for Failure {
             HomeError::NoPresharedKey { .. } => {
                 failure.hint("put there what the administrator has given you besides the profile, mode 0600")
             }
+            HomeError::NoSecrets { .. } | HomeError::Secrets { .. } => failure.hint(
+                "put back its two lines, mode 0600; or `knockq host remove` the profile, and `knockq import knockknock` it again",
+            ),
             HomeError::Key { cause: KeyError::ZeroPresharedKey, .. } => {
                 failure.hint("have the administrator make another")
             }
@@ -300,6 +304,9 @@ impl From<ProfileError> for Failure {
             ProfileError::HoldsKey { .. } => {
                 failure.hint("move it to another directory, and import it from there: knockq host add NAME FILE")
             }
+            ProfileError::Knockknock(_) => {
+                failure.hint("take it from where knockknock has it, keys and all: knockq import knockknock ~/.knockknock/HOST")
+            }
             ProfileError::OwnKey(_) | ProfileError::Lacks { .. } => {
                 failure.hint("ask the administrator for a new profile")
             }
@@ -331,6 +338,22 @@ impl From<CounterError> for Failure {
     }
 }
 
+impl From<CountError> for Failure {
+    fn from(error: CountError) -> Self {
+        let failure = Self::new(error.to_string()).code(CONFIGURATION);
+        match error {
+            CountError::File(error) => error.into(),
+            CountError::Damaged { .. } => failure.hint(
+                "move it away, and agree on a count above all that were used: `counter = N` in the profile here, \
+                 `knockq user counter NAME N` on the server",
+            ),
+            CountError::UsedUp { .. } => {
+                failure.hint("ask the administrator for a profile of knockq's own: knockq user add")
+            }
+        }
+    }
+}
+
 impl From<PortError> for Failure {
     fn from(error: PortError) -> Self {
         let failure = Self::new(error.to_string());
@@ -356,6 +379,15 @@ impl From<AimError> for Failure {
                 failure.hint("check the name and the resolver, or put an address into the profile")
             }
             AimError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
+            AimError::OnlyV4(_) => failure
+                .hint("leave out -6, and name the server by an IPv4 address, or by a name that has one")
+                .code(USAGE),
+            AimError::BindsNothing { .. } => {
+                failure.hint("leave out --source, and `source` in the profile; or name an own IPv4 address").code(USAGE)
+            }
+            AimError::StandsOut(_) => failure
+                .hint("leave out --strict and accept it, or ask for a profile of knockq's own: knockq user add")
+                .code(USAGE),
             AimError::SourceFamily(_) => {
                 failure.hint("leave out -4 and -6, or say --source ADDR or --source none").code(USAGE)
             }
@@ -413,6 +445,7 @@ impl From<SendError> for Failure {
             SendError::Aim(error) => error.into(),
             SendError::File(error) => error.into(),
             SendError::Counter(error) => error.into(),
+            SendError::Count(error) => error.into(),
             SendError::Key { .. } => failure.hint("ask the administrator for a new profile").code(CONFIGURATION),
             SendError::Port(error) => error.into(),
             SendError::Specimen(SpecimenError::Persona(PersonaError::NoTimestamps)) => {

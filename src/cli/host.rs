@@ -83,6 +83,7 @@ fn add(name: &Name, path: &Path, same_server: bool) -> Result<(), Failure> {
     let subject = if is_pasted { Path::new("stdin") } else { path };
     let text = read(is_pasted, subject)?;
     let profile = Profile::parse(subject, &text).map_err(|error| error.with_hint(remedy(&text)))?;
+    let Profile::Token(profile) = profile else { return Err(ProfileError::Knockknock(name.clone()).into()) };
     let home = Home::of_environment()?;
     let added = profile.add(&home, name, same_server)?;
     let services: Vec<&Name> = profile.services.keys().collect();
@@ -119,14 +120,20 @@ fn remedy(text: &str) -> &'static str {
 #[derive(Serialize)]
 struct Named {
     name: Name,
-    server_key_fingerprint: String,
+    /// Servers of knockknock have no key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    server_key_fingerprint: Option<String>,
     #[serde(flatten)]
     profile: Profile,
 }
 
 impl From<(Name, Profile)> for Named {
     fn from((name, profile): (Name, Profile)) -> Self {
-        Self { name, server_key_fingerprint: profile.server_key.0.fingerprint(), profile }
+        let server_key_fingerprint = match &profile {
+            Profile::Token(profile) => Some(profile.server_key.0.fingerprint()),
+            Profile::Knockknock(_) => None,
+        };
+        Self { name, server_key_fingerprint, profile }
     }
 }
 
@@ -152,8 +159,8 @@ fn list(json: bool) -> Result<(), Failure> {
 fn rows(hosts: &[Named]) -> String {
     let head = ["NAME", "ADDRESSES", "SERVICES"].map(str::to_owned);
     let row = |Named { name, profile, .. }: &Named| {
-        let services: Vec<&Name> = profile.services.keys().collect();
-        [name.to_string(), list_of(&profile.address, ","), list_of(&services, ",")]
+        let services: Vec<&Name> = profile.services().keys().collect();
+        [name.to_string(), list_of(profile.address(), ","), list_of(&services, ",")]
     };
     columns(&[vec![head], hosts.iter().map(row).collect()].concat())
 }
@@ -170,7 +177,8 @@ fn show(name: &Name, json: bool) -> Result<(), Failure> {
     if json {
         return print_json(&named);
     }
-    print(&format!("{}# server key fingerprint: {}\n", named.profile.to_text(), named.server_key_fingerprint))
+    let fingerprint = named.server_key_fingerprint.map(|shown| format!("# server key fingerprint: {shown}\n"));
+    print(&(named.profile.to_text() + &fingerprint.unwrap_or_default()))
 }
 
 fn remove(name: &Name) -> Result<(), Failure> {

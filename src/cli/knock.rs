@@ -68,6 +68,10 @@ pub(super) fn tell(notice: Notice) {
             "Waiting for another knockq, which has held {0} for 3 s. If it has hung, see which it is with `fuser {0}`, and end it.",
             lock.display()
         )),
+        Notice::CopiedProfile => note(
+            "warning: this knockknock profile was used on another machine before. If that one still knocks, both use the same \
+             counts, which lose and betray knocks: have one profile for each. This is said once.",
+        ),
         Notice::CopiedKey => note(
             "warning: this key was used on another machine before. If that one still knocks, make a key for this one: move \
              the copied one away, `knockq keygen`, and ask for a new profile. This is said once.",

@@ -12,7 +12,7 @@ use super::failure::{Failure, NOT_FOUND, NOT_RUN};
 use super::knock::{KnockArgs, Progress, runtime, tell};
 use super::{note, print};
 use crate::client::connect::confirm;
-use crate::client::send::{Knock, RawSockets};
+use crate::client::send::{Knock, RawSockets, SentToken};
 use crate::client::{Aim, Home, Sent};
 
 /// Time after which `--wait` gives up.
@@ -73,18 +73,22 @@ impl Send {
 
 fn report(aim: &Aim, sent: &Sent) {
     let (Aim { host, service, .. }, server) = (aim, sent.server.ip());
-    let binding = match sent.bound_to {
-        Some(address) => format!("bound to {address}"),
-        None => "not bound to an address: until it arrives, whoever copies it could spend it first".to_owned(),
+    let what = match &sent.token {
+        SentToken::Own { bound_to: Some(address), .. } => format!("bound to {address}"),
+        SentToken::Own { bound_to: None, .. } => {
+            "not bound to an address: until it arrives, whoever copies it could spend it first".to_owned()
+        }
+        SentToken::Knockknock { count, .. } => format!("count {count}"),
     };
-    note(&format!("Knocked at {host} ({server}) for {service}; {binding}"));
-    if sent.is_clock_unsynchronized {
+    note(&format!("Knocked at {host} ({server}) for {service}; {what}"));
+    let SentToken::Own { is_clock_unsynchronized, has_future_counter, .. } = sent.token else { return };
+    if is_clock_unsynchronized {
         note(
             "warning: this machine's clock is not synchronised, says its kernel, and a server takes knocks of its own time only: \
              see timedatectl",
         );
     }
-    if sent.has_future_counter {
+    if has_future_counter {
         note(
             "warning: this machine's clock was ahead once; a knock of then, if copied, could be spent when its time comes",
         );

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::address::own_addresses;
 use super::home::Home;
-use super::host::{Profile, ProfileError, ProfileService};
+use super::host::{KnockknockProfile, Profile, ProfileError, ProfileService};
 use super::port::{PortError, source_address};
 use crate::service::{HostAddress, Name, Transport};
 
@@ -116,6 +116,20 @@ pub enum AimError {
     /// The source address is of the other family than the one asked for.
     #[error("source {0}: is not of the family that the knock is to use")]
     SourceFamily(IpAddr),
+    /// A knockknock token goes over IPv4, and something else was asked for or is there alone.
+    #[error("host {0}: a knockknock token needs an IPv4 address, and goes over no other")]
+    OnlyV4(Name),
+    /// A knockknock token is bound to no address, so a source can only be an own one.
+    #[error("host {host}: a knockknock token is bound to no address, and {source_address} is not this machine's own")]
+    BindsNothing {
+        /// The profile.
+        host: Name,
+        /// What was asked for, or is in the profile.
+        source_address: IpAddr,
+    },
+    /// `--strict`: a knockknock token always stands out.
+    #[error("host {0}: a knockknock token comes in a SYN that no kernel sends, so an observer can tell it")]
+    StandsOut(Name),
     /// No way leads to any address.
     #[error(transparent)]
     Port(#[from] PortError),
@@ -131,8 +145,10 @@ impl Aim {
         let Found { host, profile, names } = Found::find(home, request.host)?;
         let (service, details) = profile.service(&host, request.service)?;
         let (service, details) = (service.clone(), details.clone());
-        let family = family(request, profile.source)?;
-        let servers = resolve_all(&host, &names, family)?;
+        let servers = match &profile {
+            Profile::Token(profile) => resolve_all(&host, &names, family(request, profile.source)?)?,
+            Profile::Knockknock(profile) => knockknock_servers(&host, profile, &names, request)?,
+        };
         let port = request.service.and_then(|asked| asked.parse().ok());
         let Request { source, strict, .. } = *request;
         Ok(Self { host, profile, service, details, port, servers, source, strict })
@@ -157,7 +173,7 @@ impl Aim {
     /// token.
     pub fn own_source(&self) -> Option<IpAddr> {
         let address = match self.source {
-            Source::Auto => self.profile.source?,
+            Source::Auto => self.profile.source()?,
             Source::Unbound => return None,
             Source::Address(address) => address,
         };
@@ -186,7 +202,7 @@ impl Found {
             Err(ProfileError::Missing(_)) => {}
             loaded => {
                 let (host, profile) = loaded?;
-                let names = profile.address.clone();
+                let names = profile.address().to_vec();
                 return Ok(Self { host, profile, names });
             }
         }
@@ -216,7 +232,7 @@ impl Found {
     ) -> Result<Option<Self>, AimError> {
         let mut found = Vec::new();
         for (host, profile) in all {
-            let names: Vec<HostAddress> = profile.address.iter().filter(|name| is_meant(name)).cloned().collect();
+            let names: Vec<HostAddress> = profile.address().iter().filter(|name| is_meant(name)).cloned().collect();
             if !names.is_empty() {
                 found.push(Self { host: host.clone(), profile: profile.clone(), names });
             }
@@ -251,6 +267,33 @@ fn family(request: &Request<'_>, profile: Option<IpAddr>) -> Result<Family, AimE
     } else {
         Err(AimError::SourceFamily(source))
     }
+}
+
+/// The IPv4 addresses to knock at with a knockknock token, if such a one can be what is asked for.
+fn knockknock_servers(
+    host: &Name,
+    profile: &KnockknockProfile,
+    names: &[HostAddress],
+    request: &Request<'_>,
+) -> Result<Vec<SocketAddr>, AimError> {
+    let source = match request.source {
+        Source::Auto => profile.source.map(IpAddr::V4),
+        Source::Unbound => None,
+        Source::Address(address) => Some(address),
+    };
+    if request.strict {
+        return Err(AimError::StandsOut(host.clone()));
+    }
+    if request.family == Family::V6 || source.is_some_and(|source| source.is_ipv6()) {
+        return Err(AimError::OnlyV4(host.clone()));
+    }
+    if let Some(source_address) = source.filter(|source| !own_addresses().contains(source)) {
+        return Err(AimError::BindsNothing { host: host.clone(), source_address });
+    }
+    resolve_all(host, names, Family::V4).map_err(|error| match error {
+        AimError::NoAddress { host, .. } => AimError::OnlyV4(host),
+        other => other,
+    })
 }
 
 /// All addresses of the wanted family: those of the first name first, each name's as the resolver orders them for a
@@ -308,7 +351,7 @@ mod tests {
     fn a_connection_goes_to_the_port_that_was_asked_for_and_else_to_the_first() {
         let profile = Profile::parse("profile".as_ref(), PROFILE).unwrap();
         let name: crate::service::Name = "web".parse().unwrap();
-        let details = profile.services[&name].clone();
+        let details = profile.services()[&name].clone();
         for (asked, expected) in
             [(None, Some(80)), (Some(80), Some(80)), (Some(443), Some(443)), (Some(53), None), (Some(7), Some(80))]
         {

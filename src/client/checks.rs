@@ -1,25 +1,43 @@
 //! What to look at, in this order, when a door stays shut: what is known to be wrong comes first.
 
+use std::net::IpAddr;
+
 use super::address::{is_global, is_nat64};
 use super::aim::{Aim, Source};
-use super::send::Sent;
+use super::send::{Sent, SentToken};
+use crate::config::Seconds;
+use crate::crypto::KnockPorts;
+use crate::crypto::knockknock::WINDOW;
+
+/// The last thing in question, whatever was knocked with.
+const SERVICE: &str = "the service must run, and the server's other firewall rules must allow it";
 
 /// One line for each.
 pub fn checks(aim: &Aim, sent: &Sent) -> Vec<String> {
-    let (known, others): (Vec<_>, Vec<_>) = all(aim, sent).into_iter().partition(|(is_known, _)| *is_known);
+    let all = match &sent.token {
+        SentToken::Own { bound_to, is_clock_unsynchronized, knock_ports, window, .. } => {
+            let address = address(aim, sent, *bound_to);
+            of_own(aim, address, *is_clock_unsynchronized, knock_ports, *window)
+        }
+        SentToken::Knockknock { count, knock_port } => return of_knockknock(aim, *count, *knock_port),
+    };
+    let (known, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|(is_known, _)| *is_known);
     known.into_iter().chain(others).map(|(_, text)| text).collect()
 }
 
 /// With whether something is known that makes it likely.
-fn all(aim: &Aim, sent: &Sent) -> Vec<(bool, String)> {
-    let window = aim.profile.window;
-    let is_unsynchronized = sent.is_clock_unsynchronized;
+fn of_own(
+    aim: &Aim,
+    address: (bool, String),
+    is_unsynchronized: bool,
+    knock_ports: &KnockPorts,
+    window: Seconds,
+) -> Vec<(bool, String)> {
     let clock =
         if is_unsynchronized { "this machine's clock is not synchronised, says its kernel" } else { "the clocks" };
-    let knock_ports = &aim.profile.knock_ports;
     vec![
         (is_unsynchronized, format!("{clock}: both must agree to within {window} (timedatectl)")),
-        address(aim, sent),
+        address,
         (false, format!("a firewall on the way may drop SYNs to the knock ports ({knock_ports}): try another network")),
         (
             false,
@@ -31,18 +49,39 @@ fn all(aim: &Aim, sent: &Sent) -> Vec<(bool, String)> {
             "the daemon must run and know your key: its log says whom it refused, and why (journalctl -u knockq)"
                 .to_owned(),
         ),
-        (false, "the service must run, and the server's other firewall rules must allow it".to_owned()),
+        (false, SERVICE.to_owned()),
+    ]
+}
+
+/// Of all that may be wrong the count comes first: nothing else mends itself so little.
+fn of_knockknock(aim: &Aim, count: u32, knock_port: u16) -> Vec<String> {
+    let host = &aim.host;
+    vec![
+        format!(
+            "the count: this knock's was {count}, and the server takes those from the one that it expects to {} more. It may \
+             be past it, because something else knocks with this profile, or further behind, because knocks were lost: \
+             `knockq explain` on the server says so. Then agree on a higher one: `knockq user counter NAME N` there, or \
+             `counter = N` in the profile of {host} here",
+            WINDOW - 1
+        ),
+        format!("the knock port: it must be the one that the server has for you, and the profile says {knock_port}"),
+        "a firewall on the way may drop SYNs with an acknowledgment number, or rewrite sequence numbers or IP \
+         identifications: try another network"
+            .to_owned(),
+        "the daemon must run and know your keys: its log says whom it refused, and why (journalctl -u knockq)"
+            .to_owned(),
+        SERVICE.to_owned(),
     ]
 }
 
 /// What the token holds for, against where the server may see the connection come from.
-fn address(aim: &Aim, sent: &Sent) -> (bool, String) {
+fn address(aim: &Aim, sent: &Sent, bound_to: Option<IpAddr>) -> (bool, String) {
     let own = sent.source.ip();
-    match sent.bound_to {
+    match bound_to {
         Some(bound) if bound == own && (!is_global(&own) || is_nat64(&sent.server.ip())) => {
             (true, format!("the knock holds for {bound} alone, which a NAT on the way changes: --source with the public one"))
         }
-        Some(bound) if matches!(aim.source, Source::Auto) && aim.profile.source == Some(bound) => {
+        Some(bound) if matches!(aim.source, Source::Auto) && aim.profile.source() == Some(bound) => {
             (false, format!("the knock holds for {bound} alone, as the profile says: does the server still see you there?"))
         }
         Some(bound) => (false, format!("the knock holds for {bound} alone: does the server see you there?")),

@@ -12,6 +12,7 @@ use tokio::task::spawn_blocking;
 use super::aim::{Aim, AimError};
 use super::checks::checks;
 use super::home::Home;
+use super::host::Profile;
 use super::port::PortError;
 use super::race::Race;
 use super::send::{Knock, Notice, RawSockets, SendError, Sent};
@@ -27,7 +28,10 @@ const ADDRESS: Duration = Duration::from_secs(3);
 const ADDRESS_LEAST: Duration = Duration::from_secs(1);
 
 /// Seconds after which one knocks again, because the knock before may have been lost.
-const AGAIN: [u64; 4] = [1, 3, 7, 15];
+const AGAIN: &[u64] = &[1, 3, 7, 15];
+
+/// The same where each knock that is lost takes one of the twenty counts that the server looks at.
+const SELDOM_AGAIN: &[u64] = &[3];
 
 /// Why there is no connection.
 #[derive(Debug, Error)]
@@ -127,8 +131,12 @@ impl Knocker {
     ) -> Result<TcpStream, ConnectError> {
         let mut sent = self.knock_aside(aim, server).await?;
         let mut race = Race::new(at(server, port), sent.source.ip());
+        let seconds = match &aim.profile {
+            Profile::Token(_) => AGAIN,
+            Profile::Knockknock(_) => SELDOM_AGAIN,
+        };
         let again = async |race: &mut Race, second| {
-            if AGAIN.contains(&second) {
+            if seconds.contains(&second) {
                 sent = self.knock_aside(aim, server).await?;
                 race.come_from(sent.source.ip());
             }

@@ -106,7 +106,7 @@ impl Contents {
 }
 
 /// This machine's name, which says nothing about it to who reads it elsewhere; none where the system has given it none.
-fn machine() -> Option<String> {
+pub(super) fn machine() -> Option<String> {
     let text = std::fs::read_to_string(MACHINE_ID).ok()?;
     let id = text.trim();
     let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -114,7 +114,7 @@ fn machine() -> Option<String> {
 }
 
 /// The first half of a digest in hexadecimal.
-fn hex(digest: Sha256) -> String {
+pub(super) fn hex(digest: Sha256) -> String {
     digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -145,12 +145,12 @@ pub struct CounterFile {
     path: PathBuf,
     contents: Contents,
     is_from_elsewhere: bool,
-    _lock: File,
+    lock: File,
 }
 
 impl CounterFile {
-    /// Locks and reads the file; the lock is held until this is dropped. `tell` is called with the lock's file where
-    /// another process has held it for 3 s; then this waits on.
+    /// Locks and reads the file; the lock is held until this, or what [`Self::into_lock`] has made of it, is dropped.
+    /// `tell` is called with the lock's file where another process has held it for 3 s; then this waits on.
     ///
     /// # Errors
     /// [`CounterError`].
@@ -168,16 +168,13 @@ impl CounterFile {
         let mut contents = match secure_file::read_if_there(&path, Privacy::Secret) {
             Ok(Some(text)) => Contents::parse(&text).ok_or_else(damaged)?,
             Ok(None) => Contents::default(),
-            // The remedies for other files, a backup or a new one, would repeat counters.
-            Err(FileError::Empty { .. } | FileError::NotText { .. } | FileError::TooLarge { .. }) => {
-                return Err(damaged());
-            }
+            Err(error) if is_of_content(&error) => return Err(damaged()),
             Err(error) => return Err(error.into()),
         };
         let here = machine();
         let is_from_elsewhere = contents.machine.as_ref().zip(here.as_ref()).is_some_and(|(there, here)| there != here);
         contents.machine = here.or(contents.machine);
-        Ok(Self { path, contents, is_from_elsewhere, _lock: lock })
+        Ok(Self { path, contents, is_from_elsewhere, lock })
     }
 
     /// Whether another machine has issued the counters that were in the file when it was opened: the key was copied, or has
@@ -198,6 +195,11 @@ impl CounterFile {
         issued.record(n);
         secure_file::replace(&self.path, &self.contents.to_text(), Privacy::Secret)?;
         Ok(n)
+    }
+
+    /// What other processes wait for, without the rest.
+    pub fn into_lock(self) -> File {
+        self.lock
     }
 
     /// See [`Issued::has_beyond`].
@@ -250,8 +252,13 @@ impl FlowFile {
     }
 }
 
+/// Whether a file is refused for what is in it. The remedies for other files, a backup or a new one, would repeat counters.
+pub(super) const fn is_of_content(error: &FileError) -> bool {
+    matches!(error, FileError::Empty { .. } | FileError::NotText { .. } | FileError::TooLarge { .. })
+}
+
 /// Waits for as long as it takes, for no counter may be issued without it; but not in silence.
-fn lock(path: &Path, tell: impl FnOnce(&Path)) -> Result<File, FileError> {
+pub(super) fn lock(path: &Path, tell: impl FnOnce(&Path)) -> Result<File, FileError> {
     let file = secure_file::open(path, Privacy::Secret, OpenOptions::new().create(true).append(true).mode(0o600))?;
     let fail = |errno| FileError::io(path, errno);
     let begun = Instant::now();

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::config::FileError;
 use crate::config::secure_file::{self, Privacy};
+use crate::crypto::knockknock::{Secrets, SecretsError};
 use crate::crypto::{KeyError, PresharedKey, PrivateKey};
 use crate::service::Name;
 
@@ -30,6 +31,20 @@ pub enum HomeError {
     NoPresharedKey {
         /// Where it would be.
         path: PathBuf,
+    },
+    /// The profile names knockknock keys that are not there.
+    #[error("{}: the keys of the knockknock profile are missing", path.display())]
+    NoSecrets {
+        /// Where they would be.
+        path: PathBuf,
+    },
+    /// A file holds no knockknock keys.
+    #[error("{}: {cause}", path.display())]
+    Secrets {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: SecretsError,
     },
     /// A key file holds no key.
     #[error("{}: {cause}", path.display())]
@@ -76,10 +91,26 @@ impl Home {
     /// When its file is not there, or is not one that nobody else can read.
     pub fn preshared(&self, file: Option<&Path>) -> Result<Option<PresharedKey>, HomeError> {
         let Some(file) = file else { return Ok(None) };
-        let path = self.configuration.join(file);
+        let path = self.beside_key(file);
         let text = secure_file::read_if_there(&path, Privacy::Secret)?;
         let text = text.ok_or_else(|| HomeError::NoPresharedKey { path: path.clone() })?;
         text.parse().map(Some).map_err(|cause| HomeError::Key { path, cause })
+    }
+
+    /// The keys of a knockknock profile.
+    ///
+    /// # Errors
+    /// When their file is not there, or is not one that nobody else can read, or holds others.
+    pub fn secrets(&self, file: &Path) -> Result<Secrets, HomeError> {
+        let path = self.beside_key(file);
+        let text = secure_file::read_if_there(&path, Privacy::Secret)?;
+        let text = text.ok_or_else(|| HomeError::NoSecrets { path: path.clone() })?;
+        text.parse().map_err(|cause| HomeError::Secrets { path, cause })
+    }
+
+    /// A file that a profile names from where the own key is.
+    pub(super) fn beside_key(&self, file: &Path) -> PathBuf {
+        self.configuration.join(file)
     }
 
     /// The directory of the host profiles.

@@ -69,7 +69,9 @@ impl ProxyError {
     fn reply(&self) -> Reply {
         match self {
             Self::Busy | Self::Knock(ConnectError::StillShut { .. }) => Reply::TimedOut,
-            Self::Knock(ConnectError::Send(SendError::Aim(AimError::Resolve { .. } | AimError::NoAddress { .. })))
+            Self::Knock(ConnectError::Send(SendError::Aim(
+                AimError::Resolve { .. } | AimError::NoAddress { .. } | AimError::OnlyV4(_),
+            )))
             | Self::Resolve(_) => Reply::HostUnreachable,
             Self::Knock(ConnectError::Send(
                 SendError::Port(PortError::NoRoute { .. }) | SendError::Aim(AimError::Port(PortError::NoRoute { .. })),

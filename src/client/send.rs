@@ -1,5 +1,6 @@
 //! One knock: issue a counter, send one SYN.
 
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,12 +19,15 @@ use thiserror::Error;
 use super::address::{is_global, is_nat64};
 use super::aim::{Aim, AimError, Source};
 use super::clock::{is_synchronized, unix_now, wait_until};
+use super::count::{CountError, CountFile};
 use super::counter::{CounterError, CounterFile, FlowFile};
 use super::home::{Home, HomeError};
+use super::host::{KnockknockProfile, Profile, TokenProfile};
 use super::port::{HeldPort, PortError};
 use super::specimen::{self, SpecimenError};
-use crate::config::FileError;
-use crate::crypto::{Binding, KeyError, KnockKey, KnockSecrets, Side};
+use crate::config::{FileError, Seconds};
+use crate::crypto::{Binding, KeyError, KnockKey, KnockPorts, KnockSecrets, Side, knockknock};
+use crate::packet::knockknock::{Fields, syn};
 use crate::packet::{Flow, Persona};
 use crate::service::Name;
 
@@ -45,7 +49,7 @@ pub struct Knock {
     pub sent: Sent,
     /// Held until it is sent, so that the knocks of a key leave in the order of their counters: a server takes no earlier
     /// one after a later one.
-    counters: CounterFile,
+    lock: File,
     /// Held until it is sent.
     _port: HeldPort,
 }
@@ -59,6 +63,8 @@ pub enum Notice {
     Locked(PathBuf),
     /// Another machine has issued counters with this key.
     CopiedKey,
+    /// Another machine has used counts of this knockknock profile.
+    CopiedProfile,
 }
 
 /// What there is to know of a knock that was sent.
@@ -68,12 +74,33 @@ pub struct Sent {
     pub server: SocketAddr,
     /// The own address that it came from; its port is 0.
     pub source: SocketAddr,
-    /// The address that the token holds for.
-    pub bound_to: Option<IpAddr>,
-    /// The kernel says that nobody keeps the clock right.
-    pub is_clock_unsynchronized: bool,
-    /// A counter was issued in the future once, when the clock was wrong.
-    pub has_future_counter: bool,
+    /// What it was made of.
+    pub token: SentToken,
+}
+
+/// What a knock that was sent was made of, by its server's kind.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SentToken {
+    /// knockq's own.
+    Own {
+        /// The address that it holds for.
+        bound_to: Option<IpAddr>,
+        /// The kernel says that nobody keeps the clock right.
+        is_clock_unsynchronized: bool,
+        /// A counter was issued in the future once, when the clock was wrong.
+        has_future_counter: bool,
+        /// Where the server is knocked at.
+        knock_ports: KnockPorts,
+        /// How far a counter may be off the server's clock.
+        window: Seconds,
+    },
+    /// That of knockknock.
+    Knockknock {
+        /// Its count.
+        count: u32,
+        /// Where it went.
+        knock_port: u16,
+    },
 }
 
 /// Why no knock was sent.
@@ -100,6 +127,9 @@ pub enum SendError {
     /// No counter.
     #[error(transparent)]
     Counter(#[from] CounterError),
+    /// No count.
+    #[error(transparent)]
+    Count(#[from] CountError),
     /// The keys agree on nothing.
     #[error("host {host}: {cause}")]
     Key {
@@ -164,7 +194,7 @@ impl RawSockets {
     /// # Errors
     /// The kernel's.
     pub fn send(&self, knock: Knock) -> Result<Sent, SendError> {
-        let Knock { packet, sent, counters, _port } = knock;
+        let Knock { packet, sent, lock, _port } = knock;
         let Sent { server, source, .. } = &sent;
         let socket = if server.is_ipv4() { &self.v4 } else { &self.v6 };
         let socket = socket.as_ref().map_err(|&errno| SendError::RawSocket(errno.into()))?;
@@ -175,7 +205,7 @@ impl RawSockets {
             IpAddr::V6(source) => send_from(socket, &packet, &ControlMessage::Ipv6PacketInfo(&from_v6(source)), server),
         };
         result.map_err(|errno| SendError::Send { server: server.ip(), cause: errno.into() })?;
-        drop(counters);
+        drop(lock);
         thread::sleep(OPENING);
         Ok(sent)
     }
@@ -188,12 +218,24 @@ impl Knock {
     /// # Errors
     /// [`SendError`]. What was issued stays issued.
     pub fn prepare(home: &Home, aim: &Aim, server: SocketAddr, tell: impl Fn(Notice)) -> Result<Self, SendError> {
-        let Aim { host, profile, details, .. } = aim;
+        match &aim.profile {
+            Profile::Token(profile) => Self::of_token(home, aim, profile, server, tell),
+            Profile::Knockknock(profile) => Self::of_knockknock(home, aim, profile, server, tell),
+        }
+    }
+
+    fn of_token(
+        home: &Home,
+        aim: &Aim,
+        profile: &TokenProfile,
+        server: SocketAddr,
+        tell: impl Fn(Notice),
+    ) -> Result<Self, SendError> {
         let own = home.key()?;
         let server_key = &profile.server_key.0;
         let preshared = home.preshared(profile.psk_file.as_deref())?;
         let secrets = KnockSecrets::derive(Side::Client, &own, server_key, preshared.as_ref())
-            .map_err(|cause| SendError::Key { host: host.clone(), cause })?;
+            .map_err(|cause| SendError::Key { host: aim.host.clone(), cause })?;
         let key = KnockKey::new(&secrets);
         let window = u64::from(profile.window.0);
 
@@ -212,7 +254,7 @@ impl Knock {
         let port = unused_port(home, destination, aim.own_source(), tell_lock)?;
         let persona = persona(&port, aim.strict)?;
         let bound_to = binding(aim.source, profile.source, port.local.ip(), server.ip());
-        let token = key.seal(n, details.selector, bound_to.map_or(Binding::Unbound, Binding::Bound));
+        let token = key.seal(n, aim.details.selector, bound_to.map_or(Binding::Unbound, Binding::Bound));
         let flow = Flow {
             source: port.local.ip(),
             source_port: port.local.port(),
@@ -220,10 +262,61 @@ impl Knock {
             destination_port: destination.port(),
         };
         let packet = persona.syn(&flow, token.sequence, token.tsval).map_err(SpecimenError::from)?;
+        let sent = SentToken::Own {
+            bound_to,
+            is_clock_unsynchronized: !is_synchronized(),
+            has_future_counter,
+            knock_ports: profile.knock_ports.clone(),
+            window: profile.window,
+        };
+        Ok(Self::new(packet, server, sent, counters.into_lock(), port))
+    }
+
+    fn of_knockknock(
+        home: &Home,
+        aim: &Aim,
+        profile: &KnockknockProfile,
+        server: SocketAddr,
+        tell: impl Fn(Notice),
+    ) -> Result<Self, SendError> {
+        let terms = &profile.knockknock;
+        let secrets = home.secrets(&terms.key_file)?;
+        let stand_in = secrets.stand_in().map_err(|cause| SendError::Key { host: aim.host.clone(), cause })?;
+        let key = knockknock::Key::new(&secrets);
+
+        let mut counts = CountFile::open(&home.counters(), &stand_in, |lock| tell(Notice::Locked(lock.to_owned())))?;
+        if counts.is_from_elsewhere() {
+            tell(Notice::CopiedProfile);
+        }
+        let (count, token) = loop {
+            let count = counts.issue(terms.counter)?;
+            let token = key.seal(count, aim.details.selector);
+            // The kernel puts an identification of its own where there is none. Servers miss a few counts without harm.
+            if token.ip_id != 0 {
+                break (count, token);
+            }
+        };
+        let knock_port = terms.knock_port.get();
+        let mut destination = server;
+        destination.set_port(knock_port);
+        let port = HeldPort::new(destination, aim.own_source())?;
+        let (SocketAddr::V4(local), SocketAddr::V4(destination)) = (port.local, destination) else {
+            return Err(AimError::OnlyV4(aim.host.clone()).into());
+        };
+        let fields = Fields {
+            identification: token.ip_id,
+            sequence: token.sequence,
+            acknowledgment: token.acknowledgment,
+            window: token.window,
+        };
+        let packet = syn(local, destination, &fields);
+        Ok(Self::new(packet, server, SentToken::Knockknock { count, knock_port }, counts.into_lock(), port))
+    }
+
+    const fn new(packet: Vec<u8>, server: SocketAddr, token: SentToken, lock: File, port: HeldPort) -> Self {
         let mut source = port.local;
         source.set_port(0);
-        let sent = Sent { server, source, bound_to, is_clock_unsynchronized: !is_synchronized(), has_future_counter };
-        Ok(Self { packet, sent, counters, _port: port })
+        Self { packet, sent: Sent { server, source, token }, lock, _port: port }
     }
 }
 

@@ -14,7 +14,7 @@ use super::entry::Entry;
 use super::profile::profile;
 use crate::cli::failure::{CONFIGURATION, Failure, USAGE};
 use crate::cli::{note, print};
-use crate::client::Profile;
+use crate::client::TokenProfile;
 use crate::config::secure_file;
 use crate::crypto::{KeyError, PrivateKey};
 
@@ -66,7 +66,7 @@ impl Invite {
         apply(self.entry.config())
     }
 
-    fn text(&self, profile: &Profile, key: &PrivateKey) -> Zeroizing<String> {
+    fn text(&self, profile: &TokenProfile, key: &PrivateKey) -> Zeroizing<String> {
         let profile = profile.to_invitation(key);
         let head = format!("# knockq profile of {}: holds a private key, for one machine\n", self.entry.name);
         Zeroizing::new([head.as_str(), &profile].concat())
@@ -93,7 +93,7 @@ fn check_stdout() -> Result<(), Failure> {
 }
 
 /// In half blocks, with the quiet zone that readers need.
-fn qr_code(profile: &Profile, key: &PrivateKey) -> Result<Zeroizing<String>, Failure> {
+fn qr_code(profile: &TokenProfile, key: &PrivateKey) -> Result<Zeroizing<String>, Failure> {
     let text = profile.to_invitation(key);
     let code = QrCode::with_error_correction_level(text.as_bytes(), EcLevel::L).map_err(|_| {
         Failure::new(format!("--qr: the profile has {} bytes, and no QR code holds as many", text.len()))

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::cli::failure::{CONFIGURATION, Failure};
 use crate::cli::init::host_addresses;
-use crate::client::host::{Key, Profile, ProfileService};
+use crate::client::host::{Key, ProfileService, TokenProfile};
 use crate::config::{Seconds, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::service::Name;
@@ -23,7 +23,7 @@ pub(super) struct Holder<'a> {
 }
 
 /// What a user imports.
-pub(super) fn profile(config: &ServerConfig, holder: &Holder<'_>) -> Result<Profile, Failure> {
+pub(super) fn profile(config: &ServerConfig, holder: &Holder<'_>) -> Result<TokenProfile, Failure> {
     let Holder { name: user, key, allowed, open_for: cap, is_preshared } = *holder;
     if allowed.is_empty() {
         return Err(Failure::new(format!("user {user}: may open no service, so no client takes the profile"))
@@ -41,7 +41,7 @@ pub(super) fn profile(config: &ServerConfig, holder: &Holder<'_>) -> Result<Prof
         let open_for = Some(cap.unwrap_or(Seconds(u32::MAX)).min(Seconds(service.open_for)));
         (service.name.clone(), ProfileService { selector, ports, open_for, once })
     });
-    Ok(Profile {
+    Ok(TokenProfile {
         server_key: Key(*config.private_key.public()),
         client_key: Key(key),
         client_private_key: None,
@@ -61,6 +61,6 @@ pub(super) fn brought_as(user: &Name) -> PathBuf {
 }
 
 /// As it is printed.
-pub(super) fn without_secret(user: &Name, profile: &Profile) -> String {
+pub(super) fn without_secret(user: &Name, profile: &TokenProfile) -> String {
     format!("# knockq profile of {user} (no secret in it)\n{}", profile.to_text())
 }
