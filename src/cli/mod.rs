@@ -8,6 +8,7 @@ mod explain;
 mod failure;
 mod grants;
 mod host;
+mod import;
 mod init;
 mod keygen;
 mod knock;
@@ -81,6 +82,8 @@ enum Command {
     Explain(explain::Explain),
     /// Server: who may knock
     User(user::User),
+    /// Server: take over the profiles of knockknock; on a client, that of one host
+    Import(import::Import),
     /// Server: make a new counter store, after a restored backup or a lost one
     Recover(recover::Recover),
     /// Client: make this machine's key and print its public half
@@ -158,6 +161,7 @@ pub fn main() -> ExitCode {
         Command::Watch(watch) => watch.run(),
         Command::Explain(explain) => explain.run(),
         Command::User(user) => user.run(),
+        Command::Import(import) => import.run(),
         Command::Recover(recover) => recover.run(),
         Command::Keygen(keygen) => keygen.run(),
         Command::Host(host) => host.run(),

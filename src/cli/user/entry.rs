@@ -50,6 +50,25 @@ enum SourceArg {
     Bound,
 }
 
+/// What `--allow` stands for: those services, or the only one.
+///
+/// # Errors
+/// When there is no such service, or none is named of several.
+pub(in crate::cli) fn allowed_services(allow: &[Name], config: &ServerConfig) -> Result<Vec<Name>, Failure> {
+    let known: Vec<Name> = config.services.iter().map(|service| service.name.clone()).collect();
+    let names: Vec<&str> = known.iter().map(Name::as_str).collect();
+    match (allow.iter().find(|name| !known.contains(name)), allow.is_empty(), known.len()) {
+        (Some(unknown), _, _) => Err(Failure::new(format!("--allow: there is no service `{unknown}`"))
+            .hint(format!("services are: {}", names.join(", ")))
+            .code(USAGE)),
+        (None, false, _) => Ok(allow.to_vec()),
+        (None, true, 1) => Ok(known),
+        (None, true, _) => Err(Failure::new("--allow: there are several services".to_owned())
+            .hint(format!("name what the user may open: {}", names.join(", ")))
+            .code(USAGE)),
+    }
+}
+
 impl Entry {
     pub(super) fn config(&self) -> &Path {
         &self.config.config
@@ -65,18 +84,7 @@ impl Entry {
     }
 
     pub(super) fn allowed_services(&self, config: &ServerConfig) -> Result<Vec<Name>, Failure> {
-        let known: Vec<Name> = config.services.iter().map(|service| service.name.clone()).collect();
-        let names: Vec<&str> = known.iter().map(Name::as_str).collect();
-        match (self.allow.iter().find(|name| !known.contains(name)), self.allow.is_empty(), known.len()) {
-            (Some(unknown), _, _) => Err(Failure::new(format!("--allow: there is no service `{unknown}`"))
-                .hint(format!("services are: {}", names.join(", ")))
-                .code(USAGE)),
-            (None, false, _) => Ok(self.allow.clone()),
-            (None, true, 1) => Ok(known),
-            (None, true, _) => Err(Failure::new("--allow: there are several services".to_owned())
-                .hint(format!("name what the user may open: {}", names.join(", ")))
-                .code(USAGE)),
-        }
+        allowed_services(&self.allow, config)
     }
 
     /// Whom the profile is for.

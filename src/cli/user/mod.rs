@@ -19,6 +19,8 @@ use crate::config::ServerConfig;
 use crate::serve::control::{ControlError, Request};
 use crate::service::Name;
 
+pub(super) use entry::allowed_services;
+
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  knockq user add alice --key 'iMvpU…=' > alice.profile\n  knockq user list",
@@ -93,7 +95,7 @@ fn other_device(name: &Name, config: &Path) -> Option<Name> {
 }
 
 /// Makes the daemon take over a change of the users, which is on disk by now.
-fn apply(config: &Path) -> Result<(), Failure> {
+pub(super) fn apply(config: &Path) -> Result<(), Failure> {
     let config = ServerConfig::load(config)
         .inspect_err(|_| note("The daemon cannot take this over: the configuration is wrong."))?;
     match ask(&config.runtime, &Request::Reload) {
