@@ -13,6 +13,7 @@ mod faults;
 mod guides;
 mod hostile;
 mod invitation;
+mod knockknock;
 #[path = "../support/lab.rs"]
 mod lab;
 mod once;

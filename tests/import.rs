@@ -1,0 +1,306 @@
+//! `knockq import knockknock`: profiles as knockknock's own tools leave them, taken over by a server and by a client.
+
+#[path = "support/killer.rs"]
+mod killer;
+#[path = "support/tree.rs"]
+mod tree;
+#[path = "support/world.rs"]
+mod world;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
+use killer::run_until_call;
+use world::{Ran, World, json};
+
+const PROFILES: &str = "profiles";
+
+/// A server that guards ssh, and has no user.
+fn server() -> World {
+    let world = World::empty();
+    world.init(&["--protect", "tcp/22", "--knock-ports", "20000-21023", "--address", "192.0.2.1"]).succeeds();
+    world
+}
+
+/// Two keys of 16 bytes, of a profile's number.
+fn keys(number: u128) -> [String; 2] {
+    [number, number << 64].map(|key| BASE64.encode(key.to_be_bytes()))
+}
+
+/// Makes a profile as knockknock does, with keys of this number.
+fn profile(world: &World, directory: &str, number: u128, knock_port: u16, counter: u64) {
+    let path = world.path(directory);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).unwrap();
+    let [cipher, mac] = keys(number);
+    for (file, contents) in [
+        ("cipher.key", format!("{cipher}\n")),
+        ("mac.key", format!("{mac}\n")),
+        ("counter", format!("{counter}\n")),
+        ("config", format!("[main]\nknock_port = {knock_port}\n\n")),
+    ] {
+        fs::write(path.join(file), contents).unwrap();
+        fs::set_permissions(path.join(file), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+}
+
+/// A server, and profiles of alice and bob.
+fn server_with_profiles() -> World {
+    let world = server();
+    profile(&world, "profiles/alice", 1, 2222, 17);
+    profile(&world, "profiles/bob", 2, 3333, 0);
+    world
+}
+
+fn import(world: &World, more: &[&str]) -> Ran {
+    let (directory, config) = (world.text(PROFILES), world.text("etc/knockq.toml"));
+    world.run(&[&["import", "knockknock", &directory, "--config", &config], more].concat())
+}
+
+/// Everything below a directory: what, whose, which permissions, when it was changed, and what is in it.
+fn state(directory: &Path) -> Vec<(PathBuf, u32, u32, i64, i64, Vec<u8>)> {
+    let facts = |path: PathBuf| {
+        let of = fs::symlink_metadata(&path).unwrap();
+        let contents = if of.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
+        (path, of.uid(), of.mode(), of.mtime(), of.mtime_nsec(), contents)
+    };
+    let mut all: Vec<PathBuf> = tree::files(directory);
+    let directories: BTreeSet<PathBuf> = all.iter().filter_map(|file| Some(file.parent()?.to_owned())).collect();
+    all.extend(directories);
+    all.into_iter().map(facts).collect()
+}
+
+fn users(world: &World) -> Vec<PathBuf> {
+    let users = world.path("etc/users.d");
+    tree::files(&users).iter().map(|path| path.strip_prefix(&users).unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_servers_profiles_become_users_and_stay_as_they_are() {
+    let world = server_with_profiles();
+    fs::write(world.path("profiles/README"), "not a profile\n").unwrap();
+    fs::create_dir(world.path("profiles/lost+found")).unwrap();
+    let before = state(&world.path(PROFILES));
+    let ran = import(&world, &["--allow", "ssh"]);
+    assert_eq!(
+        ran.succeeds(),
+        "user alice: ssh, knock port 2222, next counter 17\nuser bob: ssh, knock port 3333, next counter 0\n"
+    );
+    let errors = ran.errors();
+    assert_eq!(errors.matches("warning: ").count(), 1, "{errors}");
+    for said in ["knockq user invite", "docs/knockknock.md", "applies when the daemon starts"] {
+        assert!(errors.contains(said), "{said}: {errors}");
+    }
+    for (file, mode) in
+        [("alice.toml", 0o644), ("alice.knockknock", 0o600), ("bob.toml", 0o644), ("bob.knockknock", 0o600)]
+    {
+        let permissions = fs::metadata(world.path("etc/users.d").join(file)).unwrap().permissions();
+        assert_eq!(permissions.mode() & 0o7777, mode, "{file}");
+    }
+    let read = |file: &str| fs::read_to_string(world.path("etc/users.d").join(file)).unwrap();
+    assert_eq!(read("alice.knockknock"), keys(1).map(|key| key + "\n").concat());
+    let entry = read("alice.toml");
+    let (entry, as_of) = entry.split_once("as_of      = \"").unwrap();
+    assert_eq!(
+        entry,
+        "services = [\"ssh\"]\n\n[knockknock]\nkey_file   = \"alice.knockknock\"\nknock_port = 2222\ncounter    = 17\n"
+    );
+    let as_of: jiff::Timestamp = as_of.trim_end().trim_end_matches('"').parse().unwrap();
+    let age = jiff::Timestamp::now().as_second() - as_of.as_second();
+    assert!((0..600).contains(&age) && as_of.subsec_nanosecond() == 0, "{as_of}");
+    assert!(world.check().succeeds().contains("users 2"));
+    assert_eq!(state(&world.path(PROFILES)), before);
+    assert_eq!(users(&world).len(), 4, "nothing else is left behind");
+}
+
+#[test]
+fn a_second_run_leaves_what_is_there_and_takes_what_is_new() {
+    let world = server_with_profiles();
+    import(&world, &[]).succeeds();
+    world.user(&["rename", "bob", "robert"]).succeeds();
+    let before = state(&world.path("etc"));
+    let again = import(&world, &[]);
+    assert_eq!(
+        again.succeeds(),
+        "user alice: has the keys of alice already: left as it is\n\
+         user robert: has the keys of bob already: left as it is\n"
+    );
+    assert!(!again.errors().contains("warning"), "{}", again.errors());
+    assert_eq!(state(&world.path("etc")), before);
+
+    profile(&world, "profiles/carol", 3, 4444, 5);
+    let said = import(&world, &[]).succeeds();
+    assert!(said.ends_with("user carol: ssh, knock port 4444, next counter 5\n"), "{said}");
+    assert!(world.check().succeeds().contains("users 3"));
+}
+
+#[test]
+fn a_name_that_is_taken_by_other_keys_is_named_before_anything_is_written() {
+    let world = server_with_profiles();
+    let key = world.run(&["keygen"]).succeeds();
+    world.user_add("bob", key.trim_end(), &[]).succeeds();
+    let before = state(&world.path("etc"));
+    import(&world, &[]).fails(78, &["user bob: exists already, with other keys than ", "profiles/bob", "Hint: "]);
+    assert_eq!(state(&world.path("etc")), before);
+
+    world.user(&["rename", "bob", "robert"]).succeeds();
+    fs::write(world.path("etc/users.d/bob.knockknock"), "of another\n").unwrap();
+    world.mode("etc/users.d/bob.knockknock", 0o600);
+    let before = users(&world);
+    import(&world, &[]).fails(78, &["bob.knockknock: holds other keys, and is no user's", "Hint: move it away"]);
+    assert_eq!(users(&world), before, "alice, who was written first, is gone again");
+
+    fs::remove_file(world.path("etc/users.d/bob.knockknock")).unwrap();
+    profile(&world, "profiles/carol", 1, 4444, 5);
+    import(&world, &[]).fails(78, &["profiles/carol: has the same keys as ", "profiles/alice", "Hint: "]);
+}
+
+/// What makes a profile one that nobody should trust, and what is said then.
+type Doubt = (&'static str, fn(&Path), &'static [&'static str]);
+
+const DOUBTS: [Doubt; 21] = [
+    ("cipher.key", |path| mode(path, 0o640), &["cipher.key: must not be readable by others", "Hint: chmod 600"]),
+    ("mac.key", |path| mode(path, 0o604), &["mac.key: must not be readable by others", "Hint: chmod 600"]),
+    ("counter", |path| mode(path, 0o666), &["counter: must not be writable by others", "Hint: chmod go-w"]),
+    ("config", |path| mode(path, 0o620), &["config: must not be writable by others", "Hint: chmod go-w"]),
+    ("", |path| mode(path, 0o777), &["bob: must not be writable by others", "Hint: chmod go-w"]),
+    ("..", |path| mode(path, 0o770), &["profiles: must not be writable by others", "Hint: chmod go-w"]),
+    (
+        "cipher.key",
+        |path| chown(path, Some(65_534), None).unwrap(),
+        &["cipher.key: belongs to uid 65534", "Hint: chown"],
+    ),
+    ("counter", |path| chown(path, Some(65_534), None).unwrap(), &["counter: belongs to uid 65534", "Hint: chown"]),
+    ("", |path| chown(path, Some(65_534), None).unwrap(), &["bob: belongs to uid 65534", "Hint: chown"]),
+    ("mac.key", link, &["mac.key: is not a regular file", "Hint: "]),
+    ("config", link, &["config: is not a regular file", "Hint: "]),
+    (
+        "cipher.key",
+        |path| fs::remove_file(path).unwrap(),
+        &["cipher.key: No such file", "Hint: a profile has four files"],
+    ),
+    ("counter", |path| fs::remove_file(path).unwrap(), &["counter: No such file", "Hint: a profile has four files"]),
+    ("counter", |path| fs::write(path, "").unwrap(), &["counter: is empty", "Hint: "]),
+    ("counter", |path| fs::write(path, "4294967296\n").unwrap(), &["counter: `4294967296` is no counter", "Hint: "]),
+    ("counter", |path| fs::write(path, "-1\n").unwrap(), &["counter: `-1` is no counter", "Hint: "]),
+    ("config", |path| fs::write(path, "[main]\n").unwrap(), &["config: has no knock_port in [main]", "Hint: "]),
+    (
+        "config",
+        |path| fs::write(path, "[main]\nknock_port = 70000\n").unwrap(),
+        &["config: knock_port = 70000 is no port", "Hint: "],
+    ),
+    ("cipher.key", |path| fs::write(path, "AAAA\n").unwrap(), &["bob: the cipher key has 3 bytes, not 16", "Hint: "]),
+    ("mac.key", |path| fs::write(path, "!\n").unwrap(), &["bob: the MAC key is not standard base64", "Hint: "]),
+    ("mac.key", |path| fs::write(path, "A\nA\n").unwrap(), &["mac.key: is not one line of base64", "Hint: "]),
+];
+
+fn mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn link(path: &Path) {
+    let elsewhere = path.with_extension("elsewhere");
+    fs::rename(path, &elsewhere).unwrap();
+    symlink(&elsewhere, path).unwrap();
+}
+
+#[test]
+fn a_profile_that_others_could_read_or_change_or_that_is_broken_is_refused_with_the_remedy_and_none_is_taken() {
+    for (file, doubt, said) in DOUBTS {
+        let world = server_with_profiles();
+        doubt(&world.path("profiles/bob").join(file));
+        let before = (state(&world.path(PROFILES)), state(&world.path("etc")));
+        import(&world, &[]).fails(78, said);
+        assert!((state(&world.path(PROFILES)), state(&world.path("etc"))) == before, "{said:?}");
+    }
+}
+
+#[test]
+fn a_directory_whose_name_is_none_is_named_with_the_remedy() {
+    for name in ["a b", ".hidden", "alice\u{e9}", &"x".repeat(65)] {
+        let world = server_with_profiles();
+        profile(&world, &format!("profiles/{name}"), 3, 4444, 5);
+        import(&world, &[]).fails(78, &[&format!("profiles/{name}: "), "a name", "Hint: copy the profile"]);
+        assert_eq!(users(&world), Vec::<PathBuf>::new());
+    }
+}
+
+#[test]
+fn a_knock_port_that_a_service_guards_is_refused_and_the_configuration_works_as_before() {
+    let world = server_with_profiles();
+    profile(&world, "profiles/carol", 3, 22, 5);
+    import(&world, &[]).fails(78, &["carol.toml", "22", "guarded by service", "Hint: "]);
+    assert_eq!(users(&world), Vec::<PathBuf>::new());
+    assert!(world.check().succeeds().contains("users 0"));
+}
+
+#[test]
+fn words_that_do_not_fit_a_servers_profiles_are_usage_errors() {
+    let world = server_with_profiles();
+    let nowhere = world.text("nowhere");
+    world.run(&["import"]).fails(64, &["Usage"]);
+    world.run(&["import", "knockknock"]).fails(64, &["DIR"]);
+    world.run(&["import", "knockknock", &nowhere]).fails(78, &["nowhere: No such file", "Hint: "]);
+    world.run(&["import", "knockknock", &world.text("state")]).fails(64, &["holds no profile", "Hint: "]);
+    let file = world.text("etc/knockq.toml");
+    world.run(&["import", "knockknock", &file]).fails(78, &["is not a directory", "Hint: "]);
+    import(&world, &["--allow", "ssh=22"]).fails(64, &["--allow: ", "Hint: say --allow ssh"]);
+    import(&world, &["--allow", "mail"]).fails(64, &["there is no service `mail`", "Hint: services are: ssh"]);
+    import(&world, &["--allow", "ssh=0"]).fails(64, &["`0` is not a port: write ssh=22"]);
+    import(&world, &["--name", "home"]).fails(64, &["--name and --address are for one host", "Hint: "]);
+    fs::remove_file(world.config()).unwrap();
+    import(&world, &[]).fails(78, &["No such file", "Hint: make a configuration with `knockq init"]);
+
+    let world = World::empty();
+    world.init(&["--protect", "tcp/22", "--protect", "tcp/25", "--knock-ports", "20000-21023"]).succeeds();
+    profile(&world, "profiles/alice", 1, 2222, 17);
+    import(&world, &[]).fails(64, &["--allow: there are several services", "Hint: name what"]);
+    import(&world, &["--allow", "tcp-22", "--allow", "tcp-25"]).fails(64, &["there is no service `tcp-22`"]);
+    let entry = world.path("etc/users.d/alice.toml");
+    assert!(!entry.exists());
+    import(&world, &["--allow", "ssh", "--allow", "smtp"]).succeeds();
+    assert!(fs::read_to_string(entry).unwrap().starts_with("services = [\"ssh\", \"smtp\"]\n"));
+}
+
+#[test]
+fn an_import_that_is_killed_at_any_call_leaves_no_half_user_and_is_ended_by_a_second_one() {
+    let world = server_with_profiles();
+    let (directory, config) = (world.text(PROFILES), world.text("etc/knockq.toml"));
+    let before = state(&world.path(PROFILES));
+    let mut states = BTreeSet::new();
+    for call in 0.. {
+        fs::remove_dir_all(world.path("etc/users.d")).unwrap();
+        let whole = run_until_call(world.command(&["import", "knockknock", &directory, "--config", &config]), call);
+        let has = |name: &str| world.path("etc/users.d").join(name).exists();
+        let reached = ["alice.knockknock", "alice.toml", "bob.knockknock", "bob.toml"].map(has);
+        states.insert(reached);
+        let alone = world.check().succeeds();
+        assert!(alone.contains(&format!("users {}", u8::from(reached[1]) + u8::from(reached[3]))), "{alone}");
+        if whole.is_some() {
+            break;
+        }
+        import(&world, &[]).succeeds();
+        assert!(world.check().succeeds().contains("users 2"), "call {call}");
+    }
+    let in_order: BTreeSet<_> = (0..=4).map(|made| [0, 1, 2, 3].map(|place| place < made)).collect();
+    assert_eq!(states, in_order, "each was met, and no other");
+    assert_eq!(state(&world.path(PROFILES)), before);
+}
+
+#[test]
+fn a_hundred_profiles_are_taken_at_once() {
+    let world = server();
+    for number in 1..=100 {
+        profile(&world, &format!("profiles/user-{number:03}"), number.into(), 2000 + number, number.into());
+    }
+    let ran = import(&world, &[]);
+    assert_eq!(ran.succeeds().lines().count(), 100);
+    assert_eq!(ran.errors().matches("warning: ").count(), 1, "{}", ran.errors());
+    assert!(world.check().succeeds().contains("users 100"));
+    let listed = json(&world.user(&["list", "--json"]));
+    assert_eq!(listed.as_array().unwrap().len(), 100);
+}
