@@ -61,6 +61,11 @@ fn import(world: &World, more: &[&str]) -> Ran {
     world.run(&[&["import", "knockknock", &directory, "--config", &config], more].concat())
 }
 
+/// On a client.
+fn import_host(world: &World, directory: &str, more: &[&str]) -> Ran {
+    world.run(&[&["import", "knockknock", &world.text(directory)], more].concat())
+}
+
 /// Everything below a directory: what, whose, which permissions, when it was changed, and what is in it.
 fn state(directory: &Path) -> Vec<(PathBuf, u32, u32, i64, i64, Vec<u8>)> {
     let facts = |path: PathBuf| {
@@ -213,9 +218,10 @@ fn a_profile_that_others_could_read_or_change_or_that_is_broken_is_refused_with_
     for (file, doubt, said) in DOUBTS {
         let world = server_with_profiles();
         doubt(&world.path("profiles/bob").join(file));
-        let before = (state(&world.path(PROFILES)), state(&world.path("etc")));
+        let before = state(&world.path);
         import(&world, &[]).fails(78, said);
-        assert!((state(&world.path(PROFILES)), state(&world.path("etc"))) == before, "{said:?}");
+        import_host(&world, "profiles/bob", &[]).fails(78, said);
+        assert!(state(&world.path) == before, "{said:?}");
     }
 }
 
@@ -251,9 +257,11 @@ fn words_that_do_not_fit_a_servers_profiles_are_usage_errors() {
     import(&world, &["--allow", "ssh=22"]).fails(64, &["--allow: ", "Hint: say --allow ssh"]);
     import(&world, &["--allow", "mail"]).fails(64, &["there is no service `mail`", "Hint: services are: ssh"]);
     import(&world, &["--allow", "ssh=0"]).fails(64, &["`0` is not a port: write ssh=22"]);
+    import(&world, &["--address", "home"]).fails(64, &["--name and --address are for one host", "Hint: "]);
     import(&world, &["--name", "home"]).fails(64, &["--name and --address are for one host", "Hint: "]);
     fs::remove_file(world.config()).unwrap();
-    import(&world, &[]).fails(78, &["No such file", "Hint: make a configuration with `knockq init"]);
+    import(&world, &[])
+        .fails(78, &["knockq.toml: No such file", "make a configuration with `knockq init`", "~/.knockknock/HOST"]);
 
     let world = World::empty();
     world.init(&["--protect", "tcp/22", "--protect", "tcp/25", "--knock-ports", "20000-21023"]).succeeds();
@@ -303,4 +311,120 @@ fn a_hundred_profiles_are_taken_at_once() {
     assert!(world.check().succeeds().contains("users 100"));
     let listed = json(&world.user(&["list", "--json"]));
     assert_eq!(listed.as_array().unwrap().len(), 100);
+}
+
+/// Where knockknock's client has the profile of a host.
+const HOST: &str = ".knockknock/host.example.org";
+
+fn client() -> World {
+    let world = World::empty();
+    profile(&world, HOST, 1, 2222, 17);
+    world
+}
+
+fn read(world: &World, file: &str) -> String {
+    fs::read_to_string(world.path(file)).unwrap()
+}
+
+#[test]
+fn a_clients_profile_becomes_a_host_and_stays_as_it_is() {
+    let world = client();
+    let before = state(&world.path(HOST));
+    let ran = import_host(&world, HOST, &[]);
+    assert_eq!(
+        ran.succeeds(),
+        "host host.example.org: host.example.org, for ssh (tcp/22), knock port 2222, next counter 17\n"
+    );
+    let errors = ran.errors();
+    assert_eq!(errors.matches("warning: ").count(), 1, "{errors}");
+    for said in ["it is for ssh, on port 22", "knockq send host.example.org", "docs/knockknock.md"] {
+        assert!(errors.contains(said), "{said}: {errors}");
+    }
+    let hosts = ".config/knockq/hosts";
+    assert_eq!(read(&world, &format!("{hosts}/host.example.org.knockknock")), keys(1).map(|key| key + "\n").concat());
+    let profile: toml::Table = read(&world, &format!("{hosts}/host.example.org.toml")).parse().unwrap();
+    let wanted: toml::Table = "address = [\"host.example.org\"]\ndefault = \"ssh\"\n\
+         [knockknock]\nkey_file = \"hosts/host.example.org.knockknock\"\nknock_port = 2222\ncounter = 17\n\
+         [services.ssh]\nselector = 22\nports = [\"tcp/22\"]\n"
+        .parse()
+        .unwrap();
+    assert_eq!(profile, wanted);
+    for file in tree::files(&world.path(hosts)) {
+        assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o600, "{}", file.display());
+    }
+    assert_eq!(tree::files(&world.path(hosts)).len(), 2);
+    assert_eq!(state(&world.path(HOST)), before);
+    let listed = world.run(&["host", "list"]).succeeds();
+    assert!(listed.contains("host.example.org"), "{listed}");
+}
+
+#[test]
+fn a_clients_profile_takes_another_name_address_and_services() {
+    let world = client();
+    let more = ["--name", "home", "--address", "192.0.2.1", "--allow", "web=443", "--allow", "ssh=2022"];
+    let ran = import_host(&world, HOST, &more);
+    assert_eq!(
+        ran.succeeds(),
+        "host home: 192.0.2.1, for web (tcp/443), ssh (tcp/2022), knock port 2222, next counter 17\n"
+    );
+    assert!(!ran.errors().contains("--allow"), "{}", ran.errors());
+    let profile = read(&world, ".config/knockq/hosts/home.toml");
+    assert!(profile.contains("default = \"web\"") && profile.contains("selector = 2022"), "{profile}");
+    // Its name alone: where it is, its directory says.
+    import_host(&world, HOST, &["--name", "away"]).succeeds();
+    assert!(read(&world, ".config/knockq/hosts/away.toml").contains("address = [\"host.example.org\"]"));
+
+    import_host(&world, HOST, &["--allow", "ssh"]).fails(
+        64,
+        &["--allow: a client's profile does not say which port ssh has", "Hint: say it, as in --allow ssh=22"],
+    );
+    import_host(&world, HOST, &["--allow", "ssh=tcp/22"]).fails(64, &["`tcp/22` is not a port: write ssh=22"]);
+    profile_of(&world, ".knockknock/2001:db8::1");
+    import_host(&world, ".knockknock/2001:db8::1", &[]).fails(78, &["is not a name", "Hint: say --name NAME"]);
+    import_host(&world, ".knockknock/2001:db8::1", &["--name", "six"]).fails(78, &["has no IPv4 address"]);
+    profile_of(&world, ".knockknock/a b");
+    import_host(&world, ".knockknock/a b", &["--name", "ab"]).fails(78, &["a b: ", "Hint: say --address HOST"]);
+}
+
+fn profile_of(world: &World, directory: &str) {
+    profile(world, directory, 9, 2222, 0);
+}
+
+#[test]
+fn a_host_that_is_there_stays_as_it_is_whatever_has_its_name() {
+    let world = client();
+    import_host(&world, HOST, &[]).succeeds();
+    let before = state(&world.path(".config"));
+    // The original went on counting meanwhile.
+    fs::write(world.path(HOST).join("counter"), "18\n").unwrap();
+    let again = import_host(&world, HOST, &[]);
+    assert_eq!(again.succeeds(), "host host.example.org: has these keys already: left as it is\n");
+    assert!(!again.errors().contains("warning"), "{}", again.errors());
+    profile_of(&world, "other/host.example.org");
+    import_host(&world, "other/host.example.org", &[])
+        .fails(78, &["host host.example.org: there is a profile by this name", "Hint: choose another name"]);
+    assert_eq!(state(&world.path(".config")), before);
+    import_host(&world, "other/host.example.org", &["--name", "other"]).succeeds();
+}
+
+#[test]
+fn an_import_of_a_host_that_is_killed_at_any_call_is_ended_by_a_second_one() {
+    let world = client();
+    let (directory, config) = (world.text(HOST), world.path(".config"));
+    let before = state(&world.path(HOST));
+    let mut states = BTreeSet::new();
+    for call in 0.. {
+        let _ = fs::remove_dir_all(&config);
+        let whole = run_until_call(world.command(&["import", "knockknock", &directory, "--name", "home"]), call);
+        let has = |name: &str| config.join("knockq/hosts").join(name).exists();
+        states.insert((has("home.knockknock"), has("home.toml")));
+        if whole.is_some() {
+            break;
+        }
+        import_host(&world, HOST, &["--name", "home"]).succeeds();
+        world.run(&["host", "show", "home"]).succeeds();
+        assert_eq!(read(&world, ".config/knockq/hosts/home.knockknock"), keys(1).map(|key| key + "\n").concat());
+    }
+    assert_eq!(states, BTreeSet::from([(false, false), (true, false), (true, true)]), "each was met, and no other");
+    assert_eq!(state(&world.path(HOST)), before);
 }

@@ -1,8 +1,11 @@
 //! `knockq import`
 
+mod client;
 mod original;
 mod server;
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -10,8 +13,10 @@ use clap::{Args, Subcommand};
 
 use super::failure::{Failure, USAGE};
 use super::{ConfigArg, note};
+use crate::config::FileError;
 use crate::service::{HostAddress, Name, NameError};
-use original::{Found, look};
+
+use original::{Found, Original, last_word, look};
 
 #[derive(Args)]
 #[command(
@@ -54,7 +59,7 @@ struct Knockknock {
     /// Client: what to call the host [default: the directory's name]
     #[arg(long)]
     name: Option<Name>,
-    /// Client: name or address of the server [default: the host's name]
+    /// Client: name or address of the server [default: the directory's name]
     #[arg(long, value_name = "HOST")]
     address: Vec<HostAddress>,
     #[command(flatten)]
@@ -86,13 +91,12 @@ impl FromStr for Allowed {
 impl Knockknock {
     fn run(self) -> Result<(), Failure> {
         match look(&self.dir)? {
-            Found::Profile => Err(Failure::new("not yet".to_owned())),
+            Found::Profile => self.take_host(),
             Found::Profiles(directories) => self.take_users(&directories),
         }
     }
 
-    fn take_users(&self, directories: &[PathBuf]) -> Result<(), Failure> {
-        let usage = |message: String, hint: &str| Failure::new(message).hint(hint).code(USAGE);
+    fn take_users(self, directories: &[PathBuf]) -> Result<(), Failure> {
         if let Some(Allowed { name, .. }) = self.allow.iter().find(|allowed| allowed.port.is_some()) {
             let message = format!("--allow: the server's configuration says which ports {name} has");
             return Err(usage(message, &format!("say --allow {name}")));
@@ -101,10 +105,47 @@ impl Knockknock {
             let message = format!("--name and --address are for one host, but {} holds profiles", self.dir.display());
             return Err(usage(message, "leave them out; or, on a client, name the directory of a host inside it"));
         }
-        let allow: Vec<Name> = self.allow.iter().map(|allowed| allowed.name.clone()).collect();
-        server::take(directories, &allow, &self.config.config)?;
-        Ok(())
+        let config = &self.config.config;
+        if let Err(cause) = fs::symlink_metadata(config)
+            && cause.kind() == ErrorKind::NotFound
+        {
+            return Err(Failure::from(FileError::io(config, cause)).or_hint(
+                "on a server, make a configuration with `knockq init`, or name one with --config; on a client, name the \
+                 directory of one host: ~/.knockknock/HOST",
+            ));
+        }
+        let allow: Vec<Name> = self.allow.into_iter().map(|allowed| allowed.name).collect();
+        server::take(directories, &allow, &self.config.config)
     }
+
+    fn take_host(self) -> Result<(), Failure> {
+        let allowed = |Allowed { name, port }: &Allowed| match port {
+            Some(port) => Ok((name.clone(), *port)),
+            None => {
+                let message = format!("--allow: a client's profile does not say which port {name} has");
+                let hint = format!(
+                    "say it, as in --allow ssh=22; or, on the server, name the directory above {}",
+                    self.dir.display()
+                );
+                Err(usage(message, &hint))
+            }
+        };
+        let mut services = self.allow.iter().map(allowed).collect::<Result<Vec<_>, _>>()?;
+        if services.is_empty() {
+            note("Without --allow, it is for ssh, on port 22.");
+            services.extend("ssh".parse().map(|ssh| (ssh, 22)));
+        }
+        let name = self.name.map_or_else(|| last_word(&self.dir, "say --name NAME, to call it otherwise"), Ok)?;
+        let mut address = self.address;
+        if address.is_empty() {
+            address.push(last_word(&self.dir, "say --address HOST")?);
+        }
+        client::take(&Original::read(&self.dir, name)?, address, &services)
+    }
+}
+
+fn usage(message: String, hint: &str) -> Failure {
+    Failure::new(message).hint(hint).code(USAGE)
 }
 
 /// What nobody can mend who goes on with the format, said once.

@@ -1,7 +1,9 @@
 //! What knockknock keeps of a profile: four files in a directory, which are read and never changed.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::num::NonZeroU16;
+use std::path::{self, Path, PathBuf};
+use std::str::FromStr;
 
 use thiserror::Error;
 use zeroize::Zeroizing;
@@ -31,7 +33,7 @@ pub(super) struct Original {
     /// The number of the next knock.
     pub(super) counter: u32,
     /// Where one knocks.
-    pub(super) knock_port: u16,
+    pub(super) knock_port: NonZeroU16,
 }
 
 /// What a directory is to knockknock.
@@ -94,13 +96,14 @@ fn is_profile(inside: &[PathBuf]) -> bool {
     inside.iter().any(is_one)
 }
 
-/// The name of a profile: its directory's.
+/// A profile's name or its host's address: the last word of its directory's path.
 ///
 /// # Errors
 /// When it is none that knockq could use.
-pub(super) fn name_of(directory: &Path, remedy: &str) -> Result<Name, Failure> {
-    let last = directory.file_name().unwrap_or_default().to_string_lossy();
-    last.parse().map_err(|error: NameError| {
+pub(super) fn last_word<T: FromStr<Err = NameError>>(directory: &Path, remedy: &str) -> Result<T, Failure> {
+    let absolute = path::absolute(directory).map_err(|cause| FileError::io(directory, cause))?;
+    let last = absolute.file_name().unwrap_or_default().to_string_lossy();
+    last.parse().map_err(|error| {
         Failure::new(format!("{}: {error}", directory.display())).hint(remedy.to_owned()).code(CONFIGURATION)
     })
 }
@@ -154,7 +157,7 @@ fn counter(text: &str) -> Result<u32, Malformed> {
 
 /// `knock_port` of `[main]`, from what Python's `ConfigParser` reads: names of settings in any case, `=` or `:` after them,
 /// comments after `#` or `;`, and lines that go on where the next one is indented.
-fn knock_port(text: &str) -> Result<u16, Malformed> {
+fn knock_port(text: &str) -> Result<NonZeroU16, Malformed> {
     let (mut section, mut found) = ("", None::<String>);
     // Of the setting before, in this section: whether it is the one that is looked for.
     let mut before = None;
@@ -180,7 +183,7 @@ fn knock_port(text: &str) -> Result<u16, Malformed> {
         }
     }
     let value = found.ok_or(Malformed::NoKnockPort)?;
-    value.parse().ok().filter(|&port| port > 0).ok_or_else(|| Malformed::KnockPort(shown(&value)))
+    value.parse().map_err(|_| Malformed::KnockPort(shown(&value)))
 }
 
 /// A value to the comment that follows it after a blank.
@@ -220,7 +223,7 @@ mod tests {
             "[else]\nknock_port = 1\n[main]\nlater: x = y\nknock_port:2222\n",
             "[main]\nother = 1\n\nknock_port = 2222\n",
         ] {
-            assert_eq!(knock_port(text), Ok(2222), "{text:?}");
+            assert_eq!(knock_port(text).map(u16::from), Ok(2222), "{text:?}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
-use super::original::{Original, name_of};
+use super::original::{Original, last_word};
 use super::warn;
 use crate::cli::failure::{CONFIGURATION, Failure};
 use crate::cli::{note, print, user};
@@ -48,7 +48,7 @@ pub(super) fn take(directories: &[PathBuf], allow: &[Name], config_file: &Path) 
 fn read(directories: &[PathBuf]) -> Result<Vec<Original>, Failure> {
     let remedy =
         "copy the profile, with `cp -a`, to a directory of another name, and import that: users are named by it";
-    let one = |directory: &PathBuf| Original::read(directory, name_of(directory, remedy)?);
+    let one = |directory: &PathBuf| Original::read(directory, last_word(directory, remedy)?);
     let originals = directories.iter().map(one).collect::<Result<Vec<_>, _>>()?;
     let mut owners = HashMap::new();
     for original in &originals {
