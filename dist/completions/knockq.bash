@@ -37,6 +37,9 @@ _knockq() {
             knockq,host)
                 cmd="knockq__subcmd__host"
                 ;;
+            knockq,import)
+                cmd="knockq__subcmd__import"
+                ;;
             knockq,init)
                 cmd="knockq__subcmd__init"
                 ;;
@@ -82,6 +85,9 @@ _knockq() {
             knockq__subcmd__host,show)
                 cmd="knockq__subcmd__host__subcmd__show"
                 ;;
+            knockq__subcmd__import,knockknock)
+                cmd="knockq__subcmd__import__subcmd__knockknock"
+                ;;
             knockq__subcmd__user,add)
                 cmd="knockq__subcmd__user__subcmd__add"
                 ;;
@@ -107,7 +113,7 @@ _knockq() {
 
     case "${cmd}" in
         knockq)
-            opts="-h -V --help --version init check doctor ruleset serve confirm grants revoke status watch explain user recover keygen host send connect proxy"
+            opts="-h -V --help --version init check doctor ruleset serve confirm grants revoke status watch explain user import recover keygen host send connect proxy"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -291,6 +297,50 @@ _knockq() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__import)
+            opts="-h --help knockknock"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__import__subcmd__knockknock)
+            opts="-h --allow --name --address --config --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --allow)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --address)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -38,6 +38,7 @@ complete -c knockq -n "__fish_knockq_needs_command" -f -a "status" -d 'Server: h
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "watch" -d 'Server: what happens: grants, closings, refusals, reloads, faults'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "explain" -d 'Server: what the SYNs were that were refused last, and what is wrong with them'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "user" -d 'Server: who may knock'
+complete -c knockq -n "__fish_knockq_needs_command" -f -a "import" -d 'Server: take over the profiles of knockknock; on a client, that of one host'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "recover" -d 'Server: make a new counter store, after a restored backup or a lost one'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "keygen" -d 'Client: make this machine\'s key and print its public half'
 complete -c knockq -n "__fish_knockq_needs_command" -f -a "host" -d 'Client: the hosts that one knocks at'
@@ -125,6 +126,13 @@ complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subc
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from rename" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from rename" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand import; and not __fish_seen_subcommand_from knockknock" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand import; and not __fish_seen_subcommand_from knockknock" -f -a "knockknock" -d 'Take over a server\'s profiles of knockknock as users, or a client\'s profile of one host'
+complete -c knockq -n "__fish_knockq_using_subcommand import; and __fish_seen_subcommand_from knockknock" -l allow -d 'Server: a service that the users may open, may be left out if there is one. Client: NAME=PORT, of TCP [default: ssh=22]' -r
+complete -c knockq -n "__fish_knockq_using_subcommand import; and __fish_seen_subcommand_from knockknock" -l name -d 'Client: what to call the host [default: the directory\'s name]' -r
+complete -c knockq -n "__fish_knockq_using_subcommand import; and __fish_seen_subcommand_from knockknock" -l address -d 'Client: name or address of the server [default: the directory\'s name]' -r
+complete -c knockq -n "__fish_knockq_using_subcommand import; and __fish_seen_subcommand_from knockknock" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand import; and __fish_seen_subcommand_from knockknock" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand recover" -l ahead -d 'How far this machine\'s clock was ahead of the right time before the loss, if it was' -r
 complete -c knockq -n "__fish_knockq_using_subcommand recover" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand recover" -s h -l help -d 'Print help'
