@@ -295,6 +295,28 @@ fn a_store_that_is_restored_from_a_copy_takes_no_knock_of_a_profile_until_its_co
     fs::copy(lab.store(), &copy).unwrap();
     waits_for_a_count(&lab, &key, |daemon| {
         daemon.stop();
+        // Over the bytes of the store, it could not be told from it (docs/faults.md).
+        fs::remove_file(lab.store()).unwrap();
         fs::copy(&copy, lab.store()).unwrap();
     });
+}
+
+/// The knock ports of profiles belong into the table, which is the administrator's own here.
+#[test]
+fn where_the_table_is_the_administrators_an_import_says_that_it_has_to_be_loaded_anew() {
+    let lab = Lab::with("open_for = \"1h\"");
+    lab.set("ruleset = \"external\"");
+    lab.load_include_file();
+    let daemon = lab.start();
+    let key = profile(&lab.originals().join("carol"), 1, KNOCK_PORT, FIRST);
+    let (directory, config) = (lab.originals().display().to_string(), lab.config().display().to_string());
+    let import =
+        || lab.knockq(&lab.server, &["import", "knockknock", &directory, "--allow", "ssh", "--config", &config]);
+    let refused = import();
+    let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && errors.contains("knockq ruleset --output"), "{errors}");
+    lab.load_include_file();
+    crate::lab::succeeds(&import());
+    lab.opens(|| lab.knock_of(&key, FIRST));
+    daemon.stop();
 }
