@@ -123,6 +123,84 @@ fn a_servers_profiles_become_users_and_stay_as_they_are() {
 }
 
 #[test]
+fn a_knockknock_profile_that_is_wrong_is_shown_with_its_place() {
+    let world = server_with_profiles();
+    import(&world, &[]).succeeds();
+    let entry = fs::read_to_string(world.path("etc/users.d/alice.toml")).unwrap();
+    let cases: &[(&str, &str, &[&str])] = &[
+        ("[\"ssh\"]", "[\"ssh\"]\npsk_file = \"alice.psk\"", &["alice.toml:2:12: psk_file stands beside [knockknock]"]),
+        ("[\"ssh\"]", "[\"ssh\"]\npublic_key = \"AAAA\"", &["alice.toml:2:14: public_key stands beside [knockknock]"]),
+        (
+            "[\"ssh\"]",
+            "[\"ssh\"]\nsource = \"bound\"",
+            &[
+                "alice.toml:2:10: source = \"bound\" stands beside [knockknock]",
+                "Hint: its knocks hold for no source",
+                "`from`",
+            ],
+        ),
+        ("2222", "22", &["alice.toml:5:14: knock port 22 is guarded by service ssh"]),
+        ("2222", "0", &["alice.toml:5:14: "]),
+        ("17", "4294967296", &["alice.toml:6:14: invalid value"]),
+        ("17", "-1", &["alice.toml:6:14: invalid value"]),
+        ("counter", "count", &["alice.toml:6:1: unknown field `count`"]),
+        (
+            "alice.knockknock",
+            "carol.knockknock",
+            &["alice.toml:4:14: ", "users.d/carol.knockknock: there is no such file", "mode 0600"],
+        ),
+        ("alice.knockknock", "bob.knockknock", &["bob.toml:1:1: user alice has the keys of this profile already"]),
+        ("as_of ", "since ", &["alice.toml:7:1: unknown field `since`"]),
+    ];
+    for (from, to, said) in cases {
+        world.edit("etc/users.d/alice.toml", from, to);
+        world.check().fails(78, said);
+        fs::write(world.path("etc/users.d/alice.toml"), &entry).unwrap();
+    }
+    world.edit("etc/users.d/alice.knockknock", "==\n", "\n");
+    world.check().fails(78, &["users.d/alice.knockknock: the cipher key is not standard base64", "Hint: "]);
+    world.mode("etc/users.d/alice.knockknock", 0o640);
+    world.check().fails(78, &["alice.knockknock: must not be readable by others (mode 0640)", "Hint: chmod 600"]);
+}
+
+#[test]
+fn a_count_is_set_in_the_users_file_where_all_else_stays_and_is_shown() {
+    let world = server_with_profiles();
+    import(&world, &[]).succeeds();
+    let path = world.path("etc/users.d/alice.toml");
+    let by_hand = "# hers\nfrom = [\"192.0.2.0/24\"]\nservices = [\"ssh\"]\n[knockknock]\nas_of = 2026-01-31 # then\n\
+                   knock_port=2222\ncounter=17# so many\nkey_file=\"alice.knockknock\"\n";
+    fs::write(&path, by_hand).unwrap();
+    let ran = world.user(&["counter", "alice", "42"]);
+    assert_eq!(ran.succeeds(), "User alice: the next knock is number 42, unless a later one was taken already\n");
+    let text = fs::read_to_string(&path).unwrap();
+    let shown: serde_json::Value = json(&world.user(&["show", "alice", "--json"]));
+    let profile = &shown["knockknock"];
+    let as_of = profile["as_of"].as_str().unwrap();
+    assert_eq!(text, by_hand.replace("2026-01-31", &format!("\"{as_of}\"")).replace("17", "42"));
+    assert_eq!(
+        (&profile["counter"], &profile["knock_port"], &shown["public_key"]),
+        (&42.into(), &2222.into(), &serde_json::Value::Null)
+    );
+    let shown = world.user(&["show", "alice"]).succeeds();
+    assert!(shown.contains(&format!("alice.knockknock, to port 2222, from knock 42 on as of {as_of}")), "{shown}");
+    assert!(
+        world
+            .user(&["list"])
+            .succeeds()
+            .lines()
+            .any(|line| line.starts_with("alice ") && line.ends_with("(knockknock)"))
+    );
+    world.user(&["show", "alice", "--profile"]).fails(1, &["user alice: has a knockknock profile", "alice.knockknock"]);
+
+    world.user(&["counter", "carol", "1"]).fails(78, &["user carol: there is no ", "Hint: see who there is"]);
+    world.user(&["counter", "alice", "4294967296"]).fails(64, &["4294967296"]);
+    let key = world.run(&["keygen"]).succeeds();
+    world.user_add("dora", key.trim_end(), &[]).succeeds();
+    world.user(&["counter", "dora", "1"]).fails(64, &["user dora: has no knockknock profile"]);
+}
+
+#[test]
 fn a_second_run_leaves_what_is_there_and_takes_what_is_new() {
     let world = server_with_profiles();
     import(&world, &[]).succeeds();
