@@ -201,6 +201,17 @@ fn a_count_is_set_in_the_users_file_where_all_else_stays_and_is_shown() {
 }
 
 #[test]
+fn recover_names_the_profiles_whose_count_must_be_set() {
+    let world = server_with_profiles();
+    import(&world, &[]).succeeds();
+    let said = world.recover(&[]).succeeds();
+    for name in ["alice", "bob"] {
+        assert!(said.contains(&format!("{name} has a knockknock profile")), "{said}");
+        assert!(said.contains(&format!("knockq user counter {name} NUMBER")), "{said}");
+    }
+}
+
+#[test]
 fn a_second_run_leaves_what_is_there_and_takes_what_is_new() {
     let world = server_with_profiles();
     import(&world, &[]).succeeds();

@@ -91,6 +91,9 @@ _knockq() {
             knockq__subcmd__user,add)
                 cmd="knockq__subcmd__user__subcmd__add"
                 ;;
+            knockq__subcmd__user,counter)
+                cmd="knockq__subcmd__user__subcmd__counter"
+                ;;
             knockq__subcmd__user,invite)
                 cmd="knockq__subcmd__user__subcmd__invite"
                 ;;
@@ -559,7 +562,7 @@ _knockq() {
             return 0
             ;;
         knockq__subcmd__user)
-            opts="-h --help add invite list show remove rename"
+            opts="-h --help add invite list show remove rename counter"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -611,6 +614,24 @@ _knockq() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        knockq__subcmd__user__subcmd__counter)
+            opts="-h --config --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 --config)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

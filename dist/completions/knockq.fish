@@ -87,13 +87,14 @@ complete -c knockq -n "__fish_knockq_using_subcommand watch" -s h -l help -d 'Pr
 complete -c knockq -n "__fish_knockq_using_subcommand explain" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand explain" -l json -d 'As a JSON array'
 complete -c knockq -n "__fish_knockq_using_subcommand explain" -s h -l help -d 'Print help'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -s h -l help -d 'Print help'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "add" -d 'Let a client\'s key open services, and print the profile that its user imports'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "invite" -d 'Let a user open services with a key that is made here, and print the profile that holds it, once'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "list" -d 'List who may knock'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "show" -d 'Show one user, or print their profile again'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "remove" -d 'Take a user away'
-complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename" -f -a "rename" -d 'Give a user another name'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "add" -d 'Let a client\'s key open services, and print the profile that its user imports'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "invite" -d 'Let a user open services with a key that is made here, and print the profile that holds it, once'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "list" -d 'List who may knock'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "show" -d 'Show one user, or print their profile again'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "remove" -d 'Take a user away'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "rename" -d 'Give a user another name'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and not __fish_seen_subcommand_from add invite list show remove rename counter" -f -a "counter" -d 'Set the count of a user\'s knockknock profile'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l key -d 'The public key that `knockq keygen` printed on the user\'s machine' -r
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l psk-file -d 'A file with a pre-shared key, which the user needs too; it stays where it is (mode 0600)' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from add" -l allow -d 'A service that the user may open; may be left out if there is one' -r
@@ -126,6 +127,8 @@ complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subc
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from rename" -l config -d 'The server\'s configuration' -r -F
 complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from rename" -s h -l help -d 'Print help'
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from counter" -l config -d 'The server\'s configuration' -r -F
+complete -c knockq -n "__fish_knockq_using_subcommand user; and __fish_seen_subcommand_from counter" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand import; and not __fish_seen_subcommand_from knockknock" -s h -l help -d 'Print help'
 complete -c knockq -n "__fish_knockq_using_subcommand import; and not __fish_seen_subcommand_from knockknock" -f -a "knockknock" -d 'Take over a server\'s profiles of knockknock as users, or a client\'s profile of one host'
 complete -c knockq -n "__fish_knockq_using_subcommand import; and __fish_seen_subcommand_from knockknock" -l allow -d 'Server: a service that the users may open, may be left out if there is one. Client: NAME=PORT, of TCP [default: ssh=22]' -r

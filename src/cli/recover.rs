@@ -137,7 +137,15 @@ fn waiting(now: u64, floor: u64, remains: &Remains, config: &ServerConfig) -> St
         remains.floor().max(floor).saturating_sub(now).saturating_add(1)
     );
     for user in &config.users {
-        if let Some(last) = remains.last(&user.public_key, config.private_key.public()).filter(|last| *last > floor) {
+        if user.knockknock.is_some() {
+            let _ = writeln!(
+                text,
+                "{0} has a knockknock profile, and waits until its count is set: knockq user counter {0} NUMBER",
+                user.name
+            );
+        } else if let Some(last) =
+            remains.last(&user.public_key, config.private_key.public()).filter(|last| *last > floor)
+        {
             let wait = last.saturating_sub(now).saturating_add(1);
             let _ = writeln!(text, "{} has spent a counter ahead of that, and can knock again in {wait} s", user.name);
         }
