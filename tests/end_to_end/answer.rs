@@ -75,7 +75,7 @@ fn every_syn_is_answered_like_one_to_a_closed_port_knock_or_not() {
             }
         }
         assert_eq!(hex(&to_knock), hex(&plain), "{family:?}: a knock");
-        // nft's reset for the guarded port copies no DSCP and sets no flow label (docs/protocol.md section 6).
+        // nft's reset for the guarded port copies no DSCP and sets no flow label (docs/protocol.md section 5).
         let mut at_guarded_port = answer(&packets, family, 3000).expect("an answer of the guarded port");
         if family == Family::V6 {
             (at_guarded_port[3], plain[3]) = (0, 0);
