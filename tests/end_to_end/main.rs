@@ -44,7 +44,7 @@ use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, Side};
 use knockq::packet::Flow;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
-use lab::{Family, Lab};
+use lab::{Family, Lab, PATIENCE};
 
 pub(crate) fn raw_socket(family: Family) -> OwnedFd {
     let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -71,7 +71,7 @@ impl Lab {
             if let Some(element) = self.door(source, port) {
                 return element;
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "no door for {source} to {port}");
+            assert!(start.elapsed() < PATIENCE, "no door for {source} to {port}");
             thread::sleep(Duration::from_millis(20));
         }
     }
