@@ -155,7 +155,7 @@ impl Revoke {
             }
             asked => asked?,
         }
-        report(&meant, &nft::open_doors()?)
+        report(&meant, &nft::open_doors()?, self.kill)
     }
 }
 
@@ -183,9 +183,11 @@ fn covers(selection: &Selection, open: &OpenDoor) -> bool {
     }
 }
 
-fn report(meant: &[OpenDoor], left: &[OpenDoor]) -> Result<(), Failure> {
-    if meant.is_empty() {
-        note("no such door is open");
+fn report(meant: &[OpenDoor], left: &[OpenDoor], kill: bool) -> Result<(), Failure> {
+    match (meant.is_empty(), kill) {
+        (false, _) => {}
+        (true, false) => note("no such door is open"),
+        (true, true) => note("no such door is open; connections that came in earlier, if any, are ended"),
     }
     let mut is_by_hand = false;
     let lines = meant.iter().map(|open| {

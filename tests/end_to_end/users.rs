@@ -242,7 +242,11 @@ fn connections_end_with_a_revocation_that_says_so() {
         lab.revoke(&["--user", "alice"]);
         assert!(connections.iter().all(|(server, client)| is_heard(server, client)), "they live on unless it is said");
         // Its door has shut by now, and the daemon remembers whose it was.
-        lab.revoke(&["--user", "alice", "--kill"]);
+        let config = lab.config().display().to_string();
+        let revoked = lab.knockq(&lab.server, &["revoke", "--config", &config, "--user", "alice", "--kill"]);
+        let said = String::from_utf8_lossy(&revoked.stderr).into_owned();
+        assert!(said.contains("no such door is open; connections that came in earlier, if any, are ended"), "{said}");
+        succeeds(&revoked);
         assert!(lab::echoes(&mut mail), "carol's lives on");
         let [(server, client), (other_server, other_client)] = &connections;
         assert!(!is_heard(server, client) && !is_heard(client, server), "the service speaks first");
