@@ -435,8 +435,22 @@ fn user_add_refuses_what_exists_and_writes_nothing_then() {
     assert_eq!(world.files(), before);
     let said = world.user_add("bob", other, &["--allow", "ssh", "--from", "10.0.0.0/8", "--source", "bound"]);
     assert!(said.errors().contains("It applies when the daemon starts: none runs now."), "{}", said.errors());
+    assert!(!said.errors().contains("warning"), "{}", said.errors());
     said.succeeds();
     assert!(world.check().succeeds().contains("users 2"));
+}
+
+#[test]
+fn a_user_whose_end_has_come_already_is_added_with_a_warning() {
+    let world = World::new();
+    let said = world.user_add("bob", OTHER_KEY, &["--expires", "2020-01-31"]);
+    let warning = "warning: bob opens nothing, for 2020-01-31T00:00:00Z is over";
+    assert!(said.errors().contains(warning), "{}", said.errors());
+    said.succeeds();
+    let said = world.user(&["invite", "carl", "--expires", "2020-01-31"]);
+    assert!(said.errors().contains("warning: carl opens nothing"), "{}", said.errors());
+    said.succeeds();
+    world.user_add("dora", OTHER_KEY, &["--expires", "tomorrow"]).fails(64, &["`tomorrow` is no date"]);
 }
 
 const OTHER_KEY: &str = "y4p1aUaYDQ5GXyhXHs0XxBvXjsH7bfmeStQcm0hFJks=";

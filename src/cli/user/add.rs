@@ -39,6 +39,7 @@ impl Add {
 
         let path = self.entry.write(&key, &allowed, psk_file.as_deref())?;
         note(&format!("Wrote {}", path.display()));
+        self.entry.warn_if_expired();
         note(&format!(
             "Give this profile to {name}, who imports it with `knockq host add HOSTNAME -`, which must show this:"
         ));

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 
 use super::profile::Holder;
 use super::{entry_path, exists};
-use crate::cli::ConfigArg;
 use crate::cli::failure::{Failure, USAGE};
+use crate::cli::{ConfigArg, note};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::{Moment, Network, Seconds, ServerConfig};
 use crate::crypto::PublicKey;
@@ -85,6 +85,13 @@ impl Entry {
 
     pub(super) fn allowed_services(&self, config: &ServerConfig) -> Result<Vec<Name>, Failure> {
         allowed_services(&self.allow, config)
+    }
+
+    /// An end that has come is seldom what was meant.
+    pub(super) fn warn_if_expired(&self) {
+        if let Some(expiry) = self.expires.filter(|expiry| expiry.is_over()) {
+            note(&format!("warning: {} opens nothing, for {expiry} is over", self.name));
+        }
     }
 
     /// Whom the profile is for.

@@ -54,6 +54,7 @@ impl Invite {
 
         let path = self.entry.write(key.public(), &allowed, None)?;
         note(&format!("Wrote {}: the public key alone", path.display()));
+        self.entry.warn_if_expired();
         note(&format!(
             "This profile holds {name}'s private key and is not shown again. Whoever reads it can knock as {name}."
         ));
