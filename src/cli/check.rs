@@ -84,12 +84,25 @@ pub(super) fn unseen_sets(config: &ServerConfig) -> Result<Vec<&SetName>, Failur
             }
             Err(error) => {
                 return Err(Failure::new(format!("{}: add_to: {error}", entry.display()))
-                    .hint(format!("nft add set {set} '{{ type ipv4_addr; flags timeout; }}', or ipv6_addr"))
+                    .hint(set_hint(set, &error))
                     .code(CONFIGURATION));
             }
         }
     }
     Ok(unseen)
+}
+
+/// nft makes no set in a table that is not there, and none by the name of another.
+fn set_hint(set: &SetName, error: &SetError) -> String {
+    let set = set.to_string();
+    let table = set.rsplit_once(' ').map_or(set.as_str(), |(table, _)| table);
+    let add = format!("nft 'add table {table}; add set {set} {{ type ipv4_addr; flags timeout; }}', or ipv6_addr");
+    match error {
+        SetError::Type(_) | SetError::Flags(_) => {
+            format!("delete it, and the rules that look there, first; then: {add}")
+        }
+        SetError::Missing(_) | SetError::Kernel(..) => add,
+    }
 }
 
 /// A connection of this host's own may take a knock port in that range as its source.
@@ -109,14 +122,18 @@ pub(super) fn ephemeral_knock_port(config: &ServerConfig) -> Option<String> {
     Some(format!("knock port {port} lies inside net.ipv4.ip_local_port_range ({start}-{end})"))
 }
 
-/// What the kernel leaves out of that range.
-fn reserved_ports() -> Vec<RangeInclusive<u16>> {
+/// What the kernel leaves out of that range, as it lists them.
+pub(super) fn reserved_port_list() -> String {
     let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
+    text.trim().to_owned()
+}
+
+fn reserved_ports() -> Vec<RangeInclusive<u16>> {
     let range = |range: &str| {
         let (start, end) = range.split_once('-').unwrap_or((range, range));
         Some(start.parse().ok()?..=end.parse().ok()?)
     };
-    text.trim().split(',').filter_map(range).collect()
+    reserved_port_list().split(',').filter_map(range).collect()
 }
 
 /// The kernel's range for source ports; Linux's default where it cannot be read.

@@ -7,7 +7,7 @@ use knockq::queue::KernelQueue;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::lab::{FAMILIES, Family, Lab};
+use crate::lab::{FAMILIES, Family, Lab, succeeds};
 
 /// What doctor found: check, state, message, hint.
 struct Findings(Vec<[String; 4]>);
@@ -90,8 +90,16 @@ fn doctor_tells_whether_the_gate_stands_whether_the_daemon_reads_its_queue_and_w
     reloaded.has("table", "ok", &[]);
     reloaded.has("include-file", "ok", &[]);
 
-    fs::remove_file(lab.config().with_file_name("knockq.nft")).unwrap();
-    lab.doctor().has("include-file", "problem", &["knockq.nft: No such file"]);
+    let file = lab.config().with_file_name("knockq.nft");
+    let remedy = format!("knockq ruleset --output {}", file.display());
+    fs::write(&file, "# by hand\n").unwrap();
+    lab.doctor().has("include-file", "problem", &["knockq.nft: is not that of this configuration", &remedy]);
+    fs::remove_file(&file).unwrap();
+    lab.doctor().has("include-file", "problem", &["knockq.nft: No such file", &remedy]);
+    let config = lab.config().display().to_string();
+    let output = file.display().to_string();
+    succeeds(&lab.knockq(&lab.server, &["ruleset", "--config", &config, "--output", &output]));
+    lab.doctor().has("include-file", "ok", &[]);
 }
 
 #[test]
@@ -149,7 +157,8 @@ fn doctor_sees_listeners_on_knock_ports_and_knock_ports_among_those_of_own_conne
     lab.server.sysctl("net/ipv4/ip_local_reserved_ports", "8080,20000-21023");
     lab.doctor().has("ephemeral-ports", "ok", &[]);
     lab.server.sysctl("net/ipv4/ip_local_reserved_ports", "20001-21023");
-    lab.doctor().has("ephemeral-ports", "problem", &["knock port 20000"]);
+    let remedy = "ip_local_reserved_ports=20001-21023,20000-21023; "; // what was reserved stays so
+    lab.doctor().has("ephemeral-ports", "problem", &["knock port 20000", remedy]);
 }
 
 #[test]

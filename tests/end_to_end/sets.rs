@@ -206,10 +206,15 @@ fn a_set_that_is_missing_or_of_another_type_is_shown_by_the_check_and_keeps_nobo
         let checked = lab.knockq(&lab.server, &["check", "--config", &config]);
         let said = String::from_utf8_lossy(&checked.stderr).into_owned();
         assert!(
-            said.contains(wrong) && said.contains("john.toml: add_to: ") && said.contains("Hint: nft add set"),
+            said.contains(wrong) && said.contains("john.toml: add_to: ") && said.contains(&format!("add set {set} ")),
             "{said}"
         );
         assert_eq!(checked.status.code(), Some(78));
+        if let Some((_, hint)) = said.split_once("Hint: nft ") {
+            assert!(wrong.starts_with("there is no set"), "another set is in the way: {said}");
+            lab.server.sh(&format!("nft {}", hint.trim_end().strip_suffix(", or ipv6_addr").unwrap()));
+            succeeds(&lab.knockq(&lab.server, &["check", "--config", &config]));
+        }
     }
     let mut daemon = lab.start();
     daemon.wait_for("monitor: warning: who knocks is not added: set inet mine nets must have the flag timeout");

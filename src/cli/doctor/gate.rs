@@ -58,20 +58,24 @@ pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
 pub(super) fn include_file(config: &ServerConfig, path: &Path) -> Finding {
     const CHECK: &str = "include-file";
     let file = include(path);
+    // A reload that changes nothing of the table leaves the file alone, also one that is lost or was edited.
+    let output = format!("knockq ruleset --output {}", file.display());
     let hint = match config.ruleset_mode {
-        RulesetMode::Managed => "systemctl reload knockq, or start it: it writes the file".to_owned(),
-        RulesetMode::External => format!("knockq ruleset --output {}", file.display()),
+        RulesetMode::Managed => {
+            format!("if the configuration was changed: systemctl reload knockq, or start it; else: {output}")
+        }
+        RulesetMode::External => output.clone(),
     };
     match secure_file::read(&file, Privacy::Public) {
         Ok(text) if *text == config.ruleset().to_string() => {
-            Finding::ok(CHECK, format!("{}: is up to date; the next boot begins with it", file.display()))
+            Finding::ok(CHECK, format!("{}: is up to date, for the next boot to begin with", file.display()))
         }
         Ok(_) => {
             let message =
                 format!("{}: is not that of this configuration; the next boot begins with it", file.display());
             Finding::problem(CHECK, message).hint(hint)
         }
-        Err(error) => Finding::failed(CHECK, Failure::from(error).or_hint(&hint)),
+        Err(error) => Finding::failed(CHECK, Failure::from(error).or_hint(&output)),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::Finding;
 use super::listing::Table;
 use super::translation;
-use crate::cli::check::ephemeral_knock_port;
+use crate::cli::check::{ephemeral_knock_port, reserved_port_list};
 use crate::cli::sockets::{Listener, listeners};
 use crate::config::ServerConfig;
 use crate::service::{Port, Transport};
@@ -52,10 +52,17 @@ fn ephemeral(config: &ServerConfig) -> Finding {
         None => Finding::ok(CHECK, "the kernel gives no knock port to connections of this host's own"),
         Some(message) => Finding::problem(CHECK, format!("{message}: connections of this host's own may take it"))
             .hint(format!(
-                "sysctl net.ipv4.ip_local_reserved_ports={}",
-                config.all_knock_ports().to_string().replace(' ', "")
+                "sysctl net.ipv4.ip_local_reserved_ports={}; for the next boot, the same in /etc/sysctl.d/knockq.conf",
+                reserved_as_well(config)
             )),
     }
+}
+
+/// The knock ports, and what others had the kernel leave out before: the setting replaces the whole list.
+fn reserved_as_well(config: &ServerConfig) -> String {
+    let knock_ports = config.all_knock_ports().to_string().replace(' ', "");
+    let reserved = reserved_port_list();
+    if reserved.is_empty() { knock_ports } else { format!("{reserved},{knock_ports}") }
 }
 
 fn guarded(port: Port, listeners: &[Listener]) -> Finding {
