@@ -18,9 +18,12 @@ impl Lab {
         self.edit(&format!("users.d/{user}.toml"), "services", &line);
     }
 
+    /// Twice, as after a change: nothing must be there twice then.
     fn load_rules(&self, example: &str) {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/rules").join(example);
-        self.server.nft(&["-f", path.to_str().unwrap()]);
+        for _ in 0..2 {
+            self.server.nft(&["-f", path.to_str().unwrap()]);
+        }
     }
 
     /// A user knocks for ssh, and it is open.
