@@ -236,6 +236,8 @@ fn a_published_port_of_a_container_is_guarded_and_its_others_are_not() {
     let lab = lab_of("containers", "", "15s");
     let container = lab.host("container");
     lab.server.uplink("docker0", &container, "172.17.0", "fd00:17:");
+    // The other container.
+    container.address("eth0", "172.17.0.3/24", "fd00:17::3/64");
     lab.server.forward();
     lab.server.settle(3);
     container.serve(80);
