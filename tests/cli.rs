@@ -64,6 +64,10 @@ fn words_that_are_wrong_are_usage_errors() {
     world.run(&["send", "home", "--stealthy"]).fails(64, &["--stealthy"]);
     world.run(&["send", "home", "-4", "-6"]).fails(64, &["cannot be used with"]);
     world.run(&["send", "home", "--source", "here"]).fails(64, &["not an IP address, nor `none`"]);
+    world.run(&["revoke", "alice"]).fails(64, &["`alice` is no network", "; for a user: --user alice"]);
+    let said = world.run(&["revoke", "192.0.2"]);
+    assert!(!said.errors().contains("--user 192.0.2"), "{}", said.errors());
+    said.fails(64, &["`192.0.2` is no network: write 192.0.2.0/24"]);
     world.init(&["--protect", "22"]).fails(64, &["`22` is not a port"]);
     world.init(&["--protect", "tcp/22", "--knock-ports", "9-1"]).fails(64, &["`9-1` is no range of ports"]);
     world.run(&["keygen", "../x"]).fails(64, &["../x"]);

@@ -114,7 +114,7 @@ pub(super) struct Revoke {
 #[group(required = true, multiple = false)]
 struct SelectionArgs {
     /// The address or network whose doors are shut
-    #[arg(value_name = "ADDR")]
+    #[arg(value_name = "ADDR", value_parser = network)]
     source: Option<Network>,
     /// The user whose doors are shut; what others hold open stays open
     #[arg(long, value_name = "NAME")]
@@ -122,6 +122,16 @@ struct SelectionArgs {
     /// Shut every door
     #[arg(long)]
     all: bool,
+}
+
+/// In a hurry one writes a user's name there.
+fn network(text: &str) -> Result<Network, String> {
+    text.parse().map_err(|error| match text.parse::<Name>() {
+        Ok(name) if text.starts_with(|first: char| first.is_ascii_alphabetic()) => {
+            format!("{error}; for a user: --user {name}")
+        }
+        _ => format!("{error}"),
+    })
 }
 
 impl Revoke {
