@@ -233,6 +233,22 @@ fn a_second_run_leaves_what_is_there_and_takes_what_is_new() {
 }
 
 #[test]
+fn keys_that_were_imported_go_with_their_user_and_come_back_with_another_import() {
+    let world = server_with_profiles();
+    import(&world, &[]).succeeds();
+    world.user(&["rename", "bob", "robert"]).succeeds();
+    let said = world.user(&["remove", "robert"]).succeeds();
+    assert!(said.contains("robert.toml\n") && said.contains("bob.knockknock\n"), "{said}");
+    assert_eq!(users(&world), ["alice.knockknock", "alice.toml"].map(PathBuf::from));
+    // Of one that is broken nothing is known.
+    fs::write(world.path("etc/users.d/alice.toml"), "?").unwrap();
+    world.user(&["remove", "alice"]).succeeds();
+    assert_eq!(users(&world), [PathBuf::from("alice.knockknock")]);
+    assert_eq!(import(&world, &[]).succeeds().lines().count(), 2);
+    assert!(world.check().succeeds().contains("users 2"));
+}
+
+#[test]
 fn a_name_that_is_taken_by_other_keys_is_named_before_anything_is_written() {
     let world = server_with_profiles();
     let key = world.run(&["keygen"]).succeeds();
@@ -249,6 +265,14 @@ fn a_name_that_is_taken_by_other_keys_is_named_before_anything_is_written() {
     assert_eq!(users(&world), before, "alice, who was written first, is gone again");
 
     fs::remove_file(world.path("etc/users.d/bob.knockknock")).unwrap();
+    import(&world, &[]).succeeds();
+    world.user(&["rename", "bob", "bobby"]).succeeds();
+    profile(&world, "elsewhere/bob", 4, 5555, 0);
+    let (elsewhere, config) = (world.text("elsewhere"), world.text("etc/knockq.toml"));
+    world
+        .run(&["import", "knockknock", &elsewhere, "--config", &config])
+        .fails(78, &["user bob: bob.knockknock holds the keys of user bobby", "Hint: copy the profile"]);
+    world.check().succeeds();
     profile(&world, "profiles/carol", 1, 4444, 5);
     import(&world, &[]).fails(78, &["profiles/carol: has the same keys as ", "profiles/alice", "Hint: "]);
 }

@@ -3,15 +3,18 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use jiff::Timestamp;
-
 use super::original::{Original, last_word};
 use super::warn;
 use crate::cli::failure::{CONFIGURATION, Failure};
-use crate::cli::{note, print, user};
-use crate::config::ServerConfig;
+use crate::cli::user::{self, KEY_FILE};
+use crate::cli::{note, print};
 use crate::config::secure_file::{self, Privacy};
+use crate::config::users::UserEntry;
+use crate::config::{Moment, ServerConfig};
 use crate::service::Name;
+
+const REMEDY: &str =
+    "copy the profile, with `cp -a`, to a directory of another name, and import that: users are named by it";
 
 /// Takes over all of these profiles or none. What a run before has made of them is left as it is.
 ///
@@ -46,9 +49,7 @@ pub(super) fn take(directories: &[PathBuf], allow: &[Name], config_file: &Path) 
 
 /// All profiles, no two of which may have the same keys.
 fn read(directories: &[PathBuf]) -> Result<Vec<Original>, Failure> {
-    let remedy =
-        "copy the profile, with `cp -a`, to a directory of another name, and import that: users are named by it";
-    let one = |directory: &PathBuf| Original::read(directory, last_word(directory, remedy)?);
+    let one = |directory: &PathBuf| Original::read(directory, last_word(directory, REMEDY)?);
     let originals = directories.iter().map(one).collect::<Result<Vec<_>, _>>()?;
     let mut owners = HashMap::new();
     for original in &originals {
@@ -68,14 +69,26 @@ fn there<'a>(original: &Original, config: &'a ServerConfig) -> Result<Option<&'a
     if let Some(user) = config.users.iter().find(|user| user.public_key == original.stand_in) {
         return Ok(Some(&user.name));
     }
-    if config.users.iter().any(|user| user.name == *name) {
-        return Err(Failure::new(format!("user {name}: exists already, with other keys than {}", directory.display()))
-            .hint(format!(
-                "give that user another name, `knockq user rename {name} NEW`, or: knockq user remove {name}"
-            ))
-            .code(CONFIGURATION));
-    }
-    Ok(None)
+    let key_name = key_name(name);
+    let has_key_file =
+        |user: &&UserEntry| user.knockknock.as_ref().is_some_and(|profile| profile.key_file.ends_with(&key_name));
+    let (message, hint) = if config.users.iter().any(|user| user.name == *name) {
+        let message = format!("user {name}: exists already, with other keys than {}", directory.display());
+        (
+            message,
+            format!("give that user another name, `knockq user rename {name} NEW`, or: knockq user remove {name}"),
+        )
+    } else if let Some(user) = config.users.iter().find(has_key_file) {
+        (format!("user {name}: {key_name} holds the keys of user {}", user.name), REMEDY.to_owned())
+    } else {
+        return Ok(None);
+    };
+    Err(Failure::new(message).hint(hint).code(CONFIGURATION))
+}
+
+/// The file of a user's keys, beside their entry.
+fn key_name(name: &Name) -> String {
+    format!("{name}.{KEY_FILE}")
 }
 
 fn line(Original { name, knock_port, counter, .. }: &Original, services: &[Name]) -> String {
@@ -95,7 +108,7 @@ impl Made {
 
     /// First the keys: without an entry they are nobody's, and a second run finds them.
     fn user(&mut self, original: &Original, services: &[Name], directory: &Path) -> Result<(), Failure> {
-        let key_name = format!("{}.knockknock", original.name);
+        let key_name = key_name(&original.name);
         let key_file = directory.join(&key_name);
         match secure_file::read_if_there(&key_file, Privacy::Secret)? {
             Some(keys) if *keys == *original.keys => {}
@@ -132,11 +145,10 @@ impl Drop for Made {
 fn entry_text(original: &Original, services: &[Name], key_name: &str) -> String {
     let Original { knock_port, counter, .. } = original;
     let services: Vec<String> = services.iter().map(|service| format!("\"{service}\"")).collect();
-    let now = Timestamp::now().as_second();
-    let as_of = Timestamp::from_second(now).unwrap_or_default();
     format!(
         "services = [{}]\n\n[knockknock]\nkey_file   = \"{key_name}\"\nknock_port = {knock_port}\n\
-         counter    = {counter}\nas_of      = \"{as_of}\"\n",
-        services.join(", ")
+         counter    = {counter}\nas_of      = \"{}\"\n",
+        services.join(", "),
+        Moment::now()
     )
 }

@@ -1,14 +1,15 @@
-//! `knockq user remove` and `rename`. Both look at no file's contents: at three in the morning it is the broken one that has
+//! `knockq user remove` and `rename`. Neither needs a file that is right: at three in the morning it is the broken one that has
 //! to go.
 
 use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{apply, entry_path, exists, missing};
+use super::{KEY_FILE, apply, entry_path, exists, missing};
 use crate::cli::failure::{Failure, USAGE};
 use crate::cli::{ConfigArg, print};
-use crate::config::secure_file;
+use crate::config::{ServerConfig, secure_file};
 use crate::service::Name;
 
 #[derive(Args)]
@@ -26,13 +27,27 @@ impl Remove {
     pub(super) fn run(self) -> Result<(), Failure> {
         let (name, config) = (self.name, self.config.config);
         let path = entry_path(&config, &name);
+        let keys = imported_keys(&config, &name);
         secure_file::remove(&path).map_err(|error| match error.kind() {
             Some(ErrorKind::NotFound) => missing(&name, &config),
             _ => error.into(),
         })?;
         print(&format!("Removed user {name}: deleted {}\n", path.display()))?;
+        if let Some(keys) = keys {
+            secure_file::remove(&keys)?;
+            print(&format!("Deleted their knockknock keys: {}\n", keys.display()))?;
+        }
         apply(&config)
     }
+}
+
+/// The file of a user's keys that an import has made, where the configuration is right: nobody else's are in it then.
+fn imported_keys(config: &Path, name: &Name) -> Option<PathBuf> {
+    let users = ServerConfig::load(config).ok()?.users;
+    let user = users.into_iter().find(|user| user.name == *name)?;
+    let file = user.knockknock?.key_file;
+    let is_imported = file.parent() == user.path.parent() && file.extension().is_some_and(|end| end == KEY_FILE);
+    is_imported.then_some(file)
 }
 
 #[derive(Args)]

@@ -63,6 +63,9 @@ impl User {
     }
 }
 
+/// What the names of files end in that hold the keys of knockknock profiles, where an import has put them.
+pub(super) const KEY_FILE: &str = "knockknock";
+
 /// The file that a user of this name has, or would have.
 fn entry_path(config: &Path, name: &Name) -> PathBuf {
     config.with_file_name("users.d").join(format!("{name}.toml"))
