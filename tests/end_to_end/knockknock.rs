@@ -12,7 +12,7 @@ use knockq::crypto::PrivateKey;
 use knockq::crypto::knockknock::{Key, Token};
 use serde_json::Value;
 
-use crate::lab::{Daemon, FAMILIES, Family, Host, Lab, eventually};
+use crate::lab::{Daemon, FAMILIES, Family, Host, Lab, eventually, succeeds};
 use crate::status::count;
 use crate::{raw_socket, send_raw};
 
@@ -144,6 +144,40 @@ fn a_knock_of_the_originals_client_opens_once_and_never_again_whatever_befalls_t
         lab.refuses(|| lab.knock_of(&key, number));
     }
     lab.opens(|| lab.knock_of(&key, FIRST + 2));
+    daemon.stop();
+}
+
+/// Server and client each took their half of one profile; and whoever still has the original goes on with the same numbers.
+#[test]
+fn what_both_sides_have_imported_opens_for_send_and_connect_and_for_the_original_in_between() {
+    let (lab, key) = Lab::with_carol();
+    let halves = lab.home("carol").join(".knockknock/10.77.1.1");
+    profile(&halves, 1, KNOCK_PORT, FIRST);
+    let carol = |arguments: &[&str]| succeeds(&lab.knockq_as("carol", &lab.alice, arguments));
+    carol(&["import", "knockknock", halves.to_str().unwrap(), "--name", "home"]);
+    let daemon = lab.start();
+    carol(&["send", "home", "--wait"]);
+    drop(lab.alice.gets_in(SERVER.server(), 22));
+    lab.revoke(&["--all"]);
+    assert_eq!(carol(&["connect", "home", "22"]), "welcome to 22\n");
+    lab.revoke(&["--all"]);
+    for number in [5_u32, 20, 35] {
+        lab.opens(|| lab.knock_of(&key, FIRST + number));
+    }
+
+    // This client's count is far behind now, as after a restored backup.
+    lab.refuses(|| {
+        carol(&["send", "home"]);
+    });
+    let causes = lab.cause("carol");
+    let behind = causes.as_array().unwrap().iter().find(|cause| cause["cause"] == "count_behind");
+    let next = behind.unwrap_or_else(|| panic!("{causes:#}"))["next"].as_u64().unwrap();
+    assert_eq!(next, u64::from(FIRST + 36));
+    let host = lab.home("carol").join(".config/knockq/hosts/home.toml");
+    let text = fs::read_to_string(&host).unwrap();
+    fs::write(&host, text.replace(&format!("counter = {FIRST}"), &format!("counter = {next}"))).unwrap();
+    carol(&["send", "home", "--wait"]);
+    lab.wait_for_door(SERVER.alice(), 22);
     daemon.stop();
 }
 
@@ -316,7 +350,7 @@ fn where_the_table_is_the_administrators_an_import_says_that_it_has_to_be_loaded
     let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && errors.contains("knockq ruleset --output"), "{errors}");
     lab.load_include_file();
-    crate::lab::succeeds(&import());
+    succeeds(&import());
     lab.opens(|| lab.knock_of(&key, FIRST));
     daemon.stop();
 }
