@@ -53,11 +53,15 @@ const CONFIG: &str = "etc/knockq.toml";
 const ISSUED: &str = "issued";
 const ISSUED_LOCK: &str = "issued.lock";
 
-const SUBJECTS: [Subject; 11] = [
+/// Knocks by a profile of knockknock's.
+const SEND_OLD: &[&str] = &["send", "old", "--print", "hex"];
+
+const SUBJECTS: [Subject; 13] = [
     Subject { path: "etc/knockq.toml", is_secret: false, contents: Contents::Text, readers: &[CHECK, SERVE] },
     Subject { path: "etc/server.key", is_secret: true, contents: Contents::Text, readers: &[CHECK, SERVE] },
     Subject { path: "etc/users.d/alice.toml", is_secret: false, contents: Contents::Text, readers: &[CHECK, SERVE] },
     Subject { path: "etc/users.d/alice.psk", is_secret: true, contents: Contents::Text, readers: &[CHECK, SERVE] },
+    Subject { path: "etc/users.d/old.knockknock", is_secret: true, contents: Contents::Text, readers: &[CHECK, SERVE] },
     Subject { path: "etc/knockq.nft", is_secret: false, contents: Contents::Text, readers: &[LOAD] },
     Subject { path: "state/counters.redb", is_secret: true, contents: Contents::Store, readers: &[CHECK, SERVE] },
     Subject {
@@ -73,6 +77,12 @@ const SUBJECTS: [Subject; 11] = [
         readers: &[&["host", "show", "home"], SEND],
     },
     Subject { path: ".config/knockq/home.psk", is_secret: true, contents: Contents::Text, readers: &[SEND] },
+    Subject {
+        path: ".config/knockq/hosts/old.knockknock",
+        is_secret: true,
+        contents: Contents::Text,
+        readers: &[SEND_OLD],
+    },
     Subject { path: ISSUED, is_secret: true, contents: Contents::Issued, readers: &[SEND] },
     Subject { path: ISSUED_LOCK, is_secret: true, contents: Contents::Nothing, readers: &[SEND] },
 ];
@@ -90,9 +100,25 @@ fn world() -> World {
         let text = fs::read_to_string(world.path(user)).unwrap();
         fs::write(world.path(user), format!("psk_file = \"{named}\"\n{text}")).unwrap();
     }
+    import(&world);
     run(&world, SEND).succeeds();
     fs::create_dir(world.path("run")).unwrap(); // what `serve` listens in is no file that decides
     world
+}
+
+/// A profile of knockknock's, for both sides.
+fn import(world: &World) {
+    let original = world.path("profiles/old");
+    fs::create_dir_all(&original).unwrap();
+    let key = "q83vASNFZ4mrze8BI0VniQ==\n";
+    for (file, text) in
+        [("cipher.key", key), ("mac.key", key), ("counter", "7\n"), ("config", "[main]\nknock_port = 9\n")]
+    {
+        fs::write(original.join(file), text).unwrap();
+        fs::set_permissions(original.join(file), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    world.run(&["import", "knockknock", &world.text("profiles"), "--config", &world.text(CONFIG)]).succeeds();
+    world.run(&["import", "knockknock", &world.text("profiles/old"), "--address", "127.0.0.1"]).succeeds();
 }
 
 /// Runs in a network of its own should it get further than it may, and not for ever.
@@ -102,6 +128,9 @@ fn run(world: &World, arguments: &[&str]) -> Ran {
     let config = world.text(CONFIG);
     command.args(arguments.iter().map(|&argument| if argument == CONFIG { &config } else { argument }));
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", &world.path);
+    if arguments == SEND_OLD {
+        command.env("XDG_STATE_HOME", world.path("old")); // one file of counters is there to be found
+    }
     Ran(command.output().unwrap())
 }
 
@@ -449,7 +478,7 @@ fn files_of_another_user_are_refused_by_name_to_one_who_is_not_root() {
 fn line_ends_and_a_byte_order_mark_of_other_systems_change_no_meaning() {
     let world = world();
     // What a knock prints is another packet each time.
-    let says_the_same = |subject: &&Subject| ![LOAD, SEND].contains(&subject.readers[0]);
+    let says_the_same = |subject: &&Subject| ![LOAD, SEND, SEND_OLD].contains(&subject.readers[0]);
     for subject in SUBJECTS.iter().filter(|subject| subject.contents == Contents::Text).filter(says_the_same) {
         let path = place(&world, subject);
         let text = fs::read_to_string(&path).unwrap();
@@ -460,7 +489,13 @@ fn line_ends_and_a_byte_order_mark_of_other_systems_change_no_meaning() {
         if path.extension().is_some_and(|extension| extension == "toml") {
             assert_eq!(run(&world, subject.readers[0]).succeeds(), said, "{}", subject.path);
         } else {
-            refused(&world, subject, "a byte order mark", &path, &["not a key", "restore it"]);
+            let is_profile = path.extension().is_some_and(|extension| extension == "knockknock");
+            let said = if is_profile {
+                ["the cipher key is not standard base64", "original"]
+            } else {
+                ["not a key", "restore it"]
+            };
+            refused(&world, subject, "a byte order mark", &path, &said);
         }
         fs::write(&path, &text).unwrap();
     }
