@@ -11,12 +11,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use killer::run_until_call;
-use world::{Ran, World, json};
+use world::{KNOCKQ, Ran, World, json};
 
 const PROFILES: &str = "profiles";
 
@@ -415,6 +416,20 @@ fn an_import_that_is_killed_at_any_call_leaves_no_half_user_and_is_ended_by_a_se
     let in_order: BTreeSet<_> = (0..=4).map(|made| [0, 1, 2, 3].map(|place| place < made)).collect();
     assert_eq!(states, in_order, "each was met, and no other");
     assert_eq!(state(&world.path(PROFILES)), before);
+}
+
+#[test]
+fn an_import_that_the_disk_cuts_short_takes_back_what_it_has_made() {
+    let world = server_with_profiles();
+    // Room for three files of four, and what is left is looked at before it goes away with its mount.
+    let script =
+        "mount -t tmpfs -o size=12k,mode=700 none \"$1\"; left=$1; shift; \"$@\"; code=$?; ls -A \"$left\"; exit $code";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]).arg(world.path("etc/users.d")).arg(KNOCKQ);
+    command.args(["import", "knockknock", &world.text(PROFILES), "--config", &world.text("etc/knockq.toml")]);
+    let ran = Ran(command.output().unwrap());
+    ran.fails(1, &["bob.toml: No space left on device", "Hint: look at the disk"]);
+    assert_eq!(String::from_utf8_lossy(&ran.0.stdout), "");
 }
 
 #[test]
