@@ -183,9 +183,9 @@ fn show(name: &Name, json: bool) -> Result<(), Failure> {
 
 fn remove(name: &Name) -> Result<(), Failure> {
     let home = Home::of_environment()?;
-    Profile::remove(&home, name)?;
+    let keys = if Profile::remove(&home, name)? { " and its knockknock keys" } else { "" };
     print(&format!(
-        "Removed host {name}. Counters that were used with its server stay in {}, so none is used again\n",
+        "Removed host {name}{keys}. Counters that were used with its server stay in {}, so none is used again\n",
         home.counters().display()
     ))
 }

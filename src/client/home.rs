@@ -80,6 +80,12 @@ impl Home {
         })
     }
 
+    /// Both in this directory.
+    #[cfg(test)]
+    pub(super) fn below(path: &Path) -> Self {
+        Self { configuration: path.join("config"), state: path.join("state") }
+    }
+
     /// The private key's file.
     pub fn key_path(&self) -> PathBuf {
         self.configuration.join("key")

@@ -244,21 +244,23 @@ impl Profile {
         })
     }
 
-    /// Takes a profile away, be it right or broken, and the knockknock keys beside it. Counters are not its business and
-    /// stay: they belong to the keys, which may come back.
+    /// Takes a profile away, be it right or broken, and the knockknock keys beside it, if there are any: that is told.
+    /// Counters are not its business and stay: they belong to the keys, which may come back.
     ///
     /// # Errors
     /// When there is none by that name, or it cannot be deleted.
-    pub fn remove(home: &Home, name: &Name) -> Result<(), ProfileError> {
-        // First the keys: a second try ends what was cut short as long as there is a profile.
-        match secure_file::remove(&home.beside_key(&KnockknockTerms::key_file_of(name))) {
-            Err(error) if error.kind() != Some(io::ErrorKind::NotFound) => return Err(error.into()),
-            _ => {}
+    pub fn remove(home: &Home, name: &Name) -> Result<bool, ProfileError> {
+        let path = home.host_path(name);
+        if path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Err(ProfileError::Missing(name.to_string()));
         }
-        secure_file::remove(&home.host_path(name)).map_err(|error| match error.kind() {
-            Some(io::ErrorKind::NotFound) => ProfileError::Missing(name.to_string()),
-            _ => error.into(),
-        })
+        // First the keys: as long as there is a profile, a second try ends what was cut short.
+        let had_keys = match secure_file::remove(&home.beside_key(&KnockknockTerms::key_file_of(name))) {
+            Err(error) if error.kind() == Some(io::ErrorKind::NotFound) => false,
+            removed => removed.map(|()| true)?,
+        };
+        secure_file::remove(&path)?;
+        Ok(had_keys)
     }
 
     /// The names of all profiles, right or broken, in order.
