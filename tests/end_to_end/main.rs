@@ -1,5 +1,6 @@
 //! On a real kernel: real daemons, real clients, real packets, over IPv4 and IPv6.
 
+mod ancestor;
 mod answer;
 mod client;
 mod confinement;

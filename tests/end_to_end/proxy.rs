@@ -15,7 +15,7 @@ use crate::client::{Sshd, ssh};
 use crate::lab::{FAMILIES, Family, Host, Lab, PATIENCE, echoes, eventually, knockq, succeeds};
 
 /// A proxy on loopback of alice's host.
-struct Proxy {
+pub(crate) struct Proxy {
     child: Child,
     log: PathBuf,
     address: SocketAddr,
@@ -23,7 +23,7 @@ struct Proxy {
 
 impl Proxy {
     /// Alice's host knows `server4` and `server6` by name meanwhile.
-    fn start(lab: &Lab, family: Family, arguments: &[&str]) -> Self {
+    pub(crate) fn start(lab: &Lab, family: Family, arguments: &[&str]) -> Self {
         let etc = Path::new("/etc/netns").join(&lab.alice.name);
         fs::create_dir_all(&etc).unwrap();
         fs::write(etc.join("hosts"), "127.0.0.1 localhost\n10.77.1.1 server4\nfd77:1::1 server6\n").unwrap();
@@ -44,7 +44,7 @@ impl Proxy {
         proxy
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }
 
@@ -65,7 +65,7 @@ impl Proxy {
     }
 
     /// A connection through the proxy, or the code of its refusal.
-    fn connect(&self, host: &Host, target: &Target, port: u16) -> Result<TcpStream, u8> {
+    pub(crate) fn connect(&self, host: &Host, target: &Target, port: u16) -> Result<TcpStream, u8> {
         self.ask(host, 1, target, port)
     }
 
@@ -123,7 +123,7 @@ impl Drop for Names<'_> {
     }
 }
 
-enum Target {
+pub(crate) enum Target {
     Address(IpAddr),
     Name(&'static str),
 }
@@ -145,7 +145,7 @@ impl Drop for Killed {
 }
 
 /// Banner and echo of [`Host::serve`].
-fn talks(mut stream: TcpStream, port: u16) -> bool {
+pub(crate) fn talks(mut stream: TcpStream, port: u16) -> bool {
     let expected = format!("welcome to {port}\n");
     let mut banner = vec![0; expected.len()];
     stream.read_exact(&mut banner).is_ok() && banner == expected.as_bytes() && echoes(&mut stream)
