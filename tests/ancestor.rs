@@ -99,23 +99,24 @@ fn a_count_whose_token_cannot_be_sent_is_passed_over() {
 #[test]
 fn what_the_format_cannot_do_is_refused_by_name_before_a_count_is_used() {
     let world = world();
-    let v4 = "a knockknock token needs an IPv4 address, and goes over no other";
+    let v4 = "a knockknock token goes over IPv4 alone, for IPv6 has no place for it";
+    let no_v4 = "has no IPv4 address there, and a knockknock token goes over no other";
     let bound = "a knockknock token is bound to no address, and 192.0.2.7 is not this machine's own";
-    for (arguments, said) in [
-        (&["old", "-6"][..], v4),
-        (&["::1"], v4),
-        (&["old", "--source", "::1"], v4),
-        (&["old", "--source", "192.0.2.7"], bound),
-        (&["old", "--strict"], "comes in a SYN that no kernel sends"),
+    for (arguments, code, said) in [
+        (&["old", "-6"][..], 64, v4),
+        (&["::1"], 1, no_v4),
+        (&["old", "--source", "::1"], 64, v4),
+        (&["old", "--source", "192.0.2.7"], 64, bound),
+        (&["old", "--strict"], 64, "comes in a SYN that no kernel sends"),
     ] {
         let ran = world.run(&[&["send", "--print", "hex"], arguments].concat());
-        ran.fails(64, &["host old: ", said, "Hint: "]);
+        ran.fails(code, &["host old: ", said, "Hint: "]);
     }
     let toml = ".config/knockq/hosts/old.toml";
     world.edit(toml, "\n\n[knock", "\nsource = \"192.0.2.7\"\n\n[knock");
     world.run(SEND).fails(64, &[bound, "`source` in the profile"]);
     world.edit(toml, "\"127.0.0.1\", ", "");
-    world.run(&[SEND, &["--source", "none"]].concat()).fails(64, &[v4, "Hint: "]);
+    world.run(&[SEND, &["--source", "none"]].concat()).fails(1, &[no_v4, "Hint: "]);
     assert!(!world.path(".local/state/knockq/counters").exists());
 }
 

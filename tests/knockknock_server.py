@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The server of knockknock, as the description of its format has it (docs/protocol.md section 5), and independent of knockq.
 
-    knockknock_server.py PROFILES SET
+    knockknock_server.py PROFILES SET [LOST]
 
 PROFILES holds a directory for each profile, with what the original's has: `cipher.key` and `mac.key` in base64, `counter`,
 and `config` with the knock port. A knock adds its source and port to SET, words for nft such as `inet filter opened`. For
-each SYN to a knock port a line says what came of it.
+each SYN to a knock port a line says what came of it. So many of the first SYNs get LOST.
 """
 
 import base64
@@ -58,7 +58,8 @@ class Profile:
 
 
 def main():
-    directory, door = sys.argv[1:]
+    directory, door, *lost = sys.argv[1:]
+    lost = int(*lost)
     profiles = [Profile(os.path.join(directory, name)) for name in sorted(os.listdir(directory))]
     wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ALL_IPV4))
     print("ready", flush=True)
@@ -71,6 +72,10 @@ def main():
         source = socket.inet_ntoa(packet[12:16])
         for profile in profiles:
             if profile.port != int.from_bytes(tcp[2:4], "big"):
+                continue
+            if lost:
+                lost -= 1
+                print(f"lost {source}", flush=True)
                 continue
             opened = profile.open(token)
             if opened is None:

@@ -379,9 +379,10 @@ impl From<AimError> for Failure {
                 failure.hint("check the name and the resolver, or put an address into the profile")
             }
             AimError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
-            AimError::OnlyV4(_) => failure
-                .hint("leave out -6, and name the server by an IPv4 address, or by a name that has one")
-                .code(USAGE),
+            AimError::OnlyV4(_) => failure.hint("leave out -6, and --source with an IPv6 address").code(USAGE),
+            AimError::NoV4(_) => failure.hint(
+                "name the host by its profile, or by an IPv4 address; or add one, or a name that has one, to the profile",
+            ),
             AimError::BindsNothing { .. } => {
                 failure.hint("leave out --source, and `source` in the profile; or name an own IPv4 address").code(USAGE)
             }

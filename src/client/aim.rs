@@ -116,9 +116,12 @@ pub enum AimError {
     /// The source address is of the other family than the one asked for.
     #[error("source {0}: is not of the family that the knock is to use")]
     SourceFamily(IpAddr),
-    /// A knockknock token goes over IPv4, and something else was asked for or is there alone.
-    #[error("host {0}: a knockknock token needs an IPv4 address, and goes over no other")]
+    /// A knockknock token was asked to go over IPv6.
+    #[error("host {0}: a knockknock token goes over IPv4 alone, for IPv6 has no place for it")]
     OnlyV4(Name),
+    /// What is meant of the server has IPv6 addresses alone, and a knockknock token goes over none of them.
+    #[error("host {0}: has no IPv4 address there, and a knockknock token goes over no other")]
+    NoV4(Name),
     /// A knockknock token is bound to no address, so a source can only be an own one.
     #[error("host {host}: a knockknock token is bound to no address, and {source_address} is not this machine's own")]
     BindsNothing {
@@ -291,7 +294,7 @@ fn knockknock_servers(
         return Err(AimError::BindsNothing { host: host.clone(), source_address });
     }
     resolve_all(host, names, Family::V4).map_err(|error| match error {
-        AimError::NoAddress { host, .. } => AimError::OnlyV4(host),
+        AimError::NoAddress { host, .. } => AimError::NoV4(host),
         other => other,
     })
 }

@@ -70,7 +70,7 @@ impl ProxyError {
         match self {
             Self::Busy | Self::Knock(ConnectError::StillShut { .. }) => Reply::TimedOut,
             Self::Knock(ConnectError::Send(SendError::Aim(
-                AimError::Resolve { .. } | AimError::NoAddress { .. } | AimError::OnlyV4(_),
+                AimError::Resolve { .. } | AimError::NoAddress { .. } | AimError::NoV4(_),
             )))
             | Self::Resolve(_) => Reply::HostUnreachable,
             Self::Knock(ConnectError::Send(

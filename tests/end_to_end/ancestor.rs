@@ -33,6 +33,11 @@ struct Ancestor<'a> {
 impl<'a> Ancestor<'a> {
     /// With the counter that alice's profile begins with, 17.
     fn start(lab: &'a Lab) -> Self {
+        Self::start_with(lab, 0)
+    }
+
+    /// The same; so many of the first knocks get lost.
+    fn start_with(lab: &'a Lab, lost: u32) -> Self {
         let rules = lab.directory.path.join("rules");
         fs::write(&rules, RULES).unwrap();
         lab.server.nft(&["-f", rules.to_str().unwrap()]);
@@ -48,7 +53,7 @@ impl<'a> Ancestor<'a> {
             fs::write(profile.join(name), text).unwrap();
         }
         let log = lab.directory.path.join("ancestor.log");
-        let child = Self::spawn(lab, &log);
+        let child = Self::spawn(lab, &log, lost);
         Self { lab, child, log }
     }
 
@@ -56,14 +61,14 @@ impl<'a> Ancestor<'a> {
         lab.directory.path.join("ancestor/alice")
     }
 
-    fn spawn(lab: &Lab, log: &Path) -> Child {
+    fn spawn(lab: &Lab, log: &Path, lost: u32) -> Child {
         let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/knockknock_server.py");
         let output = File::create(log).unwrap();
         let errors = output.try_clone().unwrap();
         let directory = Self::profile(lab);
         let child = lab.server.enter(|| {
             let mut command = Command::new("python3");
-            command.arg(program).arg(directory.parent().unwrap()).arg("inet old opened");
+            command.arg(program).arg(directory.parent().unwrap()).args(["inet old opened", &lost.to_string()]);
             command.stdin(Stdio::null()).stdout(output).stderr(errors).spawn().unwrap()
         });
         eventually("the ancestor's server", || fs::read_to_string(log).unwrap().contains("ready\n"));
@@ -185,6 +190,7 @@ fn knocks_that_are_lost_do_no_harm_until_they_are_twenty_and_then_the_count_is_n
     let waited = lab.knockq(&lab.alice, &["send", "server", "--wait"]);
     assert_eq!(waited.status.code(), Some(1));
     let said = String::from_utf8(waited.stderr).unwrap();
+    eprintln!("{said}");
     let count = format!("check, in this order:\n  - the count: this knock's was {}, and", next + 20);
     assert!(said.contains(&count) && said.contains("`knockq explain` on the server"), "{said}");
     let places = ["the count: ", "the knock port: ", "a firewall on the way", "the daemon must", "the service must"];
@@ -197,7 +203,7 @@ fn knocks_that_are_lost_do_no_harm_until_they_are_twenty_and_then_the_count_is_n
     let _ = server.child.kill();
     let _ = server.child.wait();
     fs::write(Ancestor::profile(&lab).join("counter"), "1000\n").unwrap();
-    server.child = Ancestor::spawn(&lab, &server.log);
+    server.child = Ancestor::spawn(&lab, &server.log, 0);
     let profile = lab.home("alice").join(".config/knockq/hosts/server.toml");
     let text = fs::read_to_string(&profile).unwrap().replace("counter = 17", "counter = 1000");
     fs::write(&profile, text).unwrap();
@@ -205,6 +211,15 @@ fn knocks_that_are_lost_do_no_harm_until_they_are_twenty_and_then_the_count_is_n
     succeeds(&confirmed);
     assert!(String::from_utf8_lossy(&confirmed.stderr).contains("ssh of server is open at 10.77.1.1"));
     assert_eq!(server.said(), [opened(22, 1000)]);
+}
+
+#[test]
+fn connect_knocks_at_an_ancestors_server_once_more_where_the_knock_is_lost() {
+    let lab = lab();
+    let server = Ancestor::start_with(&lab, 1);
+    let connected = lab.knockq(&lab.alice, &["connect", "server", "22", "--timeout", "1m"]);
+    assert_eq!(succeeds(&connected), "welcome to 22\n");
+    assert_eq!(server.said(), ["lost 10.77.1.2".to_owned(), opened(22, 18)]);
 }
 
 #[test]
@@ -225,6 +240,6 @@ fn commands_connections_and_the_proxy_go_through_an_ancestors_door() {
     }
     // The profile is found by the address, and says that there is no way: nothing goes past the door.
     assert!(proxy.connect(&lab.alice, &Target::Address(Family::V6.server()), 22).is_err());
-    let error = "a knockknock token needs an IPv4 address, and goes over no other";
+    let error = "has no IPv4 address there, and a knockknock token goes over no other";
     eventually("the proxy's log", || proxy.log().contains(error));
 }
