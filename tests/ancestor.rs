@@ -153,8 +153,17 @@ fn hosts_of_both_kinds_are_listed_and_shown_without_a_secret_and_taken_away_with
 fn host_add_sends_those_who_have_such_a_profile_to_the_import() {
     let world = World::new();
     fs::write(world.path("old.toml"), PROFILE).unwrap();
-    let said = ["host old: this is a knockknock profile, whose keys are", "Hint: ", "knockq import knockknock"];
+    let said = [
+        "host old: this is a knockknock profile,",
+        "whose keys are in a file of their own",
+        "Hint: ",
+        "knockq import knockknock",
+    ];
     world.run(&["host", "add", "old", &world.text("old.toml")]).fails(78, &said);
+    fs::write(world.path("broken.toml"), PROFILE.replace("counter", "count")).unwrap();
+    world
+        .run(&["host", "add", "old", &world.text("broken.toml")])
+        .fails(78, &["unknown field `count`", said[2], said[3]]);
     // And shows nobody the keys.
     fs::write(world.path("keys"), KEYS).unwrap();
     let shown = world.run(&["host", "add", "old", &world.text("keys")]);

@@ -164,6 +164,12 @@ fn every_setting_that_the_code_knows_is_in_the_page_and_no_other() {
         let added = world.run(&["host", "add", "other", &world.text("alice.profile")]);
         agree(".SS \\(ti/.config/knockq/hosts/NAME.toml", prefix, &added.errors());
     }
+    let whole = "unheard_of = 1\n[knockknock]\nkey_file = \"x\"\nknock_port = 1\ncounter = 1\n";
+    for (text, prefix) in [(whole, ""), ("[knockknock]\nunheard_of = 1\n", "knockknock.")] {
+        fs::write(world.path("alice.profile"), text).unwrap();
+        let added = world.run(&["host", "add", "other", &world.text("alice.profile")]);
+        agree(".SS \"A knockknock profile\"", prefix, &added.errors());
+    }
 }
 
 #[test]

@@ -40,6 +40,10 @@ pub(super) const CONFIGURATION: u8 = 78;
 /// What to do where counters cannot be written.
 const DISK: &str = "counters must be written before anything is opened: look at the disk, with `df` and `mount`";
 
+/// What to do with a knockknock profile that is to be added.
+pub(super) const IMPORT: &str =
+    "take it from where knockknock has it, keys and all: knockq import knockknock ~/.knockknock/HOST";
+
 /// How a command ends when it does not succeed.
 pub(super) struct Failure {
     message: String,
@@ -305,7 +309,7 @@ impl From<ProfileError> for Failure {
                 failure.hint("move it to another directory, and import it from there: knockq host add NAME FILE")
             }
             ProfileError::Knockknock(_) => {
-                failure.hint("take it from where knockknock has it, keys and all: knockq import knockknock ~/.knockknock/HOST")
+                failure.hint(IMPORT)
             }
             ProfileError::OwnKey(_) | ProfileError::Lacks { .. } => {
                 failure.hint("ask the administrator for a new profile")

@@ -9,7 +9,7 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::columns::columns;
-use super::failure::{CONFIGURATION, Failure};
+use super::failure::{CONFIGURATION, Failure, IMPORT};
 use super::{note, print, print_json};
 use crate::client::host::MAX_LEN;
 use crate::client::{Home, Profile, ProfileError};
@@ -108,6 +108,8 @@ fn add(name: &Name, path: &Path, same_server: bool) -> Result<(), Failure> {
 fn remedy(text: &str) -> &'static str {
     if text.lines().any(|line| line.starts_with('>')) {
         "these are lines of a quoted mail: take the marks off, with sed 's/^[> ]*//', or have it sent as a file"
+    } else if text.contains("[knockknock]") {
+        IMPORT
     } else if text.contains(['\u{201c}', '\u{201d}', '\u{201e}', '\u{a0}']) {
         "quotation marks or spaces were changed on the way: have it sent as a file"
     } else {

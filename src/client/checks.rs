@@ -59,9 +59,9 @@ fn of_knockknock(aim: &Aim, count: u32, knock_port: u16) -> Vec<String> {
     vec![
         format!(
             "the count: this knock's was {count}, and the server takes those from the one that it expects to {} more; \
-             `knockq explain` there says which that is. If this one is behind, because something else knocks with this \
+             `knockq explain` on the server says which that is. If this one is behind, because something else knocks with this \
              profile: `counter = N` in the profile of {host} here. If it is further ahead, because knocks were lost: \
-             `knockq user counter NAME N` on the server",
+             `knockq user counter NAME N` there",
             WINDOW - 1
         ),
         format!("the knock port: it must be the one that the server has for you, and the profile says {knock_port}"),

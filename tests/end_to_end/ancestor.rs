@@ -190,7 +190,6 @@ fn knocks_that_are_lost_do_no_harm_until_they_are_twenty_and_then_the_count_is_n
     let waited = lab.knockq(&lab.alice, &["send", "server", "--wait"]);
     assert_eq!(waited.status.code(), Some(1));
     let said = String::from_utf8(waited.stderr).unwrap();
-    eprintln!("{said}");
     let count = format!("check, in this order:\n  - the count: this knock's was {}, and", next + 20);
     assert!(said.contains(&count) && said.contains("`knockq explain` on the server"), "{said}");
     let places = ["the count: ", "the knock port: ", "a firewall on the way", "the daemon must", "the service must"];
