@@ -130,15 +130,18 @@ fn hosts_of_both_kinds_are_listed_and_shown_without_a_secret_and_taken_away_with
     let listed = world.run(&["host", "list"]).succeeds();
     assert!(listed.lines().any(|line| line.split_whitespace().eq(["home", "192.0.2.1", "ssh"])), "{listed}");
     assert!(listed.lines().any(|line| line.split_whitespace().eq(["old", "127.0.0.1,::1", "mail,ssh"])), "{listed}");
-    assert_eq!(world.run(&["host", "show", "old"]).succeeds(), PROFILE);
+    assert_eq!(world.run(&["host", "show", "old"]).succeeds(), format!("{PROFILE}# next counter: 17\n"));
     let shown = json(&world.run(&["host", "show", "old", "--json"]));
     assert_eq!((&shown["name"], &shown["knockknock"]["knock_port"]), (&"old".into(), &2222.into()));
     assert!(shown.get("server_key_fingerprint").is_none() && !shown.to_string().contains("sji"), "{shown}");
     let listed = json(&world.run(&["host", "list", "--json"]));
     assert!(listed[0]["server_key_fingerprint"].is_string(), "{listed}");
-    assert_eq!(listed[1]["knockknock"]["counter"], 17);
+    assert_eq!((&listed[1]["knockknock"]["counter"], &listed[1]["next_counter"]), (&17.into(), &17.into()));
 
     world.run(SEND).succeeds();
+    assert_eq!(json(&world.run(&["host", "show", "old", "--json"]))["next_counter"], 18, "what was used counts");
+    fs::write(count_file(&world), "damaged").unwrap();
+    assert_eq!(world.run(&["host", "show", "old"]).succeeds(), PROFILE, "what is not known is not said");
     let removed = world.run(&["host", "remove", "old"]).succeeds();
     assert!(removed.starts_with("Removed host old and its knockknock keys. Counters"), "{removed}");
     let left: Vec<String> =

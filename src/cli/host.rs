@@ -125,17 +125,20 @@ struct Named {
     /// Servers of knockknock have no key.
     #[serde(skip_serializing_if = "Option::is_none")]
     server_key_fingerprint: Option<String>,
+    /// Theirs have a count, which is said where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next_counter: Option<u64>,
     #[serde(flatten)]
     profile: Profile,
 }
 
-impl From<(Name, Profile)> for Named {
-    fn from((name, profile): (Name, Profile)) -> Self {
-        let server_key_fingerprint = match &profile {
-            Profile::Token(profile) => Some(profile.server_key.0.fingerprint()),
-            Profile::Knockknock(_) => None,
+impl Named {
+    fn of(home: &Home, (name, profile): (Name, Profile)) -> Self {
+        let (server_key_fingerprint, next_counter) = match &profile {
+            Profile::Token(profile) => (Some(profile.server_key.0.fingerprint()), None),
+            Profile::Knockknock(profile) => (None, profile.next_count(home)),
         };
-        Self { name, server_key_fingerprint, profile }
+        Self { name, server_key_fingerprint, next_counter, profile }
     }
 }
 
@@ -145,7 +148,7 @@ fn list(json: bool) -> Result<(), Failure> {
     let (mut hosts, mut broken) = (Vec::new(), Vec::new());
     for name in Profile::names(&home)? {
         match Profile::load(&home, name.as_str()) {
-            Ok(found) => hosts.push(Named::from(found)),
+            Ok(found) => hosts.push(Named::of(&home, found)),
             Err(error) => broken.push((name, error)),
         }
     }
@@ -175,12 +178,14 @@ fn refuse(broken: &[(Name, ProfileError)]) -> Result<(), Failure> {
 }
 
 fn show(name: &Name, json: bool) -> Result<(), Failure> {
-    let named = Named::from(Profile::load(&Home::of_environment()?, name.as_str())?);
+    let home = Home::of_environment()?;
+    let named = Named::of(&home, Profile::load(&home, name.as_str())?);
     if json {
         return print_json(&named);
     }
     let fingerprint = named.server_key_fingerprint.map(|shown| format!("# server key fingerprint: {shown}\n"));
-    print(&(named.profile.to_text() + &fingerprint.unwrap_or_default()))
+    let next = named.next_counter.map(|next| format!("# next counter: {next}\n"));
+    print(&[named.profile.to_text(), fingerprint.unwrap_or_default(), next.unwrap_or_default()].concat())
 }
 
 fn remove(name: &Name) -> Result<(), Failure> {

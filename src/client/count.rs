@@ -79,16 +79,9 @@ impl CountFile {
     /// [`CountError`].
     pub fn open(directory: &Path, stand_in: &PublicKey, tell: impl FnOnce(&Path)) -> Result<Self, CountError> {
         secure_file::create_directory(directory)?;
-        let name = hex(Sha256::new().chain_update(stand_in.as_bytes()));
-        let path = directory.join(&name);
-        let lock = lock(&directory.join(format!("{name}.lock")), tell)?;
-        let damaged = || CountError::Damaged { path: path.clone() };
-        let mut contents = match secure_file::read_if_there(&path, Privacy::Secret) {
-            Ok(Some(text)) => Contents::parse(&text).ok_or_else(damaged)?,
-            Ok(None) => Contents { next: 0, machine: None },
-            Err(error) if is_of_content(&error) => return Err(damaged()),
-            Err(error) => return Err(error.into()),
-        };
+        let path = path(directory, stand_in);
+        let lock = lock(&path.with_extension("lock"), tell)?;
+        let mut contents = read(&path)?;
         let here = machine();
         let is_from_elsewhere = contents.machine.as_ref().zip(here.as_ref()).is_some_and(|(there, here)| there != here);
         contents.machine = here.or(contents.machine);
@@ -115,6 +108,28 @@ impl CountFile {
     /// What other processes wait for, without the rest.
     pub fn into_lock(self) -> File {
         self.lock
+    }
+}
+
+/// The next count of a profile as far as it was knocked with here, 0 at least; it may be issued before this returns.
+///
+/// # Errors
+/// [`CountError`].
+pub fn next(directory: &Path, stand_in: &PublicKey) -> Result<u64, CountError> {
+    Ok(read(&path(directory, stand_in))?.next)
+}
+
+fn path(directory: &Path, stand_in: &PublicKey) -> PathBuf {
+    directory.join(hex(Sha256::new().chain_update(stand_in.as_bytes())))
+}
+
+fn read(path: &Path) -> Result<Contents, CountError> {
+    let damaged = || CountError::Damaged { path: path.to_owned() };
+    match secure_file::read_if_there(path, Privacy::Secret) {
+        Ok(Some(text)) => Contents::parse(&text).ok_or_else(damaged),
+        Ok(None) => Ok(Contents { next: 0, machine: None }),
+        Err(error) if is_of_content(&error) => Err(damaged()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,9 +1,9 @@
 //! Against the server of knockknock: an independent one, after the description of its format.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::Write;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -41,17 +41,7 @@ impl<'a> Ancestor<'a> {
         let rules = lab.directory.path.join("rules");
         fs::write(&rules, RULES).unwrap();
         lab.server.nft(&["-f", rules.to_str().unwrap()]);
-        let profile = Self::profile(lab);
-        fs::create_dir_all(&profile).unwrap();
-        let files = [
-            ("cipher.key", CIPHER_KEY),
-            ("mac.key", MAC_KEY),
-            ("counter", "17\n"),
-            ("config", "[main]\nknock_port = 2222\n"),
-        ];
-        for (name, text) in files {
-            fs::write(profile.join(name), text).unwrap();
-        }
+        original(&Self::profile(lab));
         let log = lab.directory.path.join("ancestor.log");
         let child = Self::spawn(lab, &log, lost);
         Self { lab, child, log }
@@ -101,6 +91,20 @@ impl Drop for Ancestor<'_> {
     }
 }
 
+/// A profile as knockknock has it, on both sides.
+fn original(directory: &Path) {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory).unwrap();
+    let config = "[main]\nknock_port = 2222\n";
+    for (name, text) in [("cipher.key", CIPHER_KEY), ("mac.key", MAC_KEY), ("counter", "17\n"), ("config", config)] {
+        write_secret(&directory.join(name), text);
+    }
+}
+
+fn write_secret(path: &Path, text: &str) {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    file.unwrap().write_all(text.as_bytes()).unwrap();
+}
+
 /// Hosts, services, and alice's profile, with the server's addresses of both families and no key of her machine.
 fn lab() -> Lab {
     let lab = Lab::network();
@@ -115,9 +119,7 @@ fn lab() -> Lab {
                    [services.mail]\nselector = 25\nports = [\"tcp/25\"]\n";
     let keys = [CIPHER_KEY, MAC_KEY].concat();
     for (file, text) in [("server.toml", profile), ("server.knockknock", &keys)] {
-        let mut options = OpenOptions::new();
-        let mut file = options.write(true).create_new(true).mode(0o600).open(hosts.join(file)).unwrap();
-        file.write_all(text.as_bytes()).unwrap();
+        write_secret(&hosts.join(file), text);
     }
     lab
 }
@@ -241,4 +243,42 @@ fn commands_connections_and_the_proxy_go_through_an_ancestors_door() {
     assert!(proxy.connect(&lab.alice, &Target::Address(Family::V6.server()), 22).is_err());
     let error = "has no IPv4 address there, and a knockknock token goes over no other";
     eventually("the proxy's log", || proxy.log().contains(error));
+}
+
+#[test]
+fn both_ends_that_have_left_knockknock_go_on_with_its_profiles_and_find_back_when_their_counts_have_parted() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let (profiles, config) = (lab.directory.path.join("profiles"), lab.config().display().to_string());
+    let own = profiles.join("carol");
+    original(&own);
+    lab.control(&["import", "knockknock", profiles.to_str().unwrap(), "--allow", "ssh", "--config", &config]);
+    let client = ["import", "knockknock", own.to_str().unwrap(), "--name", "old", "--address", "10.77.1.1"];
+    succeeds(&lab.knockq(&lab.alice, &client));
+    let daemon = lab.start();
+    let waits = |said: &str| {
+        let sent = lab.knockq(&lab.alice, &["send", "old", "--wait"]);
+        let errors = String::from_utf8(sent.stderr).unwrap();
+        assert!(errors.contains(said), "{errors}");
+        sent.status.success()
+    };
+    assert!(waits("ssh of old is open at 10.77.1.1"));
+    lab.revoke(&["--all"]);
+    assert_eq!(succeeds(&lab.knockq(&lab.alice, &["connect", "old", "22"])), "welcome to 22\n");
+    lab.revoke(&["--all"]);
+    let proxy = Proxy::start(&lab, Family::V4, &[]);
+    assert!(talks(proxy.connect(&lab.alice, &Target::Name("old"), 22).unwrap(), 22));
+    lab.revoke(&["--all"]);
+    assert!(!lab.alice.reaches(server_address(), 22));
+
+    for _ in 0..20 {
+        succeeds(&lab.knockq(&lab.alice, &["send", "old", "--print", "hex"]));
+    }
+    assert!(!waits("\n  - the count: this knock's was "));
+    let shown = succeeds(&lab.knockq(&lab.alice, &["host", "show", "old"]));
+    let next = shown.lines().find_map(|line| line.strip_prefix("# next counter: ")).unwrap();
+    let explained = lab.control(&["explain", "--config", &config]);
+    assert!(explained.contains(&format!("knockq user counter carol {next}")), "{explained}");
+    lab.control(&["user", "counter", "carol", next, "--config", &config]);
+    assert!(waits("ssh of old is open at 10.77.1.1"));
+    daemon.stop();
 }
