@@ -10,6 +10,7 @@ mod world;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -150,6 +151,28 @@ fn hosts_of_both_kinds_are_listed_and_shown_without_a_secret_and_taken_away_with
     assert!(fs::read_to_string(count_file(&world)).is_ok(), "a profile that comes back goes on where it was");
     let removed = world.run(&["host", "remove", "home"]).succeeds();
     assert!(removed.starts_with("Removed host home. Counters"), "{removed}");
+}
+
+#[test]
+fn a_host_remove_that_is_killed_at_any_call_leaves_no_keys_alone_and_is_ended_by_a_second_one() {
+    let world = world();
+    let remove = ["host", "remove", "old"];
+    let [profile, keys] = ["toml", "knockknock"].map(|end| world.path(&format!(".config/knockq/hosts/old.{end}")));
+    for call in 0.. {
+        for (path, text) in [(&profile, PROFILE), (&keys, KEYS)] {
+            fs::write(path, text).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let is_whole = run_until_call(world.command(&remove), call).is_some();
+        assert!(profile.exists() || !keys.exists(), "call {call}");
+        if profile.exists() {
+            world.run(&remove).succeeds();
+        }
+        assert!(!profile.exists() && !keys.exists(), "call {call}");
+        if is_whole {
+            break;
+        }
+    }
 }
 
 #[test]

@@ -28,6 +28,8 @@ enum Contents {
     Text,
     /// Damage is no reason to make it anew: counters would repeat.
     Issued,
+    /// The same, of a knockknock profile.
+    Counted,
     Store,
     /// Only locked.
     Nothing,
@@ -45,6 +47,7 @@ const CHECK: &[&str] = &["check", "--config", CONFIG];
 const SERVE: &[&str] = &["serve", "--config", CONFIG];
 const LOAD: &[&str] = &["ruleset", "--load", "--config", CONFIG];
 const SEND: &[&str] = &["send", "home", "--print", "hex"];
+const SEND_OLD: &[&str] = &["send", "old", "--print", "hex"];
 
 /// Stands for its path in the world.
 const CONFIG: &str = "etc/knockq.toml";
@@ -53,10 +56,11 @@ const CONFIG: &str = "etc/knockq.toml";
 const ISSUED: &str = "issued";
 const ISSUED_LOCK: &str = "issued.lock";
 
-/// Knocks by a profile of knockknock's.
-const SEND_OLD: &[&str] = &["send", "old", "--print", "hex"];
+/// The same for the count of a knockknock profile.
+const COUNT: &str = "count";
+const COUNT_LOCK: &str = "count.lock";
 
-const SUBJECTS: [Subject; 13] = [
+const SUBJECTS: [Subject; 15] = [
     Subject { path: "etc/knockq.toml", is_secret: false, contents: Contents::Text, readers: &[CHECK, SERVE] },
     Subject { path: "etc/server.key", is_secret: true, contents: Contents::Text, readers: &[CHECK, SERVE] },
     Subject { path: "etc/users.d/alice.toml", is_secret: false, contents: Contents::Text, readers: &[CHECK, SERVE] },
@@ -77,14 +81,16 @@ const SUBJECTS: [Subject; 13] = [
         readers: &[&["host", "show", "home"], SEND],
     },
     Subject { path: ".config/knockq/home.psk", is_secret: true, contents: Contents::Text, readers: &[SEND] },
+    Subject { path: ISSUED, is_secret: true, contents: Contents::Issued, readers: &[SEND] },
+    Subject { path: ISSUED_LOCK, is_secret: true, contents: Contents::Nothing, readers: &[SEND] },
     Subject {
         path: ".config/knockq/hosts/old.knockknock",
         is_secret: true,
         contents: Contents::Text,
         readers: &[SEND_OLD],
     },
-    Subject { path: ISSUED, is_secret: true, contents: Contents::Issued, readers: &[SEND] },
-    Subject { path: ISSUED_LOCK, is_secret: true, contents: Contents::Nothing, readers: &[SEND] },
+    Subject { path: COUNT, is_secret: true, contents: Contents::Counted, readers: &[SEND_OLD] },
+    Subject { path: COUNT_LOCK, is_secret: true, contents: Contents::Nothing, readers: &[SEND_OLD] },
 ];
 
 /// A world in which every subject is there and right.
@@ -102,6 +108,7 @@ fn world() -> World {
     }
     import(&world);
     run(&world, SEND).succeeds();
+    run(&world, SEND_OLD).succeeds();
     fs::create_dir(world.path("run")).unwrap(); // what `serve` listens in is no file that decides
     world
 }
@@ -137,11 +144,15 @@ fn run(world: &World, arguments: &[&str]) -> Ran {
 /// Where a subject is.
 fn place(world: &World, subject: &Subject) -> PathBuf {
     let counters = world.path(".local/state/knockq/counters");
-    let is_issued = |path: &PathBuf| path.file_name().unwrap().len() == 32;
-    let issued = || tree::files(&counters).into_iter().find(is_issued).unwrap();
+    let of = |first: &str| {
+        let begins = |path: &PathBuf| fs::read_to_string(path).unwrap().contains(&format!("\n{first} "));
+        tree::files(&counters).into_iter().find(begins).unwrap()
+    };
     match subject.path {
-        ISSUED => issued(),
-        ISSUED_LOCK => issued().with_extension("lock"),
+        ISSUED => of("floor"),
+        ISSUED_LOCK => of("floor").with_extension("lock"),
+        COUNT => of("next"),
+        COUNT_LOCK => of("next").with_extension("lock"),
         path => world.path(path),
     }
 }
@@ -269,6 +280,7 @@ fn files_that_hold_what_they_cannot_are_refused_by_name() {
             match subject.contents {
                 Contents::Text => refused(&world, subject, fault, &path, &[said, "restore it from a backup"]),
                 Contents::Issued => refused(&world, subject, fault, &path, &["is damaged", "make a new key"]),
+                Contents::Counted => refused(&world, subject, fault, &path, &["is damaged", "agree on a count"]),
                 // A store has no limit, and is no text.
                 Contents::Store if fault.starts_with("text") || fault.starts_with("a byte") => {}
                 Contents::Store => refused(&world, subject, fault, &path, &["is not a counter store", "recover"]),
