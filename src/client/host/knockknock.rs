@@ -153,6 +153,10 @@ mod tests {
         for text in [TEXT.to_owned(), TEXT.replace("\n\n[knock", "\nsource = \"10.0.0.2\"\n\n[knock")] {
             assert_eq!(Profile::from(profile(&text)).to_text(), text);
         }
+        let odd = profile(&TEXT.replace("hosts/old", r"\t\u0007\r\u001b'''\n\u007f"));
+        let text = Profile::from(odd.clone()).to_text();
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+        assert_eq!(profile(&text), odd);
     }
 
     #[test]
