@@ -135,9 +135,6 @@ fn run(world: &World, arguments: &[&str]) -> Ran {
     let config = world.text(CONFIG);
     command.args(arguments.iter().map(|&argument| if argument == CONFIG { &config } else { argument }));
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", &world.path);
-    if arguments == SEND_OLD {
-        command.env("XDG_STATE_HOME", world.path("old")); // one file of counters is there to be found
-    }
     Ran(command.output().unwrap())
 }
 

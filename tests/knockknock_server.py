@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The server of knockknock, as the description of its format has it (docs/protocol.md section 5), and independent of knockq.
+"""The server of knockknock, as the description of its format has it (docs/protocol.md section 6), and independent of knockq.
 
     knockknock_server.py PROFILES SET [LOST]
 

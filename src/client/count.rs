@@ -1,5 +1,5 @@
 //! Counts that were used with a knockknock profile, so that none is used twice: two tokens of one count tell what both ask
-//! for, and let who keeps one back ask for something else (docs/protocol.md section 5).
+//! for, and let who keeps one back ask for something else (docs/protocol.md section 6).
 
 use std::fmt::Write as _;
 use std::fs::File;

@@ -1,5 +1,5 @@
 //! The SYN of knockknock's client, which is `hping3 -S -c 1 -p PORT -N ID -w WINDOW -M SEQUENCE -L ACKNOWLEDGMENT HOST`
-//! (docs/protocol.md section 5). No kernel sends its like: it has no options, and an acknowledgment number without the flag.
+//! (docs/protocol.md section 6). No kernel sends its like: it has no options, and an acknowledgment number without the flag.
 
 use std::net::SocketAddrV4;
 
