@@ -195,6 +195,7 @@ fn handed_over() {
             },
         )]),
         log_closings: false,
+        trusted: Vec::new(),
     };
     seed("policy", 0, postcard::to_stdvec(&policy).unwrap());
     let selection = Selection::Source("192.0.2.0/24".parse().unwrap());

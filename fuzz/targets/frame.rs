@@ -48,6 +48,7 @@ static POLICY: LazyLock<Policy> = LazyLock::new(|| {
         services,
         users,
         log_closings: false,
+        trusted: Vec::new(),
     }
 });
 

@@ -175,7 +175,8 @@ fn end_connections(doors: &mut Doors, selection: &Selection, meant: &[OpenDoor],
     let guarded = |port: &Port| config.services.iter().any(|service| service.ports.contains(port));
     let is_meant = |door: &Door| {
         let was_open = meant.iter().any(|open| (open.door.source, open.door.port) == (door.source, door.port));
-        was_open || (selection.is_source(door.source) && guarded(&door.port))
+        let is_spared = config.trusted.iter().any(|network| network.contains(&door.source));
+        (was_open || (selection.is_source(door.source) && guarded(&door.port))) && !is_spared
     };
     let mut flows = Flows::new().map_err(ElementError::from)?;
     for flow in flows.find(is_meant)? {

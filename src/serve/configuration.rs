@@ -176,5 +176,6 @@ fn policy(config: &ServerConfig, identity: Identity) -> Policy {
         services: services.collect(),
         users: users.collect(),
         log_closings: config.log_closings,
+        trusted: config.trusted.clone(),
     }
 }

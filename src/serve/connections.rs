@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::time::Instant;
 
+use ipnet::IpNet;
 use tracing::{info, warn};
 
 use super::book::{Book, Grant};
@@ -16,12 +17,19 @@ const REMEMBERED: usize = 16_384;
 /// Doors that have shut, and who had opened them, the last one last.
 #[derive(Default)]
 pub struct Connections {
+    /// Networks that the gate lets in, door or not: their connections do not end.
+    trusted: Vec<IpNet>,
     past: VecDeque<(Door, Name)>,
     /// Doors over UDP where the server may not speak first, until they open again.
     ended: HashSet<Door>,
 }
 
 impl Connections {
+    /// Connections from these networks are none that a door let in, whoever has knocked with such an address.
+    pub fn spare(&mut self, trusted: &[IpNet]) {
+        self.trusted = trusted.to_vec();
+    }
+
     /// Doors have shut, or some who held them open have gone: connections end where the service says so, unless others still
     /// hold the door open.
     pub fn after(&mut self, closed: &[(Door, Grant)], book: &Book, doors: &mut Doors) {
@@ -66,15 +74,16 @@ impl Connections {
     /// know those of UDP at the moment, which are no connections.
     fn end(&mut self, doors: &mut Doors, meant: &HashSet<Door>, is_meant_too: impl Fn(&Door) -> bool) {
         let mut trouble = None;
+        let is_spared = |door: &Door| self.trusted.iter().any(|network| network.contains(&door.source));
         let flows = Flows::new().map_err(ElementError::from).and_then(|mut connections| {
-            let flows = connections.find(|door| meant.contains(door) || is_meant_too(door))?;
+            let flows = connections.find(|door| (meant.contains(door) || is_meant_too(door)) && !is_spared(door))?;
             Ok((connections, flows))
         });
         let (mut connections, flows) = match flows {
             Ok(found) => found,
             Err(error) => return warn!("connections live on: {error}"),
         };
-        let idle = meant.iter().filter(|door| door.port.transport == Transport::Udp).copied();
+        let idle = meant.iter().filter(|door| door.port.transport == Transport::Udp && !is_spared(door)).copied();
         for door in flows.iter().map(|flow| flow.door).chain(idle).collect::<HashSet<Door>>() {
             if let Err(error) = doors.keep_ended(&door) {
                 trouble.get_or_insert(error);

@@ -119,6 +119,7 @@ pub fn run() -> Result<(), MonitorError> {
         unsettled: BTreeSet::new(),
         figures: Figures::default(),
     };
+    monitor.connections.spare(&monitor.policy.trusted);
     if !monitor.own_table()? {
         return Err(MonitorError::NoTable);
     }
@@ -417,6 +418,7 @@ impl Monitor {
         if let Some(policy) = self.next_policy.take() {
             self.rate.change(policy.grants_per_minute);
             self.policy = policy;
+            self.connections.spare(&self.policy.trusted);
             self.shut_what_policy_forbids()?;
             members::check(&self.policy, &mut self.doors);
         }

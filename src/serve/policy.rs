@@ -32,6 +32,8 @@ pub struct Policy {
     pub users: HashMap<Name, Allowance>,
     /// Doors that shut have a line in the log.
     pub log_closings: bool,
+    /// Networks that are never gated.
+    pub trusted: Vec<IpNet>,
 }
 
 /// The doors of a service.
@@ -151,6 +153,7 @@ mod tests {
                 (name("b"), Allowance { services: vec![name("ssh")], ..Allowance::default() }),
             ]),
             log_closings: false,
+            trusted: Vec::new(),
         }
     }
 

@@ -206,8 +206,13 @@ fn talk(lab: &Lab) -> TcpListener {
 
 /// Both ends of a new connection to it.
 fn ends(lab: &Lab, family: Family, service: &TcpListener) -> (TcpStream, TcpStream) {
+    ends_from(&lab.alice, family, service)
+}
+
+/// The same, from this host.
+fn ends_from(host: &lab::Host, family: Family, service: &TcpListener) -> (TcpStream, TcpStream) {
     let server = SocketAddr::new(family.server(), 7000);
-    let client = lab.alice.enter(|| TcpStream::connect_timeout(&server, PATIENCE)).unwrap();
+    let client = host.enter(|| TcpStream::connect_timeout(&server, PATIENCE)).unwrap();
     (service.accept().unwrap().0, client)
 }
 
@@ -293,6 +298,33 @@ fn connections_to_a_service_that_says_so_end_when_the_door_shuts() {
         assert!(lab::echoes(&mut mail), "that of a service that does not say so lives on");
     }
     drop(daemon);
+}
+
+/// Whoever may knock could knock with the administrator's address.
+#[test]
+fn connections_of_a_trusted_network_never_end_with_a_door() {
+    let lab = Lab::network();
+    lab.configure("[services.ssh]\nports = [\"tcp/22\", \"tcp/7000\"]\nopen_for = \"8s\"\non_close = \"kill\"\n");
+    lab.set("trusted = [\"10.77.2.0/24\", \"fd77:2::/64\"]");
+    lab.add_user("alice", &["ssh"]);
+    let (service, mut daemon) = (talk(&lab), lab.start());
+    for family in FAMILIES {
+        let trusted = ends_from(&lab.mallory, family, &service);
+        let spoofed = ["send", "server", "ssh", family.flag(), "--source", &family.mallory().to_string()];
+        succeeds(&lab.knockq_as("alice", &lab.mallory, &spoofed));
+        daemon.wait_for(&format!("granted user=alice service=ssh source={}", family.mallory()));
+        lab.knock_as("alice", family, "ssh");
+        lab.wait_for_door(family.alice(), 7000);
+        let (server, client) = ends(&lab, family, &service);
+        eventually("closing", || lab.door(family.mallory(), 7000).is_none());
+        eventually("the end", || !is_heard(&server, &client));
+        lab.revoke(&["--all", "--kill"]);
+        let ended =
+            lab.server.nft(&["list", "set", "inet", "knockq", if family == Family::V4 { "ended4" } else { "ended6" }]);
+        assert!(ended.contains(&family.alice().to_string()), "{ended}");
+        assert!(!ended.contains(&family.mallory().to_string()), "{ended}");
+        assert!(is_heard(&trusted.0, &trusted.1) && is_heard(&trusted.1, &trusted.0), "not that one");
+    }
 }
 
 /// Somebody copied the knock: whoever has come in by it, the user or the other, is out.
