@@ -1,6 +1,7 @@
 //! `knockq grants`, `knockq revoke` and `knockq confirm`
 
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -11,9 +12,9 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{Network, ServerConfig};
-use crate::nft::{self, Door, Doors, ElementError, Flows, OpenDoor};
+use crate::nft::{self, Door, Doors, Ending, OpenDoor};
 use crate::serve::control::{self, ControlError, Reply, Request, Revocation, Selection};
-use crate::serve::start;
+use crate::serve::{report, start};
 use crate::service::{Name, Port};
 
 #[derive(Args)]
@@ -153,37 +154,69 @@ impl Revoke {
         }
         let (runtime, queue) = runtime(&self.config.config);
         let revocation = Revocation { selection, kill: self.kill };
-        match ask(&runtime, &Request::Revoke(revocation.clone())) {
+        let ending = match control::ask_for_memory(&runtime, &Request::Revoke(revocation.clone())) {
             // A daemon that is not there holds no book, and no table.
-            Err(Refusal::Control(ControlError::NotRunning { .. })) => {
+            Err(ControlError::NotRunning { .. }) => {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
                 meant.iter().try_for_each(|open| doors.close(&open.door))?;
                 if revocation.kill {
-                    end_connections(&mut doors, &revocation.selection, &meant, &self.config.config)?;
+                    end_connections(&mut doors, &revocation.selection, &meant, &self.config.config)?
+                } else {
+                    Ending::default()
                 }
             }
-            asked => asked?,
-        }
-        report(&meant, &nft::open_doors()?, self.kill)
+            asked => handed_over(asked?)?,
+        };
+        let shown = show(&meant, &nft::open_doors()?, self.kill.then_some(ending.ended));
+        tell(&ending).and(shown)
+    }
+}
+
+/// What the daemon tells of the connections.
+fn handed_over(asked: Result<OwnedFd, Reply>) -> Result<Ending, Failure> {
+    match asked {
+        Ok(memory) => report::read(memory).map_err(|error| {
+            Failure::new(format!("revoke: the daemon's answer cannot be read: {error}"))
+                .hint("if knockq was updated: systemctl restart knockq")
+        }),
+        Err(reply) => refused(reply).map(|()| Ending::default()),
     }
 }
 
 /// What the daemon would do, but for what only it remembers.
-fn end_connections(doors: &mut Doors, selection: &Selection, meant: &[OpenDoor], config: &Path) -> Result<(), Failure> {
+fn end_connections(
+    doors: &mut Doors,
+    selection: &Selection,
+    meant: &[OpenDoor],
+    config: &Path,
+) -> Result<Ending, Failure> {
     let config = ServerConfig::load(config)?;
     let guarded = |port: &Port| config.services.iter().any(|service| service.ports.contains(port));
-    let is_meant = |door: &Door| {
-        let was_open = meant.iter().any(|open| (open.door.source, open.door.port) == (door.source, door.port));
-        let is_spared = config.trusted.iter().any(|network| network.contains(&door.source));
-        (was_open || (selection.is_source(door.source) && guarded(&door.port))) && !is_spared
+    let is_trusted = |door: &Door| config.trusted.iter().any(|network| network.contains(&door.source));
+    let was_open = |door: &Door| {
+        meant.iter().any(|open| (open.door.source, open.door.port) == (door.source, door.port)) && !is_trusted(door)
     };
-    let mut flows = Flows::new().map_err(ElementError::from)?;
-    for flow in flows.find(is_meant)? {
-        doors.keep_ended(&flow.door)?;
-        flows.forget(flow)?;
-    }
-    Ok(())
+    let is_meant = |door: &Door| was_open(door) || (selection.is_source(door.source) && guarded(&door.port));
+    Ok(nft::end([true; 2], is_meant, is_trusted, std::iter::empty(), doors))
+}
+
+/// Says which connections may live on. The daemon's words are not trusted.
+fn tell(ending: &Ending) -> Result<(), Failure> {
+    let lines = ending.failed.iter().map(|(Door { source, port, .. }, cause)| {
+        format!("{source} {port}: connections are not ended for good: {}\n", cause.escape_debug())
+    });
+    print(&lines.collect::<String>())?;
+    let what = match (&ending.unlisted, ending.failed.first()) {
+        (Some(cause), _) => format!("connections live on: {}", cause.escape_debug()),
+        (None, Some((_, cause))) => format!("not all connections are ended for good: {}", cause.escape_debug()),
+        (None, None) if ending.spared > 0 => {
+            let message = format!("revoke: {} connections live on: their network is trusted", ending.spared);
+            return Err(Failure::new(message).hint("take it out of `trusted`, reload, and revoke again"));
+        }
+        (None, None) => return Ok(()),
+    };
+    Err(Failure::new(format!("revoke: {what}")).hint("restart the service: that ends its connections for certain"))
 }
 
 fn covers(selection: &Selection, open: &OpenDoor) -> bool {
@@ -194,11 +227,12 @@ fn covers(selection: &Selection, open: &OpenDoor) -> bool {
     }
 }
 
-fn report(meant: &[OpenDoor], left: &[OpenDoor], kill: bool) -> Result<(), Failure> {
-    match (meant.is_empty(), kill) {
+/// What became of the doors, and how many connections were ended if they were to be.
+fn show(meant: &[OpenDoor], left: &[OpenDoor], ended: Option<u64>) -> Result<(), Failure> {
+    match (meant.is_empty(), ended) {
         (false, _) => {}
-        (true, false) => note("no such door is open"),
-        (true, true) => note("no such door is open; connections that came in earlier, if any, are ended"),
+        (true, None) => note("no such door is open"),
+        (true, Some(ended)) => note(&format!("no such door is open; connections that were ended: {ended}")),
     }
     let mut is_by_hand = false;
     let lines = meant.iter().map(|open| {

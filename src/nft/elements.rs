@@ -41,9 +41,10 @@ pub(super) const SETS: [(&str, bool); 4] = [("open4", false), ("open6", false), 
 /// The sets of those whose connections were ended: nothing that is none of a connection's goes to them from that port.
 pub(super) const ENDED: [&str; 2] = ["ended4", "ended6"];
 
-/// Seconds for which an ended connection is kept from beginning again with a packet of the server's: longer than any
-/// service waits for an answer.
-const ENDED_FOR: Duration = Duration::from_hours(24);
+/// Time for which an ended connection is kept from beginning again with a packet of the server's: longer than TCP takes to
+/// find out that nobody answers, by its keep-alive (2 h 11 min) or what it sends again (16 min). UDP never does.
+const TCP_ENDED_FOR: Duration = Duration::from_hours(3);
+const UDP_ENDED_FOR: Duration = Duration::from_hours(24);
 
 /// One element: this source may connect to this port.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -131,6 +132,12 @@ pub enum ElementError {
     /// The kernel refused the transaction.
     #[error("netlink: the kernel refused to change table inet {TABLE}: {0}")]
     Refused(io::Error),
+    /// The set holds as many elements as it can.
+    #[error("netlink: a set of table inet {TABLE} is full")]
+    Full,
+    /// The kernel refused to show a connection, or to end it.
+    #[error("netlink: connection tracking refused: {0}")]
+    Connections(io::Error),
     /// It gave no answer.
     #[error("netlink: the kernel did not answer")]
     NoAnswer,
@@ -245,7 +252,8 @@ impl Doors {
     /// # Errors
     /// As [`Doors::open`].
     pub fn keep_ended(&mut self, door: &Door) -> Result<(), ElementError> {
-        self.renew(&ended(door), &door.key(), ENDED_FOR, "")
+        let time = if door.port.transport == Transport::Tcp { TCP_ENDED_FOR } else { UDP_ENDED_FOR };
+        self.renew(&ended(door), &door.key(), time, "")
     }
 
     fn renew(&mut self, place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> Result<(), ElementError> {
@@ -374,7 +382,7 @@ impl Doors {
             }
             verdict = match (read(&buffer), verdict) {
                 (Some(Ok(())), Err(ElementError::NoAnswer)) => Ok(()),
-                (Some(Err(error)), Ok(()) | Err(ElementError::NoAnswer)) => Err(ElementError::Refused(error)),
+                (Some(Err(error)), Ok(()) | Err(ElementError::NoAnswer)) => Err(refused(error)),
                 (_, earlier) => earlier,
             };
         }
@@ -425,6 +433,10 @@ fn user_data(comment: &str) -> Vec<u8> {
     let text = comment.as_bytes().get(..COMMENT_MAX).unwrap_or(comment.as_bytes());
     let length = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
     [&[0, length], text, &[0]].concat()
+}
+
+fn refused(error: io::Error) -> ElementError {
+    if Errno::from_io_error(&error) == Some(Errno::NFILE) { ElementError::Full } else { ElementError::Refused(error) }
 }
 
 fn is_unsupported(error: &io::Error) -> bool {

@@ -1,6 +1,7 @@
 //! Connections that came in by a door, as conntrack knows them: they end when conntrack forgets them, for the gate takes their
 //! next packet for that of a stranger.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -11,9 +12,10 @@ use netlink_packet_core::{
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use serde::{Deserialize, Serialize};
 
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages};
-use super::elements::{Door, ElementError, read};
+use super::elements::{Door, Doors, ElementError, read};
 use crate::service::{Port, Transport};
 
 /// Attributes of an entry (`enum ctattr_type` of linux/netfilter/nfnetlink_conntrack.h): as its first packet was, before any
@@ -37,26 +39,79 @@ const DESTINATION_PORT: u16 = 3;
 /// An attribute holds others (`NLA_F_NESTED`).
 const NESTED: u16 = 0x8000;
 
-/// The socket that tells of connections and ends them.
-pub struct Flows {
+/// What became of connections that were to end.
+#[derive(Default, Debug, Serialize, Deserialize)]
+pub struct Ending {
+    /// How many ended.
+    pub ended: u64,
+    /// How many were named, and stay because their network is trusted.
+    pub spared: u64,
+    /// Doors whose connections may live on, or begin again, and why.
+    pub failed: Vec<(Door, String)>,
+    /// Why not all connections could be looked at.
+    pub unlisted: Option<String>,
+    /// There were more that failed.
+    pub is_cut: bool,
+}
+
+/// Ends connections that came in by doors that are `meant`, but for those from trusted networks, and keeps them from beginning
+/// again, those of `idle` doors too. Those of IPv4, IPv6 or both `families` are looked at, for as long as the kernel takes to
+/// list them. What fails spares no other.
+pub fn end(
+    families: [bool; 2],
+    is_meant: impl Fn(&Door) -> bool,
+    is_trusted: impl Fn(&Door) -> bool,
+    idle: impl Iterator<Item = Door>,
+    doors: &mut Doors,
+) -> Ending {
+    let mut ending = Ending::default();
+    let (mut socket, mut found) = (None, Vec::new());
+    let known = [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6];
+    for (family, _) in known.into_iter().zip(families).filter(|(_, is_wanted)| *is_wanted) {
+        // A socket of its own for each: what is left of a list that broke off is no answer to what is asked next.
+        let listed = Flows::new().map_err(ElementError::from).and_then(|mut flows| {
+            flows.find(family, &is_meant, &mut found)?;
+            Ok(flows)
+        });
+        match listed {
+            Ok(flows) => socket = Some(flows),
+            Err(error) => ending.unlisted = Some(error.to_string()),
+        }
+    }
+    let in_all = found.len();
+    found.retain(|flow| !is_trusted(&flow.door));
+    ending.spared = in_all.saturating_sub(found.len()) as u64;
+    for door in found.iter().map(|flow| flow.door).chain(idle).collect::<HashSet<Door>>() {
+        if let Err(error) = doors.keep_ended(&door) {
+            ending.failed.push((door, error.to_string()));
+        }
+    }
+    for flow in found {
+        let door = flow.door;
+        match socket.as_mut().ok_or(ElementError::NoAnswer).and_then(|socket| socket.forget(flow)) {
+            Ok(was_there) => ending.ended = ending.ended.saturating_add(was_there.into()),
+            Err(error) => ending.failed.push((door, error.to_string())),
+        }
+    }
+    ending
+}
+
+/// The socket that tells of connections and ends them. It needs CAP_NET_ADMIN at each use.
+struct Flows {
     socket: Socket,
     sequence: u32,
 }
 
 /// One connection.
-pub struct Flow {
+struct Flow {
     /// The door that it came in by, as one that is not `once`.
-    pub door: Door,
+    door: Door,
     family: NetfilterProtoFamily,
     entry: Vec<ConntrackAttribute>,
 }
 
 impl Flows {
-    /// Opens the socket. It needs CAP_NET_ADMIN at each use.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn new() -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -64,33 +119,28 @@ impl Flows {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// The connections that came in by such doors, `once` or not. It takes as long as the kernel takes to list all connections.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn find(&mut self, is_meant: impl Fn(&Door) -> bool) -> Result<Vec<Flow>, ElementError> {
-        let mut found = Vec::new();
-        for family in [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6] {
-            self.list(family, |entry| {
-                if let Some(door) = through(entry).filter(&is_meant) {
-                    found.push(Flow { door, family, entry: only_itself(entry) });
-                }
-            })?;
-        }
-        Ok(found)
+    /// Adds the connections that came in by such doors, `once` or not.
+    fn find(
+        &mut self,
+        family: NetfilterProtoFamily,
+        is_meant: impl Fn(&Door) -> bool,
+        found: &mut Vec<Flow>,
+    ) -> Result<(), ElementError> {
+        self.list(family, |entry| {
+            if let Some(door) = through(entry).filter(&is_meant) {
+                found.push(Flow { door, family, entry: only_itself(entry) });
+            }
+        })
     }
 
     /// Has conntrack forget a connection; `false` if it has ended by itself.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn forget(&mut self, flow: Flow) -> Result<bool, ElementError> {
+    fn forget(&mut self, flow: Flow) -> Result<bool, ElementError> {
         self.send(flow.family, ConntrackMessage::Delete(flow.entry), NLM_F_ACK)?;
         let datagram = self.receive()?;
         match messages(&datagram).find_map(read).ok_or(ElementError::NoAnswer)? {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(ElementError::Refused(error)),
+            Err(error) => Err(ElementError::Connections(error)),
         }
     }
 
@@ -103,7 +153,7 @@ impl Flows {
                 match NetlinkBuffer::new_checked(message).map(|message| message.message_type()) {
                     Ok(NLMSG_DONE) => return Ok(()),
                     Ok(NLMSG_ERROR) => {
-                        return read(message).unwrap_or(Ok(())).map_err(ElementError::Refused);
+                        return read(message).unwrap_or(Ok(())).map_err(ElementError::Connections);
                     }
                     _ => show(message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default()),
                 }

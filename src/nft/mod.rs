@@ -11,7 +11,7 @@ pub mod table;
 pub mod watch;
 
 pub use elements::{Door, Doors, ElementError, Ownership};
-pub use flows::Flows;
+pub use flows::{Ending, end};
 pub use list::{OpenDoor, comment, open_doors};
 pub use load::{NftError, check, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};

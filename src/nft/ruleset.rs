@@ -51,7 +51,7 @@ limit rate 1/week burst 1 packets; }
 add set inet TABLE once6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags dynamic,timeout; \
 limit rate 1/week burst 1 packets; }
 
-# Whose connections were ended: until a day later the server cannot go on with them.
+# Whose connections were ended: for hours the server cannot go on with them.
 add set inet TABLE ended4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 add set inet TABLE ended6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 

@@ -84,7 +84,15 @@ impl Selection {
 
     /// Whether this source is meant, whoever it is.
     pub fn is_source(&self, source: IpAddr) -> bool {
-        matches!(self, Self::Source(network) if network.contains(&source))
+        self.network().is_some_and(|network| network.contains(&source))
+    }
+
+    /// The network that is meant, whoever is there.
+    pub const fn network(&self) -> Option<IpNet> {
+        match self {
+            Self::Source(network) => Some(*network),
+            _ => None,
+        }
     }
 }
 

@@ -201,10 +201,10 @@ impl Keeper {
         match request {
             Some((Request::Reload, stream)) => self.reload(Some(stream)),
             Some((Request::Revoke(selection), stream)) => {
-                match handover::seal(&selection) {
-                    Ok(selection) => {
-                        self.ask("monitor", Message::Revoke, &[&selection])?;
-                        control::reply(stream, &Reply::Done);
+                match handover::seal(&selection).and_then(|selection| Ok((selection, report::memory()?))) {
+                    Ok((selection, memory)) => {
+                        self.ask("monitor", Message::Revoke, &[&memory, &selection])?;
+                        control::hand_over(&stream, &memory);
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
                 }

@@ -203,6 +203,7 @@ impl Monitor {
             if last_tick.0.elapsed() >= TICK {
                 last_tick = self.tick(last_tick)?;
             }
+            self.connections.end_due(&self.book, &mut self.doors);
             if last_telling.elapsed() >= TELLING {
                 last_telling = Instant::now();
                 self.tell();
@@ -284,7 +285,7 @@ impl Monitor {
             struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
             closed.extend(struck.into_iter().map(|grant| (door, grant)));
         }
-        self.connections.after(&closed, &self.book, &mut self.doors);
+        self.connections.after(&closed, now);
         Ok(())
     }
 
@@ -295,7 +296,10 @@ impl Monitor {
             return Ok(false);
         };
         match (message, descriptors.pop()) {
-            (Message::Stop, _) => return Ok(false),
+            (Message::Stop, _) => {
+                self.connections.end_all_due(&self.book, &mut self.doors);
+                return Ok(false);
+            }
             (Message::Loaded, _) => return self.take_table_back().map(|()| true),
             (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
             (Message::Enforce, _) => self.enforce()?,
@@ -316,14 +320,17 @@ impl Monitor {
                 }
             }
             (Message::Revoke, Some(selection)) => {
+                let memory = descriptors.pop().ok_or(io::ErrorKind::InvalidData).map_err(io::Error::from)?;
                 let Revocation { selection, kill } = handover::unseal(selection)?;
                 let struck = self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
                 let covers = |member: &Member, grant: &Grant| selection.covers(member.source, &grant.user);
                 self.members.strike(covers, Instant::now(), &mut self.doors);
-                if kill {
-                    let guarded = self.policy.ports();
-                    self.connections.of(&selection, &struck, &guarded, &self.book, &mut self.doors);
-                }
+                let ending = if kill {
+                    self.connections.of(&selection, &struck, &self.policy.ports(), &self.book, &mut self.doors)
+                } else {
+                    self.connections.end_all_due(&self.book, &mut self.doors)
+                };
+                report::write(memory, ending)?;
             }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
@@ -442,7 +449,7 @@ impl Monitor {
             }
             self.hear_of_changes()?;
         }
-        self.connections.after(&all, &self.book, &mut self.doors);
+        self.connections.after(&all, Instant::now());
         Ok(all)
     }
 
@@ -485,9 +492,7 @@ impl Monitor {
             }
             self.answer(frame);
         }
-        // Together: it may take a look at all connections.
-        let closed = std::mem::take(&mut self.closed);
-        self.connections.after(&closed, &self.book, &mut self.doors);
+        self.connections.after(&std::mem::take(&mut self.closed), Instant::now());
         Ok(())
     }
 
@@ -589,7 +594,8 @@ impl Monitor {
         };
         let Figures { seen, opened, not_opened, over_rate } = self.figures;
         let doors = self.book.live(Instant::now()).map(door).collect();
-        MonitorPart { seen, lost: self.relay.lost_in_all(), opened, not_opened, over_rate, doors, is_cut: false }
+        let (lost, not_ended) = (self.relay.lost_in_all(), self.connections.failed());
+        MonitorPart { seen, lost, opened, not_opened, over_rate, not_ended, doors, is_cut: false }
     }
 
     /// Looks after what runs out by itself; tells when it did so, by both clocks.
@@ -604,7 +610,7 @@ impl Monitor {
                 debug!(target: CLOSING, %user, %service, %source, %port, "closed");
             }
         }
-        self.connections.after(&closed, &self.book, &mut self.doors);
+        self.connections.after(&closed, now);
         // Doors were opened until their users expire, by a clock that has been set since.
         let expected = last.1.saturating_add(now.duration_since(last.0).as_secs()).saturating_add(CLOCK_STEP);
         if unix_now > expected {
@@ -623,6 +629,7 @@ impl Monitor {
             (&mut self.not_opened, "opened"),
             (&mut self.not_shut, "shut"),
             (self.members.not_added(), "added to sets"),
+            (self.connections.not_ended(), "ended"),
         ];
         for (tally, what) in tallies {
             match tally.take_untold() {

@@ -13,6 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::nft::Ending;
 use crate::service::{Name, Port};
 use crate::verify::Reason;
 use crate::verify::explain::Record;
@@ -131,6 +132,8 @@ pub struct MonitorPart {
     pub not_opened: u64,
     /// Doors that `grants_per_minute` forbade.
     pub over_rate: u64,
+    /// Doors whose connections could not be ended for good.
+    pub not_ended: u64,
     /// Doors that are open by now.
     pub doors: Vec<LiveDoor>,
     /// More are open than there is room for.
@@ -191,6 +194,13 @@ impl Part for RefusedPart {
 impl Part for MonitorPart {
     fn halve(&mut self) {
         self.doors.truncate(self.doors.len() / 2);
+        self.is_cut = true;
+    }
+}
+
+impl Part for Ending {
+    fn halve(&mut self) {
+        self.failed.truncate(self.failed.len() / 2);
         self.is_cut = true;
     }
 }

@@ -14,8 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use knockq::nft::Ending;
 use knockq::serve::channel::{Channel, Message};
 use knockq::serve::frames::{FRAME_LEN, Frame};
+use knockq::serve::report;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -614,10 +616,13 @@ fn a_monitor_that_loses_the_table_for_ever_holds_up_neither_root_nor_the_clock()
         let losing = scope.spawn(move || {
             let mut losses = 0;
             channel.send(Message::Lost, &[]).unwrap();
-            while let Ok(Some((told, _))) = channel.receive() {
+            while let Ok(Some((told, mut descriptors))) = channel.receive() {
                 match told {
                     Message::Loaded => losses += 1,
-                    Message::Revoke => channel.send(Message::Ready, &[]).unwrap(),
+                    Message::Revoke => {
+                        report::write(descriptors.remove(0), Ending::default()).unwrap();
+                        channel.send(Message::Ready, &[]).unwrap();
+                    }
                     _ => return losses,
                 }
                 if told == Message::Loaded && channel.send(Message::Lost, &[]).is_err() {
