@@ -247,9 +247,9 @@ impl Keeper {
 
     /// Has all three tell somebody what happens.
     fn admit_watcher(&mut self) -> Result<(), Ended> {
-        let Some(client) = self.observers.accept_watcher() else { return Ok(()) };
+        let Some((client, uid)) = self.observers.accept_watcher() else { return Ok(()) };
         let Ok(copy) = client.try_clone() else { return Ok(()) };
-        if !watchers::add(copy) {
+        if !watchers::admit(copy, uid) {
             watchers::turn_away(client);
             return Ok(());
         }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::{Gid, setegid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
-use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout, socket_peercred};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
     SocketType, accept_with, bind, connect, listen, sendmsg, shutdown, socket_with,
@@ -22,10 +22,7 @@ use rustix::process::umask;
 
 use super::control::{ControlError, receive_with_descriptors};
 use super::report::{self, KeeperPart, MonitorPart, VerifierPart};
-use super::watchers::Event;
-
-/// Clients that have not yet taken what they were told: what is on its way to them counts against what the keeper may send.
-const MAX_UNREAD: usize = 16;
+use super::watchers::{self, Event};
 
 /// Bytes of the message that hands a status over: more than a quarter of the smallest send buffer, so that a socket can be
 /// written to only when it was taken.
@@ -53,7 +50,9 @@ struct Listener {
 pub(super) struct Observers {
     status: Listener,
     watch: Listener,
-    unread: Vec<OwnedFd>,
+    /// Clients that have not yet taken what they were told, and their users: what is on its way to them counts against what
+    /// the keeper may send.
+    unread: Vec<(OwnedFd, u32)>,
     /// When the last was accepted, and when the next will be.
     accepted: Instant,
     resumes: Instant,
@@ -97,14 +96,16 @@ impl Observers {
         self.accepted = Instant::now();
         self.resumes = self.accepted + PAUSE;
         let client = self.status.accept()?;
-        self.unread.retain(|client| !can_be_written(client));
-        (self.unread.len() < MAX_UNREAD).then_some(client)
+        self.unread.retain(|(client, _)| !can_be_written(client));
+        watchers::has_place(user(&client)?, self.unread.iter().map(|(_, uid)| *uid)).then_some(client)
     }
 
-    /// The next client who watches.
-    pub(super) fn accept_watcher(&mut self) -> Option<OwnedFd> {
+    /// The next client who watches, and whose it is.
+    pub(super) fn accept_watcher(&mut self) -> Option<(OwnedFd, u32)> {
         self.resumes = Instant::now() + PAUSE_OF_WATCHERS;
-        self.watch.accept()
+        let client = self.watch.accept()?;
+        let uid = user(&client)?;
+        Some((client, uid))
     }
 
     /// Hands a client the parts of all three. Whoever does not take them has not asked.
@@ -118,12 +119,18 @@ impl Observers {
         if set_socket_send_buffer_size(&client, 1).is_ok() // the smallest that the kernel gives
             && ancillary.push(SendAncillaryMessage::ScmRights(&descriptors))
             && sendmsg(&client, &[IoSlice::new(&bytes)], &mut ancillary, flags).is_ok()
+            && let Some(uid) = user(&client)
         {
-            self.unread.push(client);
+            self.unread.push((client, uid));
         }
         let now = Instant::now();
         self.resumes = now + PAUSE.max(now.duration_since(self.accepted)); // half of the time is for knocks
     }
+}
+
+/// The user id of who connected.
+fn user(client: &OwnedFd) -> Option<u32> {
+    socket_peercred(client).ok().map(|peer| peer.uid.as_raw())
 }
 
 /// Whether all that was said was taken, or never can be.

@@ -18,8 +18,14 @@ use tracing::{Level, Metadata, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-/// Watchers at most.
-pub(super) const MAX_WATCHERS: usize = 16;
+/// Places of those who watch, and as many of those whose status is on its way. The last are for root alone, and no other user
+/// has all that are left.
+const PLACES: usize = 16;
+const OF_ROOT: usize = 4;
+const OF_ONE: usize = 6;
+
+/// The user id of who is let in whatever others do.
+const ROOT: u32 = 0;
 
 /// What is told although it is below the level of what is logged: that a door's time is over.
 pub(super) const CLOSING: &str = "closing";
@@ -33,6 +39,8 @@ static WATCHERS: Mutex<Vec<Watcher>> = Mutex::new(Vec::new());
 /// Somebody who watches.
 struct Watcher {
     socket: OwnedFd,
+    /// The user who connected.
+    uid: u32,
     lost: u64,
 }
 
@@ -50,21 +58,35 @@ enum Sent {
 #[derive(Default, Debug)]
 pub struct Event(pub Vec<(String, Value)>);
 
-/// Tells one more of what happens, from now on; `false` if there are too many already.
-pub(super) fn add(socket: OwnedFd) -> bool {
+/// Whether there is a place for one more of a user's, beside these users'.
+pub(super) fn has_place(uid: u32, others: impl Iterator<Item = u32>) -> bool {
+    let others: Vec<u32> = others.collect();
+    let count = |is_meant: &dyn Fn(u32) -> bool| others.iter().filter(|other| is_meant(**other)).count();
+    let may_come =
+        uid == ROOT || (count(&|other| other != ROOT) < PLACES - OF_ROOT && count(&|other| other == uid) < OF_ONE);
+    may_come && others.len() < PLACES
+}
+
+/// Tells one more of what happens, from now on, if there is a place for this user.
+pub(super) fn admit(socket: OwnedFd, uid: u32) -> bool {
     let mut watchers = watchers();
     watchers.retain(|watcher| watcher.send(EMPTY) != Sent::Gone);
-    let has_room = watchers.len() < MAX_WATCHERS;
-    if has_room {
-        watchers.push(Watcher { socket, lost: 0 });
+    let has_place = has_place(uid, watchers.iter().map(|watcher| watcher.uid));
+    if has_place {
+        watchers.push(Watcher { socket, uid, lost: 0 });
     }
-    has_room
+    has_place
+}
+
+/// Tells one more whom the keeper has let in.
+pub(super) fn add(socket: OwnedFd) {
+    admit(socket, ROOT);
 }
 
 /// Tells one who is turned away why.
 pub(super) fn turn_away(socket: OwnedFd) {
-    let event = Event::new("knockq", "error", &format!("{MAX_WATCHERS} others watch already"));
-    Watcher { socket, lost: 0 }.send(&event.json());
+    let event = Event::new("knockq", "error", "too many watch already");
+    Watcher { socket, uid: ROOT, lost: 0 }.send(&event.json());
 }
 
 fn watchers() -> MutexGuard<'static, Vec<Watcher>> {
@@ -220,7 +242,7 @@ mod tests {
     use tracing_subscriber::filter::filter_fn;
     use tracing_subscriber::prelude::*;
 
-    use super::{CLOSING, Event, MAX_WATCHERS, ToWatchers, add};
+    use super::{CLOSING, Event, OF_ONE, OF_ROOT, PLACES, ROOT, ToWatchers, admit, has_place};
 
     fn next(watcher: &UnixDatagram) -> Option<Event> {
         let mut bytes = [0; 4096];
@@ -246,7 +268,7 @@ mod tests {
         let subscriber = tracing_subscriber::registry().with(layer);
         let _logs = tracing::subscriber::set_default(subscriber);
         let (ours, watcher) = pair();
-        assert!(add(ours.into()));
+        assert!(admit(ours.into(), ROOT));
         info!(user = %"alice", seconds = 6, hint = "a\nb", "granted");
         debug!("a packet");
         debug!(target: CLOSING, "its time is over");
@@ -268,15 +290,32 @@ mod tests {
         assert_eq!(next(&watcher).unwrap().of("message").unwrap(), "one more");
 
         let mut others = Vec::new();
-        for _ in 1..MAX_WATCHERS {
+        for _ in 1..PLACES {
             let (ours, theirs) = pair();
-            assert!(add(ours.into()));
+            assert!(admit(ours.into(), ROOT));
             others.push(theirs);
         }
         let (ours, late) = pair();
-        assert!(!add(ours.into()));
+        assert!(!admit(ours.into(), ROOT));
         drop((others, late));
         let (ours, _theirs) = pair();
-        assert!(add(ours.into()), "those who went have made room");
+        assert!(admit(ours.into(), ROOT), "those who went have made room");
+    }
+
+    #[test]
+    fn no_user_takes_all_places_and_none_takes_roots() {
+        let mut taken: Vec<u32> = Vec::new();
+        for uid in 1000..1010 {
+            while has_place(uid, taken.iter().copied()) {
+                taken.push(uid);
+            }
+        }
+        assert_eq!(taken.iter().filter(|uid| **uid == 1000).count(), OF_ONE);
+        assert_eq!(taken.len(), PLACES - OF_ROOT);
+        while has_place(ROOT, taken.iter().copied()) {
+            taken.push(ROOT);
+        }
+        assert_eq!(taken.len(), PLACES);
+        assert!(has_place(1000, std::iter::repeat_n(ROOT, PLACES - 1)), "root's own are root's affair");
     }
 }

@@ -7,8 +7,11 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::thread;
 
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown, socket_with};
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 use serde_json::Value;
 
 use crate::lab::{FAMILIES, Family, Host, Lab, eventually, knockq, succeeds};
@@ -40,6 +43,18 @@ impl Lab {
         connect(&client, &SocketAddrUnix::new(self.runtime().join(socket)).unwrap()).unwrap();
         client
     }
+}
+
+/// As many connections of each of these users, who are of this group, as nobody may have.
+pub(crate) fn greedy_observers(lab: &Lab, users: std::ops::Range<u32>, group: u32, socket: &str) -> Vec<OwnedFd> {
+    let connect_as = |user| {
+        // Of this thread alone, which ends.
+        let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
+        set_thread_res_gid(group, group, group).unwrap();
+        set_thread_res_uid(user, user, user).unwrap();
+        (0..7).map(|_| lab.observer(socket)).collect::<Vec<_>>()
+    };
+    users.flat_map(|user| thread::scope(|scope| scope.spawn(|| connect_as(user)).join().unwrap())).collect()
 }
 
 /// How many packets ended so.
@@ -213,5 +228,24 @@ fn who_asks_for_the_status_and_never_takes_it_holds_nothing_up_but_others_who_as
     clients.clear();
     succeeds(&ask());
     eventually("forgetting them", || descriptors() <= before + 1);
+    daemon.stop();
+}
+
+#[test]
+fn members_of_the_group_who_take_no_status_keep_root_from_none() {
+    let lab = Lab::new();
+    lab.set("user = \"nobody\"");
+    let daemon = lab.start();
+    let runtime = lab.runtime().display().to_string();
+    let ask = ["status", "--json", "--runtime", &runtime];
+    let one = greedy_observers(&lab, 1000..1001, NOGROUP, "status.sock");
+    succeeds(&lab.as_member(NOGROUP, &ask));
+    let others = greedy_observers(&lab, 1001..1003, NOGROUP, "status.sock");
+    let refused = lab.as_member(NOGROUP, &ask);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("to many who do not take it"), "{said}");
+    succeeds(&lab.knockq(&lab.server, &ask));
+    drop((one, others));
+    succeeds(&lab.as_member(NOGROUP, &ask));
     daemon.stop();
 }

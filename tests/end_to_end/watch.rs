@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq};
 use crate::recorded::persona;
-use crate::status::unhex;
+use crate::status::{greedy_observers, unhex};
 use crate::{flow, raw_socket, send_raw, unix_now};
 
 /// `knockq watch`, until this is dropped.
@@ -174,7 +174,7 @@ fn watching_is_for_root_and_the_group_of_the_daemons_account_and_for_so_many() {
     eventually("all of them", || descriptors() == before.map(|count| count + 16));
     let turned_away = lab.as_member(65_534, &["watch", "--runtime", &runtime]);
     let said = String::from_utf8_lossy(&turned_away.stdout).into_owned();
-    assert!(turned_away.status.code() == Some(1) && said.contains("error: 16 others watch already"), "{said}");
+    assert!(turned_away.status.code() == Some(1) && said.contains("error: too many watch already"), "{said}");
     for family in FAMILIES {
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
@@ -199,5 +199,24 @@ fn what_a_watcher_says_reaches_nobody() {
     }
     lab.knock(Family::V6, &[]);
     lab.wait_for_door(Family::V6.alice(), 22);
+    daemon.stop();
+}
+
+#[test]
+fn members_of_the_group_who_watch_keep_root_from_no_place() {
+    let lab = Lab::new();
+    lab.set("user = \"nobody\"");
+    let daemon = lab.start();
+    let runtime = lab.runtime().display().to_string();
+    let members = greedy_observers(&lab, 1000..1003, 65_534, "watch.sock");
+    let turned_away = lab.as_member(65_534, &["watch", "--runtime", &runtime]);
+    let said = String::from_utf8_lossy(&turned_away.stdout).into_owned();
+    assert!(turned_away.status.code() == Some(1) && said.contains("error: too many watch already"), "{said}");
+    let watch = Watch::start(&lab, &daemon, &[]);
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        watch.says(&["granted", &family.alice().to_string()]);
+    }
+    drop(members);
     daemon.stop();
 }
