@@ -1,7 +1,7 @@
 //! Who is in sets of the administrator's: the sources of doors, as long as these are open.
 
-use std::collections::HashSet;
-use std::time::Instant;
+use std::collections::{BTreeSet, HashSet};
+use std::time::{Duration, Instant};
 
 use tracing::warn;
 
@@ -9,7 +9,7 @@ use super::book::{Book, Grant};
 use super::policy::Policy;
 use super::repeats::Tally;
 use crate::nft::{Door, Doors, Member, SetName, comment};
-use crate::service::Name;
+use crate::service::{Name, Port};
 
 /// What makes a set that sources can be added to.
 const HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }'";
@@ -17,8 +17,17 @@ const HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeou
 /// The elements in all of them.
 #[derive(Default)]
 pub struct Members {
-    book: Book<Member>,
+    book: Book<Seat>,
+    /// The ports of all doors that had part in one, each once and for all connections.
+    ports: BTreeSet<(Port, bool)>,
     not_added: Tally,
+}
+
+/// An element, for one of the doors that its source is in it for: where the set has no ports, there may be several.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Seat {
+    member: Member,
+    door: Door,
 }
 
 impl Members {
@@ -37,11 +46,12 @@ impl Members {
         members
     }
 
-    /// Adds a source to the sets that its grant has part in.
-    pub fn join(&mut self, grant: &Grant, now: Instant, doors: &mut Doors) {
+    /// Adds a door's source to the sets that its grant has part in.
+    pub fn join(&mut self, door: &Door, grant: &Grant, now: Instant, doors: &mut Doors) {
         for member in &grant.members {
             let note = Grant { members: Vec::new(), ..grant.clone() };
-            if self.book.note(member.clone(), note, false, now).is_some() {
+            self.ports.insert((door.port, door.once));
+            if self.book.note(Seat { member: member.clone(), door: *door }, note, false, now).is_some() {
                 self.put(member, now, doors);
             } else {
                 self.not_added.is_first(); // told together
@@ -49,25 +59,25 @@ impl Members {
         }
     }
 
-    /// Takes it out of them again, unless others keep it in.
-    pub fn leave(&mut self, grant: &Grant, now: Instant, doors: &mut Doors) {
+    /// Takes it out of them again, unless another grant or door keeps it in.
+    pub fn leave(&mut self, door: &Door, grant: &Grant, now: Instant, doors: &mut Doors) {
         for member in &grant.members {
-            self.book.strike_grant(member, grant);
+            self.book.strike_grant(&Seat { member: member.clone(), door: *door }, grant);
             self.put(member, now, doors);
         }
     }
 
     /// Takes sources out, whichever door they are in for.
     pub fn strike(&mut self, is_meant: impl Fn(&Member, &Grant) -> bool, now: Instant, doors: &mut Doors) {
-        for (member, _) in self.book.strike_all(is_meant) {
-            self.put(&member, now, doors);
+        for (seat, _) in self.book.strike_all(|seat, grant| is_meant(&seat.member, grant)) {
+            self.put(&seat.member, now, doors);
         }
     }
 
     /// The administrator has made sets anew: who is let in belongs there.
     pub fn restore(&mut self, made: &HashSet<SetName>, now: Instant, doors: &mut Doors) {
-        let standing = self.book.standing(now).filter(|member| made.contains(&member.set));
-        let standing: Vec<Member> = standing.cloned().collect();
+        let standing = self.book.standing(now).map(|seat| &seat.member).filter(|member| made.contains(&member.set));
+        let standing: HashSet<Member> = standing.cloned().collect();
         standing.iter().for_each(|member| self.put(member, now, doors));
     }
 
@@ -81,9 +91,17 @@ impl Members {
         &mut self.not_added
     }
 
+    /// The grant that keeps a source in for longest, whichever door it is for.
+    fn longest(&self, member: &Member, now: Instant) -> Option<(&Grant, Duration)> {
+        let ports = self.ports.iter().filter(|(port, _)| member.port.is_none_or(|of_set| of_set == *port));
+        let seats = ports
+            .map(|&(port, once)| Seat { member: member.clone(), door: Door { source: member.source, port, once } });
+        seats.filter_map(|seat| self.book.longest(&seat, now)).max_by_key(|(_, left)| *left)
+    }
+
     /// Makes an element what the book says. The set may be gone, which is the administrator's to see to.
     fn put(&mut self, member: &Member, now: Instant, doors: &mut Doors) {
-        let put = match self.book.longest(member, now) {
+        let put = match self.longest(member, now) {
             Some((Grant { user, service, bound, .. }, left)) => {
                 doors.add_member(member, left, &comment(user, service, *bound))
             }

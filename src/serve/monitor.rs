@@ -282,7 +282,7 @@ impl Monitor {
             for Grant { user, service, .. } in struck.iter().filter(|grant| grant.until > now) {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
-            struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
+            struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
             closed.extend(struck.into_iter().map(|grant| (door, grant)));
         }
         self.connections.after(&closed, now);
@@ -403,7 +403,10 @@ impl Monitor {
             if let (Some((Some(user), Some(service), bound)), Some(until)) = (opener, until) {
                 let members = self.members_of(&user, &open.door);
                 let grant = Grant { kill: self.kills(&service), user, service, until, bound, members };
-                self.members.join(&grant, since, &mut self.doors);
+                // Who may be there no more leaves the sets with the door, below.
+                if self.policy.upholds(&open.door, &grant, since, unix_now()) {
+                    self.members.join(&open.door, &grant, since, &mut self.doors);
+                }
                 self.book.note(open.door, grant, open.door.once, since);
             }
         }
@@ -445,7 +448,7 @@ impl Monitor {
                     Ok(_) => {}
                     Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
                 }
-                self.members.leave(grant, now, &mut self.doors);
+                self.members.leave(door, grant, now, &mut self.doors);
             }
             self.hear_of_changes()?;
         }
@@ -526,7 +529,7 @@ impl Monitor {
                     {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
-                    struck.iter().for_each(|grant| self.members.leave(grant, now, &mut self.doors));
+                    struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
                     self.closed.extend(struck.into_iter().map(|grant| (door, grant)));
                 }
             }
@@ -558,7 +561,7 @@ impl Monitor {
             }
         }
         self.connections.begin(&door, &mut self.doors);
-        self.members.join(&grant, now, &mut self.doors);
+        self.members.join(&door, &grant, now, &mut self.doors);
     }
 
     /// Makes the kernel's element what the book says; `false` if that has to wait until the table is loaded.

@@ -1,7 +1,9 @@
 //! Rules of the administrator's own, about who has knocked: the files of examples/rules, loaded, with traffic.
 
+use std::fs::{self, File};
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -231,4 +233,73 @@ fn a_set_that_is_missing_or_of_another_type_is_shown_by_the_check_and_keeps_nobo
     std::thread::sleep(Duration::from_secs(2)); // a counter of the next second
     lab.let_in("john", Family::V4);
     eventually("being added", || lab.element("inet mine nets", Family::V4).is_some());
+}
+
+#[test]
+fn a_source_stays_in_a_set_without_ports_while_any_of_its_doors_is_open() {
+    let lab = Lab::network();
+    lab.configure("[services.ssh]\nports = [\"tcp/22\", \"tcp/7000\"]\nopen_for = \"1h\"\n");
+    lab.load_include_file(); // a plain table, which others may change
+    lab.server.nft(&["add table inet mine; add set inet mine v4 { type ipv4_addr; flags timeout; }; \
+                      add set inet mine v6 { type ipv6_addr; flags timeout; }; add set inet mine v4-ports \
+                      { type ipv4_addr . inet_proto . inet_service; flags timeout; }"]);
+    lab.add_to("john", &["inet mine v4", "inet mine v6", "inet mine v4-ports"]);
+    let mut daemon = lab.start();
+    for family in FAMILIES {
+        let set = format!("inet mine v{}", digit(family));
+        lab.let_in("john", family);
+        lab.wait_for_door(family.alice(), 7000);
+        eventually("being added", || lab.element(&set, family).is_some());
+        let shut = |port: u16| {
+            let door = format!("open{} {{ {} . tcp . {port} }}", digit(family), family.alice());
+            lab.server.nft(&["delete", "element", "inet", "knockq", &door]);
+        };
+        shut(22);
+        daemon.wait_for(&format!("shut by somebody else user=john service=ssh source={} port=tcp/22", family.alice()));
+        if family == Family::V4 {
+            eventually("one port", || lab.element("inet mine v4-ports", family).is_some_and(|it| it.contains("7000")));
+        }
+        // What is done for the next command is done after that.
+        lab.revoke(&["192.0.2.1"]);
+        assert!(lab.element(&set, family).is_some_and(|element| seconds_left(&element) > 3000.0));
+        shut(7000);
+        eventually("leaving with the last door", || lab.element(&set, family).is_none());
+    }
+}
+
+/// A service or a user that went while no daemon ran.
+#[test]
+fn a_door_that_nobody_may_open_any_more_puts_nobody_into_a_set_when_the_daemon_starts() {
+    let lab = Lab::with("open_for = \"1h\"");
+    lab.server.nft(&["add table inet mine; add set inet mine v4 { type ipv4_addr; flags timeout; }; \
+                      add set inet mine v6 { type ipv6_addr; flags timeout; }"]);
+    lab.add_to("john", &["inet mine v4", "inet mine v6"]);
+    let daemon = lab.start();
+    let sets = || FAMILIES.map(|family| lab.element(&format!("inet mine v{}", digit(family)), family));
+    FAMILIES.into_iter().for_each(|family| lab.let_in("john", family));
+    eventually("being added", || sets().iter().all(Option::is_some));
+    daemon.stop();
+    lab.edit("users.d/john.toml", "\"ssh\"", "\"mail\"");
+    let told = lab.directory.path.join("told");
+    let mut monitor = lab.server.enter(|| {
+        let stdout = File::create(&told).unwrap();
+        Command::new("nft").args(["monitor", "elements"]).stdin(Stdio::null()).stdout(stdout).spawn().unwrap()
+    });
+    let tells = |word: &str| fs::read_to_string(&told).unwrap().contains(word);
+    eventually("listening", || {
+        lab.server
+            .nft(&["add element inet mine v4 { 192.0.2.9 timeout 1h }; delete element inet mine v4 { 192.0.2.9 }"]);
+        tells("192.0.2.9")
+    });
+    let _daemon = lab.start();
+    eventually("leaving", || sets().iter().all(Option::is_none));
+    lab.server.nft(&["add element inet mine v4 { 192.0.2.8 timeout 1h }"]);
+    eventually("the last word", || tells("192.0.2.8"));
+    monitor.kill().unwrap();
+    monitor.wait().unwrap();
+    let told = fs::read_to_string(&told).unwrap();
+    // What is to be deleted is added first, for a second: then it is there.
+    let mut added = told.lines().filter(|line| line.starts_with("add element inet mine") && line.contains("john"));
+    assert!(added.all(|line| line.contains(" timeout 1s ")), "{told}");
+    assert!(told.lines().any(|line| line.starts_with("delete element inet mine") && line.contains("john")), "{told}");
 }
