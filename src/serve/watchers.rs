@@ -30,6 +30,12 @@ const ROOT: u32 = 0;
 /// What is told although it is below the level of what is logged: that a door's time is over.
 pub(super) const CLOSING: &str = "closing";
 
+/// Bytes of the longest event, which `knockq watch` has room for.
+const MAX_EVENT: usize = 4096;
+
+/// What stands for the rest of a text that was cut.
+const CUT: &str = " [...]";
+
 /// An event that says nothing: whether a watcher is there shows when it is sent.
 const EMPTY: &[u8] = b"{}";
 
@@ -165,8 +171,22 @@ impl Event {
         Self(fields.map(|(name, value)| (name.to_owned(), value)).to_vec())
     }
 
-    fn json(&self) -> Vec<u8> {
-        serde_json::to_vec(self).unwrap_or_default()
+    /// As JSON; its longest texts are cut until it fits.
+    fn json(mut self) -> Vec<u8> {
+        loop {
+            let json = serde_json::to_vec(&self).unwrap_or_default();
+            let texts = self.0.iter_mut().filter_map(|(_, value)| match value {
+                Value::String(text) if text.len() > 2 * CUT.len() => Some(text),
+                _ => None,
+            });
+            match texts.max_by_key(|text| text.len()) {
+                Some(text) if json.len() > MAX_EVENT => {
+                    text.truncate(text.floor_char_boundary(text.len() / 2));
+                    text.push_str(CUT);
+                }
+                _ => return json,
+            }
+        }
     }
 
     /// The value of this name.
@@ -242,7 +262,7 @@ mod tests {
     use tracing_subscriber::filter::filter_fn;
     use tracing_subscriber::prelude::*;
 
-    use super::{CLOSING, Event, OF_ONE, OF_ROOT, PLACES, ROOT, ToWatchers, admit, has_place};
+    use super::{CLOSING, CUT, Event, MAX_EVENT, OF_ONE, OF_ROOT, PLACES, ROOT, ToWatchers, admit, has_place};
 
     fn next(watcher: &UnixDatagram) -> Option<Event> {
         let mut bytes = [0; 4096];
@@ -300,6 +320,22 @@ mod tests {
         drop((others, late));
         let (ours, _theirs) = pair();
         assert!(admit(ours.into(), ROOT), "those who went have made room");
+    }
+
+    #[test]
+    fn an_event_that_is_too_long_is_cut_where_it_is_longest_and_shows_it() {
+        for long in ["x".repeat(5000), "\u{1b}\u{20ac}\"".repeat(5000)] {
+            let mut event = Event::new("test", "error", "refused");
+            event.0.extend([("cause".to_owned(), long.into()), ("hint".to_owned(), "a file".into())]);
+            let json = event.json();
+            assert!((MAX_EVENT / 4..=MAX_EVENT).contains(&json.len()), "{}", json.len());
+            let event: Event = serde_json::from_slice(&json).unwrap();
+            assert_eq!(
+                (event.of("message").unwrap(), event.of("hint").unwrap()),
+                (&"refused".into(), &"a file".into())
+            );
+            assert!(event.of("cause").unwrap().as_str().unwrap().ends_with(CUT));
+        }
     }
 
     #[test]
