@@ -10,11 +10,14 @@ use tracing::{info, warn};
 use super::book::{Book, Grant};
 use super::control::Selection;
 use super::repeats::Tally;
-use crate::nft::{self, Door, Doors, Ending};
+use crate::nft::{self, Door, Doors, ElementError, Ending};
 use crate::service::{Name, Port, Transport};
 
 /// Doors that are remembered when they have shut: their connections may live, and `revoke --kill` can name their user.
 const REMEMBERED: usize = 16_384;
+
+/// And how many of them are left when they were more.
+const KEPT: usize = REMEMBERED * 3 / 4;
 
 /// How long: conntrack forgets a connection that is silent for five days, and addresses come to belong to others.
 const AGE: Duration = Duration::from_hours(7 * 24);
@@ -61,19 +64,29 @@ impl Connections {
         if self.past.len() > REMEMBERED {
             let mut times: Vec<Instant> = self.past.values().copied().collect();
             // More than there need be, so that this is not done for each.
-            let (_, oldest, _) = times.select_nth_unstable(self.past.len().saturating_sub(REMEMBERED * 3 / 4));
-            let oldest = *oldest;
-            self.past.retain(|_, shut| *shut > oldest);
+            let surplus = self.past.len().saturating_sub(KEPT);
+            let (before, &mut first_kept, _) = times.select_nth_unstable(surplus);
+            // Many may have shut at one time: some of these go.
+            let mut surplus = before.iter().filter(|shut| **shut == first_kept).count();
+            self.past.retain(|_, shut| {
+                let goes = *shut < first_kept || (*shut == first_kept && surplus > 0);
+                surplus = surplus.saturating_sub((goes && *shut == first_kept).into());
+                !goes
+            });
         }
     }
 
     /// A door opens: where there are no connections, what was ended may begin again from either side.
     pub fn begin(&mut self, door: &Door, doors: &mut Doors) {
-        if door.port.transport == Transport::Udp
-            && let Err(error) = doors.forget_ended(door)
-            && self.not_ended.is_first()
-        {
-            warn!(source = %door.source, port = %door.port, "the server may not speak first: {error}");
+        if door.port.transport != Transport::Udp {
+            return;
+        }
+        match doors.forget_ended(door) {
+            Ok(()) | Err(ElementError::Full) => {} // what is to be deleted is added first: it is not there
+            Err(error) if self.not_ended.is_first() => {
+                warn!(source = %door.source, port = %door.port, "the server may not speak first: {error}");
+            }
+            Err(_) => {}
         }
     }
 
@@ -192,7 +205,7 @@ const fn of_connections(door: &Door) -> Door {
 
 #[cfg(test)]
 mod tests {
-    use super::{AGE, Connections, Door, Duration, Grant, Instant, REMEMBERED};
+    use super::{AGE, Connections, Door, Duration, Grant, Instant, KEPT, REMEMBERED};
 
     fn closed(number: usize, user: &str, kill: bool, until: Instant) -> (Door, Grant) {
         let source = std::net::Ipv6Addr::from_bits(number as u128).into();
@@ -229,8 +242,11 @@ mod tests {
             connections.past.keys().any(|(past, _)| *past == Door { once: false, ..door })
         };
         assert!(is_known(REMEMBERED) && !is_known(0));
-        assert!((REMEMBERED / 2..REMEMBERED).contains(&connections.past.len()));
+        assert_eq!(connections.past.len(), KEPT);
         assert_eq!(connections.due.len(), REMEMBERED + 1);
+        let at_once: Vec<_> = (0..=REMEMBERED).map(|number| closed(number, "bob", true, start)).collect();
+        connections.after(&at_once, start + AGE);
+        assert_eq!(connections.past.len(), KEPT, "also if all of them shut at one time");
     }
 
     #[test]
