@@ -99,7 +99,8 @@ pub(super) fn time_left(seconds: u64) -> String {
     after_help = "Examples:\n  knockq revoke 203.0.113.9\n  knockq revoke --user alice\n  knockq revoke --all\n  \
                         knockq revoke 203.0.113.9 --kill\n\n\
                         Established connections live on, unless --kill ends them: those of the user or the address, also if their \
-                        doors have shut long ago. Of a user, the daemon knows the addresses since its start."
+                        doors have shut long ago. Of a user, the daemon knows the addresses of the last week, since its \
+                        start. What cannot be ended is named, and the command fails."
 )]
 pub(super) struct Revoke {
     #[command(flatten)]
