@@ -15,7 +15,7 @@ use super::channel::Message;
 use super::control::Control;
 use super::ending::{Ended, ServeError};
 use super::log::Style;
-use super::observers::Observers;
+use super::observers::{Observers, Wish};
 use super::process::{End, Process};
 
 /// Time that a child has to do what it was asked: ten thousand users take two seconds.
@@ -52,8 +52,7 @@ pub(super) enum Event {
 enum Source {
     Signal(i32),
     Control,
-    Status,
-    Watch,
+    Observer(Wish),
     /// The child at this place.
     Child(usize),
 }
@@ -140,7 +139,7 @@ impl Children {
         let heard = self.processes.iter().enumerate().filter(|(_, child)| is_heard(child.name));
         let channels = heard.filter_map(|(place, child)| Some((Source::Child(place), child.channel.as_ref()?.as_fd())));
         let observers = observers.and_then(Observers::listeners).into_iter().flatten();
-        let observers = [Source::Status, Source::Watch].into_iter().zip(observers);
+        let observers = observers.map(|(wish, socket)| (Source::Observer(wish), socket));
         let all = signals.chain(control).chain(channels).chain(observers);
         let (sources, descriptors): (Vec<Source>, Vec<BorrowedFd<'_>>) = all.unzip();
         let first = first_ready(&descriptors, deadline)?.and_then(|first| sources.get(first).copied());
@@ -155,8 +154,8 @@ impl Children {
                 Ok(Some(Event::Signal(signal)))
             }
             Source::Control => Ok(Some(Event::Request)),
-            Source::Status => Ok(Some(Event::Status)),
-            Source::Watch => Ok(Some(Event::Watch)),
+            Source::Observer(Wish::Status) => Ok(Some(Event::Status)),
+            Source::Observer(Wish::Watch) => Ok(Some(Event::Watch)),
             Source::Child(place) => {
                 let Some(child) = self.processes.get_mut(place) else { return Ok(None) };
                 let said = child.hear()?;

@@ -46,10 +46,21 @@ struct Listener {
     path: PathBuf,
 }
 
+/// What a client comes for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Wish {
+    /// To know the status.
+    Status,
+    /// To watch.
+    Watch,
+}
+
 /// The keeper's ends.
 pub(super) struct Observers {
     status: Listener,
     watch: Listener,
+    /// What the last one came for.
+    last: Wish,
     /// Clients that have not yet taken what they were told, and their users: what is on its way to them counts against what
     /// the keeper may send.
     unread: Vec<(OwnedFd, u32)>,
@@ -78,7 +89,7 @@ impl Observers {
         let status = Listener::new(directory.join("status.sock"), group)?;
         let watch = Listener::new(directory.join("watch.sock"), group)?;
         let now = Instant::now();
-        Ok(Self { status, watch, unread: Vec::new(), accepted: now, resumes: now })
+        Ok(Self { status, watch, last: Wish::Watch, unread: Vec::new(), accepted: now, resumes: now })
     }
 
     /// When the next client is accepted, if that is not now.
@@ -86,13 +97,18 @@ impl Observers {
         (self.resumes > now).then_some(self.resumes)
     }
 
-    /// Where clients come who want to know the status, and those who watch, if it is time for one.
-    pub(super) fn listeners(&self) -> Option<[BorrowedFd<'_>; 2]> {
-        self.resumes(Instant::now()).is_none().then(|| [self.status.socket.as_fd(), self.watch.socket.as_fd()])
+    /// Where clients come who want to know the status, and those who watch, if it is time for one. Who had the last turn comes
+    /// second: clients of one kind that come all the time keep none of the other out.
+    pub(super) fn listeners(&self) -> Option<[(Wish, BorrowedFd<'_>); 2]> {
+        let status = (Wish::Status, self.status.socket.as_fd());
+        let watch = (Wish::Watch, self.watch.socket.as_fd());
+        let in_turn = if self.last == Wish::Status { [watch, status] } else { [status, watch] };
+        self.resumes(Instant::now()).is_none().then_some(in_turn)
     }
 
     /// The next client who wants to know the status; `None` if too many leave theirs unread.
     pub(super) fn accept_status(&mut self) -> Option<OwnedFd> {
+        self.last = Wish::Status;
         self.accepted = Instant::now();
         self.resumes = self.accepted + PAUSE;
         let client = self.status.accept()?;
@@ -102,6 +118,7 @@ impl Observers {
 
     /// The next client who watches, and whose it is.
     pub(super) fn accept_watcher(&mut self) -> Option<(OwnedFd, u32)> {
+        self.last = Wish::Watch;
         self.resumes = Instant::now() + PAUSE_OF_WATCHERS;
         let client = self.watch.accept()?;
         let uid = user(&client)?;
@@ -256,4 +273,44 @@ fn connection(path: &Path) -> Result<OwnedFd, ControlError> {
         io::Result::Ok(socket)
     };
     connect().map_err(|cause| ControlError::of_connecting(path, cause))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::{Instant, Listener, Observers, Wish};
+
+    #[test]
+    fn who_asks_for_the_status_all_the_time_keeps_nobody_from_watching() {
+        let directory = std::env::temp_dir().join(format!("knockq-observers-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let listener = |name: &str| {
+            let path = directory.join(name);
+            Listener { socket: UnixListener::bind(&path).unwrap().into(), path }
+        };
+        let (status, watch, now) = (listener("status.sock"), listener("watch.sock"), Instant::now());
+        let clients = ["status.sock", "status.sock", "watch.sock", "watch.sock"];
+        let _clients = clients.map(|name| UnixStream::connect(directory.join(name)).unwrap());
+        let mut observers =
+            Observers { status, watch, last: Wish::Watch, unread: Vec::new(), accepted: now, resumes: now };
+        let turns = [(); 4].map(|()| {
+            let wish = loop {
+                if let Some([(wish, _), _]) = observers.listeners() {
+                    break wish;
+                }
+                std::thread::yield_now();
+            };
+            let is_accepted = match wish {
+                Wish::Status => observers.accept_status().is_some(),
+                Wish::Watch => observers.accept_watcher().is_some(),
+            };
+            assert!(is_accepted);
+            wish
+        });
+        drop(observers);
+        fs::remove_dir(&directory).unwrap();
+        assert_eq!(turns, [Wish::Status, Wish::Watch, Wish::Status, Wish::Watch]);
+    }
 }
