@@ -145,6 +145,7 @@ impl Revoke {
         };
         let meant: Vec<OpenDoor> = nft::open_doors()?.into_iter().filter(|open| covers(&selection, open)).collect();
         if let Selection::User(user) = &selection
+            && !self.kill // the daemon may remember who was removed
             && meant.is_empty()
             && ServerConfig::load(&self.config.config)
                 .is_ok_and(|config| config.users.iter().all(|one| one.name != *user))
