@@ -214,6 +214,7 @@ fn handed_over() {
             ruleset_mode: knockq::config::server::RulesetMode::Managed,
             accounts: [identity; 2],
         },
+        observers: Some(998),
         missing_accounts: vec!["knockq".to_owned()],
         ruleset: Ruleset {
             guarded: vec![port],
