@@ -242,8 +242,16 @@ fn what_is_wrong_with_a_refused_knock_is_told_from_its_packet() {
         (knock(30), Reason::Unknown, vec![Cause::CountBehind { knocks: 21, next: 51 }]),
         (knock(0), Reason::Unknown, vec![Cause::CountBehind { knocks: 51, next: 51 }]),
         (knock(51), Reason::Unknown, vec![Cause::NotCounted { user: user(), next: 52 }]),
-        (knock(50), Reason::Replayed, vec![Cause::State { reason: Reason::Replayed }]),
-        (knock(45), Reason::Superseded, vec![Cause::State { reason: Reason::Superseded }]),
+        (
+            knock(50),
+            Reason::Replayed,
+            vec![Cause::State { reason: Reason::Replayed }, Cause::CountBehind { knocks: 1, next: 51 }],
+        ),
+        (
+            knock(45),
+            Reason::Superseded,
+            vec![Cause::State { reason: Reason::Superseded }, Cause::CountBehind { knocks: 6, next: 51 }],
+        ),
         (syn(key.seal(51, 22), 23, home), Reason::WrongKnockPort, vec![Cause::WrongKnockPort { port: 23 }]),
         (
             syn(key.seal(51, 22), PORT, elsewhere),

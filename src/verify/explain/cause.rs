@@ -132,11 +132,11 @@ impl fmt::Display for Cause {
             Self::Expired => f.write_str("of a user whose entry has expired"),
             Self::CountAhead { user, knocks, next } => write!(
                 f,
-                "{knocks} knocks ahead of the server's count, of which 20 are looked at: knockq user counter {user} {next}"
+                "ahead of the server's count by {knocks}, and 20 are looked at: knockq user counter {user} {next}"
             ),
             Self::CountBehind { knocks, next } => write!(
                 f,
-                "{knocks} knocks behind the server's count: a replay of a recorded one, or a client whose count went back \
+                "behind the server's count by {knocks}: a replay of a recorded one, or a client whose count went back \
                  (counter = {next} in its profile mends that)"
             ),
             Self::NotCounted { user, next } => write!(

@@ -85,11 +85,12 @@ impl Counted {
         if n >= next.saturating_add(WINDOW) {
             return Some(Cause::CountAhead { user, knocks: n - next, next: after });
         }
-        // The daemon knows the last knocks before the count, and says more of them.
-        match (reason == Reason::Unknown, n < next) {
-            (true, true) => Some(Cause::CountBehind { knocks: next - n, next }),
-            (true, false) => Some(Cause::NotCounted { user, next: after }),
-            (false, _) => None,
+        match reason {
+            Reason::Unknown | Reason::Replayed | Reason::Superseded if n < next => {
+                Some(Cause::CountBehind { knocks: next - n, next })
+            }
+            Reason::Unknown => Some(Cause::NotCounted { user, next: after }),
+            _ => None,
         }
     }
 }
