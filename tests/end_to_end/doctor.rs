@@ -431,7 +431,7 @@ fn doctor_sees_whether_the_sets_that_users_are_added_to_are_there() {
     assert!(lab.doctor().0.iter().all(|[check, ..]| check != "sets"), "nobody is added to any");
     lab.edit("users.d/alice.toml", "services", "add_to = [\"inet mine alice4\", \"inet mine alice6\"]\nservices");
     for (set, kind) in [("alice4", "ipv4_addr"), ("alice6", "ipv6_addr")] {
-        lab.doctor().has("sets", "problem", &["alice.toml: add_to: ", set, "nft add set inet mine"]);
+        lab.doctor().has("sets", "problem", &["alice.toml: add_to: ", set, "add set inet mine"]);
         lab.server.sh(&format!("nft 'add table inet mine; add set inet mine {set} {{ type {kind}; flags timeout; }}'"));
     }
     lab.doctor().has("sets", "ok", &[]);
