@@ -130,7 +130,7 @@ pub enum ElementError {
     #[error("netlink: {0}")]
     Socket(#[from] io::Error),
     /// The kernel refused the transaction.
-    #[error("netlink: the kernel refused to change table inet {TABLE}: {0}")]
+    #[error("netlink: the kernel refused the change: {0}")]
     Refused(io::Error),
     /// The set holds as many elements as it can.
     #[error("netlink: a set of table inet {TABLE} is full")]

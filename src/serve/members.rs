@@ -12,7 +12,7 @@ use crate::nft::{Door, Doors, Member, SetName, comment};
 use crate::service::{Name, Port};
 
 /// What makes a set that sources can be added to.
-const HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }'";
+const HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }', or ipv6_addr";
 
 /// The elements in all of them.
 #[derive(Default)]
