@@ -105,7 +105,6 @@ impl Gate {
         let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
         if self.mode == RulesetMode::Managed {
             next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
-            next.keep();
         }
         *self = next;
         Ok(())
@@ -163,8 +162,12 @@ impl Gate {
         if is_live { Ok(()) } else { Err(GateError::NotLoaded { include_file: self.include_file.clone() }) }
     }
 
-    /// Keeps the include file beside the configuration what was loaded last: the next boot begins with it.
-    fn keep(&self) {
+    /// Keeps the include file beside the configuration what was loaded last, also where somebody has lost or edited it: the
+    /// next boot begins with it. What others load is theirs to write.
+    pub(super) fn keep(&self) {
+        if self.is_for_others() {
+            return;
+        }
         let text = self.ruleset.to_string();
         let is_kept = secure_file::read(&self.include_file, Privacy::Public).is_ok_and(|kept| *kept == text);
         if !is_kept && let Err(error) = secure_file::replace(&self.include_file, &text, Privacy::Public) {

@@ -385,10 +385,15 @@ impl Keeper {
                 self.children.tell("monitor", Message::Loaded, &[])?;
             }
         }
+        self.gate.keep();
+        self.say_reloaded(users, services, &knock_ports)
+    }
+
+    fn say_reloaded(&mut self, users: usize, services: usize, knock_ports: &str) -> Result<(), Ended> {
         info!(users, services, knock_ports, "reloaded");
         self.reloaded = Some((unix_now(), true));
         self.counts = (users, services);
-        self.summary = manager::summary(users, services, &knock_ports);
+        self.summary = manager::summary(users, services, knock_ports);
         self.tell_status();
         self.end_reload(|| Reply::Done)
     }

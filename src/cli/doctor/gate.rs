@@ -58,13 +58,10 @@ pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
 pub(super) fn include_file(config: &ServerConfig, path: &Path) -> Finding {
     const CHECK: &str = "include-file";
     let file = include(path);
-    // A reload that changes nothing of the table leaves the file alone, also one that is lost or was edited.
     let output = format!("knockq ruleset --output {}", file.display());
     let hint = match config.ruleset_mode {
-        RulesetMode::Managed => {
-            format!("if the configuration was changed: systemctl reload knockq, or start it; else: {output}")
-        }
-        RulesetMode::External => output.clone(),
+        RulesetMode::Managed => "systemctl reload knockq, or start it".to_owned(),
+        RulesetMode::External => output,
     };
     match secure_file::read(&file, Privacy::Public) {
         Ok(text) if *text == config.ruleset().to_string() => {
@@ -75,7 +72,7 @@ pub(super) fn include_file(config: &ServerConfig, path: &Path) -> Finding {
                 format!("{}: is not that of this configuration; the next boot begins with it", file.display());
             Finding::problem(CHECK, message).hint(hint)
         }
-        Err(error) => Finding::failed(CHECK, Failure::from(error).or_hint(&output)),
+        Err(error) => Finding::failed(CHECK, Failure::from(error).or_hint(&hint)),
     }
 }
 
