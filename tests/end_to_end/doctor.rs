@@ -7,7 +7,7 @@ use knockq::queue::KernelQueue;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::lab::{FAMILIES, Family, Lab, eventually};
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
 
 /// What doctor found: check, state, message, hint.
 struct Findings(Vec<[String; 4]>);
@@ -101,6 +101,17 @@ fn doctor_tells_whether_the_gate_stands_whether_the_daemon_reads_its_queue_and_w
         eventually("the reload", || daemon.log().matches("knockq: reloaded").count() > reloads);
         lab.doctor().has("include-file", "ok", &[]);
     }
+}
+
+#[test]
+fn doctor_names_a_gate_that_is_on_trial_with_the_command_that_keeps_it() {
+    let lab = Lab::new();
+    let daemon = Daemon::spawn_with(&lab, &["--try", "1h"], &[]);
+    eventually("the daemon", || daemon.log().contains("knockq: ready"));
+    lab.doctor().has("trial", "note", &["the gate is on trial: in ", "knockq confirm"]);
+    let config = lab.config().display().to_string();
+    lab.control(&["confirm", "--config", &config]);
+    assert!(lab.doctor().0.iter().all(|finding| finding[0] != "trial"));
 }
 
 #[test]

@@ -148,6 +148,7 @@ fn examine(path: &Path) -> (Vec<Finding>, bool) {
     findings.push(clock());
     findings.push(gate::kernel(&config));
     findings.push(gate::table(&config, path));
+    findings.extend(gate::trial(&config));
     findings.extend(sets(&config));
     findings.push(gate::include_file(&config, path));
     findings.push(gate::queue(&config));
