@@ -511,6 +511,8 @@ fn a_clients_profile_takes_another_name_address_and_services() {
         64,
         &["--allow: a client's profile does not say which port ssh has", "Hint: say it, as in --allow ssh=22"],
     );
+    import_host(&world, HOST, &["--name", "twice", "--allow", "ssh=22", "--allow", "ssh=2022"])
+        .fails(64, &["--allow: ssh is named twice", "Hint: give it another name, as in --allow ssh-2022=2022"]);
     import_host(&world, HOST, &["--allow", "ssh=tcp/22"]).fails(64, &["`tcp/22` is not a port: write ssh=22"]);
     profile_of(&world, ".knockknock/2001:db8::1");
     import_host(&world, ".knockknock/2001:db8::1", &[]).fails(78, &["is not a name", "Hint: say --name NAME"]);

@@ -4,6 +4,7 @@ mod client;
 mod original;
 mod server;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -131,6 +132,7 @@ impl Knockknock {
             }
         };
         let mut services = self.allow.iter().map(allowed).collect::<Result<Vec<_>, _>>()?;
+        refuse_repetition(&services)?;
         if services.is_empty() {
             note("Without --allow, it is for ssh, on port 22.");
             services.extend("ssh".parse().map(|ssh| (ssh, 22)));
@@ -141,6 +143,18 @@ impl Knockknock {
             address.push(last_word(&self.dir, "say --address HOST")?);
         }
         client::take(&Original::read(&self.dir, name)?, address, &services)
+    }
+}
+
+/// A service of a host is found by its name, and has one port here.
+fn refuse_repetition(services: &[(Name, u16)]) -> Result<(), Failure> {
+    let mut seen = HashSet::new();
+    match services.iter().find(|(name, _)| !seen.insert(name)) {
+        Some((name, port)) => {
+            let hint = format!("give it another name, as in --allow {name}-{port}={port}");
+            Err(usage(format!("--allow: {name} is named twice"), &hint))
+        }
+        None => Ok(()),
     }
 }
 
