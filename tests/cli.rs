@@ -115,6 +115,18 @@ fn what_is_missing_comes_with_the_remedy_for_it_whatever_its_name() {
 }
 
 #[test]
+fn a_setting_that_no_table_knows_belongs_nowhere() {
+    let world = World::new();
+    for field in ["trustd", "\"a b\"", "\"\\u001b\"", "\"`trusted`\""] {
+        world.edit("etc/knockq.toml", "open_for = \"30s\"", &format!("open_for = \"30s\"\n{field} = 1\n#"));
+        let ran = world.check();
+        assert!(!ran.errors().contains("belongs"), "{}", ran.errors());
+        ran.fails(78, &["unknown field"]);
+        world.edit("etc/knockq.toml", &format!("{field} = 1\n#"), "#");
+    }
+}
+
+#[test]
 fn check_warns_of_an_account_that_is_missing() {
     let world = World::new();
     let config = fs::read_to_string(world.path("etc/knockq.toml")).unwrap();
@@ -154,6 +166,12 @@ fn a_configuration_that_is_wrong_is_shown_with_its_place() {
         ("[services.ssh]", "[services.\"a b\"]", &["`a b` is not a name"]),
         ("open_for = \"30s\"", "on_close = \"stop\"", &["unknown variant `stop`", "`keep` or `kill`"]),
         ("open_for = \"30s\"", "\n[services.two]\nports = [\"tcp/22\"]", &["have the same selector 22", "Hint: "]),
+        (
+            "open_for = \"30s\"",
+            "trusted = [\"192.0.2.0/24\"]",
+            &["unknown field `trusted`", "Hint: `trusted` belongs to [server]"],
+        ),
+        ("[server]", "log_closings = true\n[server]", &["unknown field `log_closings`", "belongs to [server]"]),
     ];
     for (from, to, said) in cases {
         let world = World::new();

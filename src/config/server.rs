@@ -141,7 +141,7 @@ impl ServerConfig {
     /// The first thing that is wrong, with its place.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = secure_file::read(path, Privacy::Public)?;
-        let file: File = toml::from_str(&text).map_err(|error| Diagnostic::of_toml(path, &text, &error))?;
+        let file: File = toml::from_str(&text).map_err(|error| misread(path, &text, &error))?;
         let at = |span, message: String| Diagnostic::new(path, &text, span, message);
         let File { server, services } = file;
 
@@ -243,6 +243,25 @@ impl ServerConfig {
             queue: self.queue,
         }
     }
+}
+
+/// What is wrong, and where a setting belongs that was written below another table, as at the end of the file.
+fn misread(path: &Path, text: &str, error: &toml::de::Error) -> Diagnostic {
+    let diagnostic = Diagnostic::of_toml(path, text, error);
+    match unknown_field(error).filter(|field| is_of_server(field)) {
+        Some(field) => diagnostic
+            .with_hint(format!("`{field}` belongs to [server]: write it there, above the next line in brackets")),
+        None => diagnostic,
+    }
+}
+
+fn unknown_field(error: &toml::de::Error) -> Option<&str> {
+    Some(error.message().strip_prefix("unknown field `")?.split_once('`')?.0)
+}
+
+fn is_of_server(field: &str) -> bool {
+    let alone = toml::Table::from_iter([(field.to_owned(), false.into())]);
+    alone.try_into::<Server>().is_err_and(|error| unknown_field(&error).is_none())
 }
 
 fn service(name: Name, table: Spanned<ServiceTable>, at: &At<'_>) -> Result<(Service, Range<usize>), Diagnostic> {
