@@ -127,6 +127,18 @@ fn a_setting_that_no_table_knows_belongs_nowhere() {
 }
 
 #[test]
+fn several_services_in_one_option_are_refused_with_what_to_write() {
+    let world = World::new();
+    for command in [["user", "add", "bob", "--key", OTHER_KEY].as_slice(), &["user", "invite", "bob"]] {
+        let said = world.run(&[command, &["--allow", "ssh, mail"]].concat());
+        said.fails(64, &["once for each service: --allow ssh --allow mail"]);
+    }
+    world
+        .run(&["import", "knockknock", "profiles", "--allow", "ssh=22,web=443"])
+        .fails(64, &["once for each service: --allow ssh=22 --allow web=443"]);
+}
+
+#[test]
 fn check_warns_of_an_account_that_is_missing() {
     let world = World::new();
     let config = fs::read_to_string(world.path("etc/knockq.toml")).unwrap();

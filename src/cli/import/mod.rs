@@ -13,6 +13,7 @@ use std::str::FromStr;
 use clap::{Args, Subcommand};
 
 use super::failure::{Failure, USAGE};
+use super::user::one_alone;
 use super::{ConfigArg, note};
 use crate::config::FileError;
 use crate::service::{HostAddress, Name, NameError};
@@ -79,6 +80,7 @@ impl FromStr for Allowed {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        one_alone(text)?;
         let (name, port) = text.split_once('=').map_or((text, None), |(name, port)| (name, Some(port)));
         let name = name.parse().map_err(|error: NameError| error.to_string())?;
         let number = |port: &str| {

@@ -14,14 +14,14 @@ use crate::config::secure_file::{self, Privacy};
 use crate::config::{Moment, Network, Seconds, ServerConfig};
 use crate::crypto::PublicKey;
 use crate::nft::SetName;
-use crate::service::Name;
+use crate::service::{Name, NameError};
 
 #[derive(Args)]
 pub(super) struct Entry {
     /// The user's name
     pub(super) name: Name,
     /// A service that the user may open; may be left out if there is one
-    #[arg(long, value_name = "SERVICE")]
+    #[arg(long, value_name = "SERVICE", value_parser = service)]
     allow: Vec<Name>,
     /// Networks that the user's knocks may come from
     #[arg(long, value_name = "CIDR")]
@@ -48,6 +48,22 @@ enum SourceArg {
     Any,
     /// Bound to the sender's address
     Bound,
+}
+
+/// What `--allow` takes.
+fn service(text: &str) -> Result<Name, String> {
+    one_alone(text)?;
+    text.parse().map_err(|error: NameError| error.to_string())
+}
+
+/// In a hurry one writes several services into one `--allow`.
+///
+/// # Errors
+/// What to write then.
+pub(in crate::cli) fn one_alone(text: &str) -> Result<(), String> {
+    let each = text.split(',').map(str::trim).filter(|service| !service.is_empty());
+    let repeated: Vec<String> = each.map(|service| format!("--allow {}", service.escape_default())).collect();
+    if text.contains(',') { Err(format!("once for each service: {}", repeated.join(" "))) } else { Ok(()) }
 }
 
 /// What `--allow` stands for: those services, or the only one.

@@ -19,7 +19,7 @@ use crate::config::ServerConfig;
 use crate::serve::control::{ControlError, Request};
 use crate::service::Name;
 
-pub(super) use entry::allowed_services;
+pub(super) use entry::{allowed_services, one_alone};
 
 #[derive(Args)]
 #[command(
