@@ -971,8 +971,21 @@ fn a_reader_that_goes_away_is_no_panic() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let config = world.config().display().to_string();
-    let ran = world.command(&["ruleset", "--config", &config]).stdout(writer).stderr(Stdio::piped()).output().unwrap();
-    Ran(ran).fails(1, &["stdout: Broken pipe"]);
+    let ran = |arguments: &[&str]| {
+        let writer = writer.try_clone().unwrap();
+        let mut command = world.command(&[arguments, &["--config", &config]].concat());
+        Ran(command.stdout(writer).stderr(Stdio::piped()).output().unwrap())
+    };
+    // What has to arrive as a whole.
+    for arguments in [["ruleset"].as_slice(), &["user", "show", "alice", "--profile"]] {
+        ran(arguments).fails(1, &["stdout: Broken pipe"]);
+    }
+    // What is looked at, with `head` for example.
+    for arguments in [["user", "list"].as_slice(), &["user", "show", "alice"], &["user", "list", "--json"]] {
+        let ran = ran(arguments);
+        ran.succeeds();
+        assert_eq!(ran.errors(), "", "{arguments:?}");
+    }
 }
 
 /// Makes a server of an example: its files, with a key and a store of its own.

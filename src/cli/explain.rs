@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::failure::Failure;
 use super::grants::refused;
 use super::time::utc;
-use super::{ConfigArg, note, print, print_json};
+use super::{ConfigArg, note, print_json, print_view};
 use crate::config::{Network, ServerConfig};
 use crate::serve::control::{self, Request};
 use crate::serve::explain::{Cause, Finding, findings, together};
@@ -71,7 +71,7 @@ impl Explain {
         if shown.is_empty() {
             note("no SYN was refused");
         }
-        print(&shown.iter().map(Shown::line).collect::<String>())
+        print_view(&shown.iter().map(Shown::line).collect::<String>()).map(drop)
     }
 }
 

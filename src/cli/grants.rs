@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::columns::columns;
 use super::failure::{CONFIGURATION, Failure};
-use super::{ConfigArg, note, print};
+use super::{ConfigArg, note, print, print_json, print_view};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{Network, ServerConfig};
 use crate::nft::{self, Door, Doors, Ending, OpenDoor};
@@ -47,15 +47,14 @@ impl Grants {
         doors.sort_by_key(|open| (open.door.source, open.door.port));
         let shown: Vec<Shown<'_>> = doors.iter().map(Shown::of).collect();
         if self.json {
-            let json = serde_json::to_string_pretty(&shown).map_err(|error| Failure::new(error.to_string()))?;
-            return print(&(json + "\n"));
+            return print_json(&shown);
         }
         if shown.is_empty() {
             note("no door is open");
             return Ok(());
         }
         let head = ["SOURCE", "PORT", "USER", "SERVICE", "LEFT", "ONCE"].map(str::to_owned);
-        print(&columns(&[vec![head], shown.iter().map(Shown::row).collect()].concat()))
+        print_view(&columns(&[vec![head], shown.iter().map(Shown::row).collect()].concat())).map(drop)
     }
 }
 

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::columns::columns;
 use super::failure::{CONFIGURATION, Failure, IMPORT};
-use super::{note, print, print_json};
+use super::{note, print, print_json, print_view};
 use crate::client::host::MAX_LEN;
 use crate::client::{Home, Profile, ProfileError};
 use crate::service::Name;
@@ -154,7 +154,9 @@ fn list(json: bool) -> Result<(), Failure> {
     }
     match (json, hosts.is_empty()) {
         (true, _) => print_json(&hosts)?,
-        (false, false) => print(&rows(&hosts))?,
+        (false, false) => {
+            print_view(&rows(&hosts))?;
+        }
         (false, true) if broken.is_empty() => note("There is no host yet: `knockq host add NAME PROFILE` adds one"),
         (false, true) => {}
     }

@@ -192,19 +192,32 @@ fn has_priorities(command: &Command) -> bool {
     }
 }
 
-/// Prints what was asked for. A reader that went away is a failure, not a panic.
+/// Prints what was asked for. A reader that went away before all was written is a failure, not a panic.
 fn print(text: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .map_err(|error| Failure::new(format!("stdout: {error}")))
+    write(text).map_err(unwritten)
 }
 
-/// Prints a result for programs to read.
+/// Prints what is only looked at; `false` if its reader went away, as `head` does, who has seen enough.
+fn print_view(text: &str) -> Result<bool, Failure> {
+    match write(text) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).map_err(unwritten),
+    }
+}
+
+fn write(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
+}
+
+fn unwritten(error: io::Error) -> Failure {
+    Failure::new(format!("stdout: {error}"))
+}
+
+/// Prints a result for programs to read, as much of it as they want.
 fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(format!("--json: {error}")))?;
-    print(&(text + "\n"))
+    print_view(&(text + "\n")).map(drop)
 }
 
 /// Says something that is not the result.

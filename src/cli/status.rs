@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 use super::columns::columns;
 use super::failure::{Failure, PERMISSION};
 use super::grants::{runtime, time_left};
-use super::{ConfigArg, print, print_json};
+use super::{ConfigArg, print, print_json, print_view};
 use crate::client::clock;
 use crate::serve::control::ControlError;
 use crate::serve::observers;
@@ -175,7 +175,7 @@ impl Status {
         match (self.json, self.prometheus) {
             (true, _) => print_json(&shown),
             (_, true) => print(&shown.metrics()),
-            _ => print(&shown.text(now)),
+            _ => print_view(&shown.text(now)).map(drop),
         }
     }
 }

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::failure::Failure;
-use super::print;
+use super::print_view;
 use super::status::{Place, unseen};
 use super::time::utc;
 use crate::serve::observers;
@@ -28,7 +28,9 @@ impl Watch {
         let watching = observers::watch(&self.place.directory()).map_err(unseen)?;
         while let Some(event) = watching.event()? {
             let line = if self.json { plain(&serde_json::to_string(&event).unwrap_or_default()) } else { line(&event) };
-            print(&format!("{line}\n"))?;
+            if !print_view(&format!("{line}\n"))? {
+                return Ok(());
+            }
         }
         Err(Failure::new("watch: the daemon has ended, or lets nobody else watch".to_owned())
             .hint("systemctl status knockq"))

@@ -60,6 +60,46 @@ impl Drop for Watch {
     }
 }
 
+/// As `head -1` is one.
+#[test]
+fn a_reader_that_has_seen_enough_ends_what_shows_something_and_that_is_no_failure() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+    }
+    let config = lab.config().display().to_string();
+    eventually("a stranger's SYN", || {
+        lab.mallory.reaches(Family::V4.server(), 20_000);
+        !lab.control(&["explain", "--config", &config]).is_empty()
+    });
+    let start = |arguments: &[&str]| {
+        lab.server.enter(|| {
+            let mut command = Command::new(knockq());
+            let (_gone, stdout) = std::io::pipe().unwrap();
+            command.args(arguments).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped()).spawn().unwrap()
+        })
+    };
+    let ends_well = |child: Child| {
+        let ended = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.success() && said.is_empty(), "{:?}: {said}", ended.status);
+    };
+    for format in [&[][..], &["--json"]] {
+        let mut watch = start(&[&["watch", "--config", &config], format].concat());
+        eventually("the end of watch", || {
+            daemon.signal(Signal::SIGHUP);
+            watch.try_wait().unwrap().is_some()
+        });
+        ends_well(watch);
+        for command in [&["status", "--config", &config][..], &["explain", "--config", &config], &["grants"]] {
+            ends_well(start(&[command, format].concat()));
+        }
+    }
+    daemon.stop();
+}
+
 /// What waits for a watcher; at the daemon's end, that it ended.
 fn waiting(watcher: &OwnedFd) -> Vec<Value> {
     let mut bytes = [0; 4096];

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::check::{check_store, unseen_sets};
 use super::failure::{CONFIGURATION, FAILED, Failure, PERMISSION};
-use super::{ConfigArg, print, print_json};
+use super::{ConfigArg, print_json, print_view};
 use crate::client::clock::is_synchronized;
 use crate::config::ServerConfig;
 use crate::nft::list_ruleset;
@@ -122,7 +122,7 @@ impl Doctor {
                 let _ = write!(text, "{finding}");
                 text
             });
-            print(&text)?;
+            print_view(&text)?;
         }
         let has_problem = findings.iter().any(|finding| finding.state == State::Problem);
         match (is_read, has_problem) {

@@ -10,7 +10,7 @@ use super::missing;
 use super::profile::{Holder, profile, without_secret};
 use crate::cli::columns::columns;
 use crate::cli::failure::Failure;
-use crate::cli::{ConfigArg, note, print, print_json};
+use crate::cli::{ConfigArg, note, print, print_json, print_view};
 use crate::config::users::UserEntry;
 use crate::config::{Moment, Seconds, ServerConfig};
 use crate::nft::SetName;
@@ -38,7 +38,7 @@ impl List {
             return Ok(());
         }
         let head = ["NAME", "SERVICES", "SOURCE", "FROM", "EXPIRES", "KEY"].map(str::to_owned);
-        print(&columns(&[vec![head], facts.iter().map(Facts::row).collect()].concat()))
+        print_view(&columns(&[vec![head], facts.iter().map(Facts::row).collect()].concat())).map(drop)
     }
 }
 
@@ -79,7 +79,7 @@ impl Show {
         if self.json {
             return print_json(&facts);
         }
-        print(&columns(&facts.lines()))
+        print_view(&columns(&facts.lines())).map(drop)
     }
 }
 
