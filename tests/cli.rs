@@ -988,6 +988,18 @@ fn a_reader_that_goes_away_is_no_panic() {
     }
 }
 
+/// Nobody means the usual daemon then, least of all to shut its doors.
+#[test]
+fn a_configuration_that_is_named_and_not_there_is_never_taken_for_the_usual_one() {
+    let world = World::new();
+    let missing = world.text("etc/missing.toml");
+    for command in [["status"].as_slice(), &["watch"], &["explain"], &["confirm"], &["revoke", "--all"]] {
+        world
+            .run(&[command, &["--config", &missing]].concat())
+            .fails(78, &["missing.toml: No such file", "or name one with --config"]);
+    }
+}
+
 /// Makes a server of an example: its files, with a key and a store of its own.
 fn check_example(knockq_toml: &str, users: &[(String, String)]) -> Ran {
     let world = World::empty();

@@ -1,5 +1,7 @@
 //! `knockq grants`, `knockq revoke` and `knockq confirm`
 
+use std::fs;
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -9,9 +11,9 @@ use serde::Serialize;
 
 use super::columns::columns;
 use super::failure::{CONFIGURATION, Failure};
-use super::{ConfigArg, note, print, print_json, print_view};
+use super::{CONFIG, ConfigArg, note, print, print_json, print_view};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
-use crate::config::{Network, ServerConfig};
+use crate::config::{ConfigError, FileError, Network, ServerConfig};
 use crate::nft::{self, Door, Doors, Ending, OpenDoor};
 use crate::serve::control::{self, ControlError, Reply, Request, Revocation, Selection};
 use crate::serve::{report, start};
@@ -137,6 +139,7 @@ fn network(text: &str) -> Result<Network, String> {
 
 impl Revoke {
     pub(super) fn run(self) -> Result<(), Failure> {
+        let (runtime, queue) = runtime(&self.config.config)?;
         let selection = match self.selection {
             SelectionArgs { source: Some(network), .. } => Selection::Source(network.0),
             SelectionArgs { user: Some(user), .. } => Selection::User(user),
@@ -153,7 +156,6 @@ impl Revoke {
                 .hint("see who there is with `knockq user list`")
                 .code(CONFIGURATION));
         }
-        let (runtime, queue) = runtime(&self.config.config);
         let revocation = Revocation { selection, kill: self.kill };
         let ending = match control::ask_for_memory(&runtime, &Request::Revoke(revocation.clone())) {
             // A daemon that is not there holds no book, and no table.
@@ -265,7 +267,7 @@ pub(super) struct Confirm {
 
 impl Confirm {
     pub(super) fn run(self) -> Result<(), Failure> {
-        match ask(&runtime(&self.config.config).0, &Request::Confirm) {
+        match ask(&runtime(&self.config.config)?.0, &Request::Confirm) {
             Err(Refusal::Control(error @ ControlError::NotRunning { .. })) => Err(Failure::new(error.to_string())
                 .hint("a trial that was not confirmed in time has taken the gate away: begin another, knockq serve --try 10m")),
             asked => {
@@ -304,9 +306,18 @@ pub(super) fn refused(reply: Reply) -> Result<(), Failure> {
 }
 
 /// Where the daemon listens, and its queue. A configuration that is broken now does not keep anybody from shutting doors.
-pub(super) fn runtime(config: &Path) -> (PathBuf, u16) {
-    ServerConfig::load(config)
-        .map_or_else(|_| (RUNTIME_DIRECTORY.into(), QUEUE), |config| (config.runtime, config.queue))
+///
+/// # Errors
+/// When one that was named is not there: it is not the usual daemon that was meant.
+pub(super) fn runtime(config: &Path) -> Result<(PathBuf, u16), Failure> {
+    if config != Path::new(CONFIG)
+        && let Err(cause) = fs::metadata(config)
+        && cause.kind() == ErrorKind::NotFound
+    {
+        return Err(ConfigError::File(FileError::io(config, cause)).into());
+    }
+    Ok(ServerConfig::load(config)
+        .map_or_else(|_| (RUNTIME_DIRECTORY.into(), QUEUE), |config| (config.runtime, config.queue)))
 }
 
 /// Fails if a daemon runs although nobody listens for commands: it would know nothing of what is done without it.

@@ -44,8 +44,10 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub(super) fn directory(self) -> PathBuf {
-        self.runtime.unwrap_or_else(|| runtime(&self.config.config).0)
+    /// # Errors
+    /// When a configuration that was named is not there.
+    pub(super) fn directory(self) -> Result<PathBuf, Failure> {
+        self.runtime.map_or_else(|| Ok(runtime(&self.config.config)?.0), Ok)
     }
 }
 
@@ -161,7 +163,7 @@ const SLOW: u64 = 10;
 
 impl Status {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let status = match observers::status(&self.place.directory()) {
+        let status = match observers::status(&self.place.directory()?) {
             Ok(status) => status,
             Err(error) => {
                 if self.prometheus && matches!(error, ControlError::NotRunning { .. }) {

@@ -25,7 +25,7 @@ pub(super) struct Watch {
 
 impl Watch {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let watching = observers::watch(&self.place.directory()).map_err(unseen)?;
+        let watching = observers::watch(&self.place.directory()?).map_err(unseen)?;
         while let Some(event) = watching.event()? {
             let line = if self.json { plain(&serde_json::to_string(&event).unwrap_or_default()) } else { line(&event) };
             if !print_view(&format!("{line}\n"))? {
