@@ -220,9 +220,13 @@ fn of_bytes(keys: [[u8; 16]; 2]) -> Secrets {
 
 /// What explain says of a packet that the first user's server, which has accepted their knock 50, refused for this reason.
 fn causes(packet: Vec<u8>, reason: Reason) -> Vec<Cause> {
+    causes_after(Some(50), packet, reason)
+}
+
+fn causes_after(accepted: Option<u64>, packet: Vec<u8>, reason: Reason) -> Vec<Cause> {
     let mut registry = server().registry;
     registry.users[0].from = vec!["203.0.113.0/24".parse().unwrap()];
-    let past = HashMap::from([(name("u0"), Past { accepted: Some(50), addresses: Vec::new() })]);
+    let past = HashMap::from([(name("u0"), Past { accepted, addresses: Vec::new() })]);
     let user = (reason != Reason::Unknown).then(|| name("u0"));
     let [finding] = explain(&registry, &past, &[Record { at: NOW, reason, user, packet }], |_| ()).try_into().unwrap();
     assert_eq!(finding.user, (finding.causes != [Cause::NoKey]).then(|| name("u0")));
@@ -241,7 +245,7 @@ fn what_is_wrong_with_a_refused_knock_is_told_from_its_packet() {
         (knock(10_051), Reason::Unknown, vec![Cause::NoKey]),
         (knock(30), Reason::Unknown, vec![Cause::CountBehind { knocks: 21, next: 51 }]),
         (knock(0), Reason::Unknown, vec![Cause::CountBehind { knocks: 51, next: 51 }]),
-        (knock(51), Reason::Unknown, vec![Cause::NotCounted { user: user(), next: 52 }]),
+        (knock(51), Reason::Unknown, vec![Cause::Nothing]),
         (
             knock(50),
             Reason::Replayed,
@@ -267,6 +271,16 @@ fn what_is_wrong_with_a_refused_knock_is_told_from_its_packet() {
     }
     let ahead = Cause::CountAhead { user: user(), knocks: 20, next: 72 }.to_string();
     assert!(ahead.ends_with("knockq user counter u0 72"), "{ahead}");
+}
+
+/// A lost store has forgotten knocks. Who has recorded them could send one, for its successor to be named as the count.
+#[test]
+fn of_a_count_that_the_daemon_does_not_know_no_number_is_named_whatever_knock_comes() {
+    for counter in [0, 5, 30, 9_000] {
+        let causes = causes_after(None, knock(counter), Reason::Unknown);
+        assert_eq!(causes, [Cause::NotCounted { user: name("u0") }], "{counter}");
+        assert!(causes[0].to_string().ends_with("knockq user counter u0 NUMBER"));
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -41,7 +41,7 @@ pub struct Record {
 /// What else is known of a user.
 #[derive(Clone, Default)]
 pub struct Past {
-    /// The last counter that was accepted.
+    /// The last counter that was accepted. Of a knockknock profile whose count the daemon waits for there is none.
     pub accepted: Option<u64>,
     /// Addresses that their knocks came from.
     pub addresses: Vec<IpAddr>,
@@ -103,9 +103,13 @@ pub fn explain(
         let key = match user.secrets.key() {
             Key::Token(key) => key,
             Key::Knockknock { key, knock_port } => {
-                let last = user.last(past.get(&user.name).and_then(|past| past.accepted));
-                let next = last.map_or(0, |last| last.saturating_add(1));
-                Profile { user: place, key: &key, knock_port, next }.search(registry, &by_sequence, &mut suspects);
+                let accepted = past.get(&user.name).and_then(|past| past.accepted);
+                let next = user.last(accepted).map_or(0, |last| last.saturating_add(1));
+                Profile { user: place, key: &key, knock_port, next, is_known: accepted.is_some() }.search(
+                    registry,
+                    &by_sequence,
+                    &mut suspects,
+                );
                 continue;
             }
         };

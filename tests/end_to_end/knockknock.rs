@@ -302,6 +302,12 @@ fn waits_for_a_count(lab: &Lab, key: &Key, lose: impl FnOnce(Daemon)) {
     daemon.wait_for("knockq user counter");
     for number in [FIRST, FIRST + 1] {
         lab.refuses(|| lab.knock_of(key, number));
+        let causes = lab.cause("carol");
+        assert_eq!(
+            (&causes[0]["cause"], &causes[0]["next"]),
+            (&"not_counted".into(), &Value::Null),
+            "a replay names none"
+        );
     }
     lab.set_counter("carol", FIRST + 2);
     for number in [FIRST, FIRST + 1] {

@@ -85,12 +85,10 @@ pub enum Cause {
         /// The next that it takes.
         next: u64,
     },
-    /// One that the server would take, but did not know.
+    /// One of a profile whose count the daemon does not know.
     NotCounted {
         /// Whose.
         user: Name,
-        /// The number of the knock after it.
-        next: u64,
     },
     /// One whose sequence number is right, and not the rest.
     Rewritten,
@@ -139,10 +137,10 @@ impl fmt::Display for Cause {
                 "behind the server's count by {knocks}: a replay of a recorded one, or a client whose count went back \
                  (counter = {next} in its profile mends that)"
             ),
-            Self::NotCounted { user, next } => write!(
+            Self::NotCounted { user } => write!(
                 f,
-                "which the daemon did not expect: the counter store was made anew or restored since the profile was counted \
-                 (knockq user counter {user} {next}), or it came before that was mended"
+                "whose count the daemon does not know: none was taken yet, or the counter store has forgotten it, and then this \
+                 may be a replay. Ask the client for the number of its next knock: knockq user counter {user} NUMBER"
             ),
             Self::Rewritten => f.write_str(
                 "with the right sequence number, and with another IP ID, acknowledgment number or window than belongs to it: \

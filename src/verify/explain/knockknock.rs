@@ -23,6 +23,8 @@ pub(super) struct Counted {
     n: u64,
     /// The next that the server takes.
     next: u64,
+    /// The daemon says so, and not the user's entry alone.
+    is_known: bool,
 }
 
 /// A user's profile, as it is searched with.
@@ -35,6 +37,8 @@ pub(super) struct Profile<'a> {
     pub(super) knock_port: u16,
     /// The next knock that the server takes.
     pub(super) next: u64,
+    /// The daemon says so, and not the user's entry alone.
+    pub(super) is_known: bool,
 }
 
 /// The places of those with this sequence number.
@@ -65,9 +69,9 @@ impl Profile<'_> {
     }
 
     fn try_on(&self, suspect: &mut Suspect<'_>, counter: u32) {
-        let Self { user, key, knock_port, next } = *self;
+        let Self { user, key, knock_port, next, is_known } = *self;
         if let Some(selector) = token(&suspect.syn).and_then(|token| key.port(counter, &token)) {
-            suspect.counted = Some(Counted { user, selector, knock_port, n: counter.into(), next });
+            suspect.counted = Some(Counted { user, selector, knock_port, n: counter.into(), next, is_known });
         }
     }
 }
@@ -80,17 +84,16 @@ fn counters(from: u64, to: u64) -> impl Iterator<Item = u32> {
 impl Counted {
     /// What is wrong with its count, if something is.
     pub(super) fn cause(&self, user: &Name, reason: Reason) -> Option<Cause> {
-        let Self { n, next, .. } = *self;
-        let (user, after) = (user.clone(), n.saturating_add(1));
+        let Self { n, next, is_known, .. } = *self;
+        let user = user.clone();
+        // Nobody can tell then whether the knock is new, so its number must not become the count.
+        if !is_known && reason == Reason::Unknown {
+            return Some(Cause::NotCounted { user });
+        }
         if n >= next.saturating_add(WINDOW) {
-            return Some(Cause::CountAhead { user, knocks: n - next, next: after });
+            return Some(Cause::CountAhead { user, knocks: n - next, next: n.saturating_add(1) });
         }
-        match reason {
-            Reason::Unknown | Reason::Replayed | Reason::Superseded if n < next => {
-                Some(Cause::CountBehind { knocks: next - n, next })
-            }
-            Reason::Unknown => Some(Cause::NotCounted { user, next: after }),
-            _ => None,
-        }
+        let is_behind = matches!(reason, Reason::Unknown | Reason::Replayed | Reason::Superseded) && n < next;
+        is_behind.then(|| Cause::CountBehind { knocks: next - n, next })
     }
 }
