@@ -41,7 +41,8 @@ impl Recover {
         warn_of_clock(now, &old, &config);
 
         secure_file::create_directory(&config.state)?;
-        let safe = Safe::after(now, u64::from(config.window.0).saturating_add(self.ahead.0.into()));
+        let window = u64::from(config.window.0).saturating_add(self.ahead.0.into());
+        let safe = Safe::after(now, window, config.registry()?.counted());
         let (draft, file) = Draft::new(&path, Privacy::Secret)?;
         Store::create_after(&old.remains, file, config.private_key.public(), safe)
             .map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))?;

@@ -25,9 +25,16 @@ enum Written {
 
 impl Moment {
     /// This one.
-    pub fn now() -> Self {
+    fn now() -> Self {
         let now = Timestamp::now();
         Self(Timestamp::from_second(now.as_second()).unwrap_or(now))
+    }
+
+    /// A second after now, and after every one of these: later than what was said before, whatever the clock does.
+    pub fn after(others: impl IntoIterator<Item = Self>) -> Self {
+        let latest =
+            others.into_iter().fold(Self::now(), |latest, other| if other.0 > latest.0 { other } else { latest });
+        Self(Timestamp::from_second(latest.0.as_second().saturating_add(1)).unwrap_or(latest.0))
     }
 
     /// Whether it has come.
@@ -87,6 +94,16 @@ pub struct MomentError(String);
 #[cfg(test)]
 mod tests {
     use super::Moment;
+
+    #[test]
+    fn what_is_said_next_is_later_than_now_and_than_all_that_was_said() {
+        let now = Moment::now();
+        assert!(Moment::after([]).unix() > now.unix());
+        let [early, late]: [Moment; 2] = ["2001-01-01", "2999-12-31T23:59:59.5Z"].map(|text| text.parse().unwrap());
+        assert_eq!(Moment::after([late, early]).to_string(), "3000-01-01T00:00:00Z");
+        let last: Moment = "9999-12-30T22:00:00Z".parse().unwrap();
+        assert_eq!(Moment::after([last]).unix(), last.unix());
+    }
 
     #[derive(serde::Deserialize)]
     struct File {

@@ -260,9 +260,10 @@ pub struct Safe {
 }
 
 impl Safe {
-    /// From now on: tokens that are ahead of every window, and counts that are set later than this second.
-    pub const fn after(now: u64, window: u64) -> Self {
-        Self { floor: now.saturating_add(window), since: now.saturating_add(1) }
+    /// From now on: tokens that are ahead of every window, and counts that are set later than this second, and than those
+    /// that were `counted` by a clock that was ahead of this one.
+    pub fn after(now: u64, window: u64, counted: impl Iterator<Item = u64>) -> Self {
+        Self { floor: now.saturating_add(window), since: counted.fold(now, u64::max).saturating_add(1) }
     }
 }
 

@@ -89,7 +89,7 @@ pub fn run() -> Result<(), VerifierError> {
     unprivileged.allow_only(calls::VERIFIER)?;
 
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
-    let safe = Safe::after(unix_now(), registry.window);
+    let safe = Safe::after(unix_now(), registry.window, registry.counted());
     let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
     if let Some(doubt) = store.doubt() {
         let seconds = registry.window.saturating_add(1);

@@ -130,12 +130,12 @@ fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
 /// is one.
 pub(super) fn prepare(store: &mut Store, mut registry: Registry) -> Result<Verifier, StoreError> {
     let forgot = store.forgot()?;
+    let hint = way_out(forgot, registry.counted().fold(unix_now(), u64::max));
     let is_forgotten = |user: &User| matches!(&user.secrets, Secrets::Knockknock(profile) if profile.as_of < forgot);
     let (waiting, users): (Vec<User>, _) = registry.users.into_iter().partition(is_forgotten);
     registry.users = users;
     if !waiting.is_empty() {
         let users: Vec<&str> = waiting.iter().map(|user| user.name.as_str()).collect();
-        let hint = "ask their clients for the number of the next knock, and set it: knockq user counter NAME NUMBER";
         warn!(
             users = users.join(", "),
             hint,
@@ -147,4 +147,27 @@ pub(super) fn prepare(store: &mut Store, mut registry: Registry) -> Result<Verif
     let mut last = store.last_counters(tokens.iter().map(|user| user.public_key))?;
     last.extend(store.last_counts(profiles.iter().map(|user| user.public_key))?);
     Ok(Verifier::new(registry, &last, unix_now()))
+}
+
+/// Of a store that forgot at this moment; a count that is set now is of the second after the `latest` of clock and counts.
+const fn way_out(forgot: u64, latest: u64) -> &'static str {
+    if forgot > latest.saturating_add(1) {
+        "the clock was ahead then, so first stop the daemon and run `knockq recover`; then ask their clients for the number of \
+         the next knock, and set it: knockq user counter NAME NUMBER"
+    } else {
+        "ask their clients for the number of the next knock, and set it: knockq user counter NAME NUMBER"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::way_out;
+
+    #[test]
+    fn a_count_that_would_still_be_too_old_when_it_is_set_has_another_way_out() {
+        for (forgot, is_ahead) in [(0, false), (7, false), (8, false), (9, true), (u64::MAX, true)] {
+            assert_eq!(way_out(forgot, 7).contains("knockq recover"), is_ahead, "{forgot}");
+        }
+        assert!(!way_out(u64::MAX, u64::MAX).contains("recover"));
+    }
 }

@@ -139,6 +139,14 @@ pub struct Registry {
 }
 
 impl Registry {
+    /// When the count of each knockknock profile was set, in Unix seconds.
+    pub fn counted(&self) -> impl Iterator<Item = u64> {
+        self.users.iter().filter_map(|user| match &user.secrets {
+            Secrets::Token(_) => None,
+            Secrets::Knockknock(profile) => Some(profile.as_of),
+        })
+    }
+
     /// The selectors that this user may name.
     pub fn selectors<'a>(&'a self, user: &'a User) -> impl Iterator<Item = u16> + 'a {
         user.services.iter().filter_map(|&place| self.services.get(place)).map(|service| service.selector)

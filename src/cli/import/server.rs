@@ -36,7 +36,8 @@ pub(super) fn take(directories: &[PathBuf], allow: &[Name], config_file: &Path) 
         }
     }
     let mut made = Made(Vec::new());
-    made.all(&new, &services, config_file)?;
+    let as_of = Moment::after(config.users.iter().filter_map(|user| Some(user.knockknock.as_ref()?.as_of)));
+    made.all(&new, &services, as_of, config_file)?;
     ServerConfig::load(config_file)?; // a configuration that worked must go on working
     made.keep();
     print(&said)?;
@@ -100,14 +101,20 @@ fn line(Original { name, knock_port, counter, .. }: &Original, services: &[Name]
 struct Made(Vec<PathBuf>);
 
 impl Made {
-    fn all(&mut self, originals: &[&Original], services: &[Name], config_file: &Path) -> Result<(), Failure> {
+    fn all(
+        &mut self,
+        originals: &[&Original],
+        services: &[Name],
+        as_of: Moment,
+        config_file: &Path,
+    ) -> Result<(), Failure> {
         let directory = config_file.with_file_name("users.d");
         secure_file::create_directory(&directory)?;
-        originals.iter().try_for_each(|original| self.user(original, services, &directory))
+        originals.iter().try_for_each(|original| self.user(original, services, as_of, &directory))
     }
 
     /// First the keys: without an entry they are nobody's, and a second run finds them.
-    fn user(&mut self, original: &Original, services: &[Name], directory: &Path) -> Result<(), Failure> {
+    fn user(&mut self, original: &Original, services: &[Name], as_of: Moment, directory: &Path) -> Result<(), Failure> {
         let key_name = key_name(&original.name);
         let key_file = directory.join(&key_name);
         match secure_file::read_if_there(&key_file, Privacy::Secret)? {
@@ -120,7 +127,7 @@ impl Made {
             None => self.file(key_file, &original.keys, Privacy::Secret)?,
         }
         let entry = directory.join(format!("{}.toml", original.name));
-        self.file(entry, &entry_text(original, services, &key_name), Privacy::Public)
+        self.file(entry, &entry_text(original, services, &key_name, as_of), Privacy::Public)
     }
 
     fn file(&mut self, path: PathBuf, contents: &str, privacy: Privacy) -> Result<(), Failure> {
@@ -142,13 +149,12 @@ impl Drop for Made {
     }
 }
 
-fn entry_text(original: &Original, services: &[Name], key_name: &str) -> String {
+fn entry_text(original: &Original, services: &[Name], key_name: &str, as_of: Moment) -> String {
     let Original { knock_port, counter, .. } = original;
     let services: Vec<String> = services.iter().map(|service| format!("\"{service}\"")).collect();
     format!(
         "services = [{}]\n\n[knockknock]\nkey_file   = \"{key_name}\"\nknock_port = {knock_port}\n\
-         counter    = {counter}\nas_of      = \"{}\"\n",
-        services.join(", "),
-        Moment::now()
+         counter    = {counter}\nas_of      = \"{as_of}\"\n",
+        services.join(", ")
     )
 }

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{apply, entry_path, missing};
+use super::{all_counted, apply, entry_path, missing};
 use crate::cli::failure::{Failure, USAGE};
 use crate::cli::{ConfigArg, print};
 use crate::config::secure_file::{self, Privacy};
@@ -50,8 +50,8 @@ impl Counter {
                 .hint("see what is wrong with a knock, with `knockq explain`")
                 .code(USAGE)
         })?;
-        let changes =
-            [(table.counter.span(), number.to_string()), (table.as_of.span(), format!("\"{}\"", Moment::now()))];
+        let as_of = Moment::after(all_counted(&config).into_iter().chain([*table.as_of.get_ref()]));
+        let changes = [(table.counter.span(), number.to_string()), (table.as_of.span(), format!("\"{as_of}\""))];
         secure_file::replace(&path, &changed(&text, changes), Privacy::Public)?;
         print(&format!("User {name}: the next knock is number {number}, unless a later one was taken already\n"))?;
         apply(&config)

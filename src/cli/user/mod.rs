@@ -15,7 +15,7 @@ use clap::{Args, Subcommand};
 use super::failure::{CONFIGURATION, Failure};
 use super::grants::{Refusal, ask, must_not_run};
 use super::note;
-use crate::config::ServerConfig;
+use crate::config::{Moment, ServerConfig};
 use crate::serve::control::{ControlError, Request};
 use crate::service::Name;
 
@@ -69,6 +69,13 @@ pub(super) const KEY_FILE: &str = "knockknock";
 /// The file that a user of this name has, or would have.
 fn entry_path(config: &Path, name: &Name) -> PathBuf {
     config.with_file_name("users.d").join(format!("{name}.toml"))
+}
+
+/// When the count of each knockknock profile was set, as far as the configuration is right: a counter store that was lost when
+/// the clock was behind them waits for a later one.
+pub(super) fn all_counted(config: &Path) -> Vec<Moment> {
+    let users = ServerConfig::load(config).map(|config| config.users).unwrap_or_default();
+    users.into_iter().filter_map(|user| Some(user.knockknock?.as_of)).collect()
 }
 
 fn missing(name: &Name, config: &Path) -> Failure {
