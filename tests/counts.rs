@@ -133,6 +133,30 @@ fn the_last_count_is_the_last() {
     }
 }
 
+/// No more than of tokens: else a single profile could take all that the disk and `grants_per_minute` leave to others.
+#[test]
+fn a_profile_that_knocks_faster_than_once_a_second_leaves_the_others_their_share_and_is_back_at_once_when_it_waits() {
+    let mut server = server();
+    let burst = |server: &mut Server, from: u32, now| {
+        let ends = (from..from + 1000).map(|counter| server.receive(&knock(counter), now));
+        let granted = ends.filter(|end| matches!(end, End::Granted(_))).count();
+        u64::try_from(granted).unwrap()
+    };
+    assert_eq!(burst(&mut server, 0, NOW), WINDOW + 1);
+    assert_eq!(server.receive(&knock(999), NOW), REFUSED(Reason::Replayed), "what came too fast is spent as well");
+    assert_eq!(server.receive(&knock(998), NOW), REFUSED(Reason::Superseded));
+    let other = Key::new(&secrets(1)).seal(100, 22);
+    server.receive(&syn(other, PORT, [203, 0, 113, 10]), NOW).grant();
+
+    server.verifier.forget(NOW + 7);
+    server.reload(NOW + 7, |_| {});
+    assert_eq!(burst(&mut server, 1000, NOW + 7), 7);
+    server.verifier.forget(NOW + 1000);
+    assert_eq!(burst(&mut server, 2000, NOW + 1000), WINDOW + 1);
+    // A clock that is set back locks nobody out.
+    assert_eq!(burst(&mut server, 3000, NOW - 1000), WINDOW + 1);
+}
+
 #[test]
 fn every_bit_that_carries_it_must_be_right_and_a_wrong_one_costs_the_user_nothing() {
     let mut server = server();
@@ -183,9 +207,9 @@ fn a_copy_from_elsewhere_withdraws_the_grant_as_long_as_one_can_tell() {
     assert_eq!(server.receive(&copy(1), NOW), withdrawn);
     assert_eq!(server.receive(&copy(2), NOW), REFUSED(Reason::Replayed));
     server.receive(&knock(1), NOW).grant();
-    server.verifier.forget(NOW + WINDOW + 1);
+    server.verifier.forget(NOW + WINDOW + 2);
     let late = syn(Key::new(&secrets(0)).seal(1, 22), PORT, [198, 51, 100, 3]);
-    assert_eq!(server.receive(&late, NOW + WINDOW + 1), REFUSED(Reason::Replayed));
+    assert_eq!(server.receive(&late, NOW + WINDOW + 2), REFUSED(Reason::Replayed));
 }
 
 #[test]

@@ -158,7 +158,7 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, &[], 1));
         }
-        let expected: Vec<u64> = (1..=20).collect();
+        let expected: Vec<u64> = (1..=21).collect();
         assert_eq!(figures.part(0, false).packets, expected);
     }
 

@@ -320,6 +320,7 @@ const fn is_of_state(reason: Reason) -> bool {
         reason,
         Reason::Narrowed
             | Reason::Exhausted
+            | Reason::TooFast
             | Reason::Replayed
             | Reason::Superseded
             | Reason::SpentTwice

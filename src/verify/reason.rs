@@ -36,6 +36,8 @@ pub enum Reason {
     WrongTag,
     /// The counter is too far from the server's clock.
     OutsideWindow,
+    /// More knocks of a knockknock profile than one a second.
+    TooFast,
     /// This counter was accepted before.
     Replayed,
     /// A later counter of this key was accepted before.
@@ -54,7 +56,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason, in the order of the checks.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Truncated,
         Self::Malformed,
         Self::Fragment,
@@ -68,6 +70,7 @@ impl Reason {
         Self::NoTimestamp,
         Self::WrongTag,
         Self::OutsideWindow,
+        Self::TooFast,
         Self::Replayed,
         Self::Superseded,
         Self::SpentTwice,
@@ -93,6 +96,7 @@ impl Reason {
             Self::NoTimestamp => "no_timestamp",
             Self::WrongTag => "wrong_tag",
             Self::OutsideWindow => "outside_window",
+            Self::TooFast => "too_fast",
             Self::Replayed => "replayed",
             Self::Superseded => "superseded",
             Self::SpentTwice => "spent_twice",
@@ -115,6 +119,9 @@ impl Reason {
                 "the token is bound to another source address (NAT on the way?), or its timestamp was rewritten"
             }
             Self::OutsideWindow => "the clocks of client and server are too far apart",
+            Self::TooFast => {
+                "a knockknock profile may knock once a second, and as often at once as the window has seconds"
+            }
             Self::Replayed => "this knock was spent before",
             Self::Superseded => {
                 "a later knock of this key was accepted before, or the counter store was made anew since"

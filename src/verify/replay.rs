@@ -67,11 +67,13 @@ impl Fresh {
 pub struct Counters {
     last: HashMap<PublicKey, u64>,
     recent: HashMap<(PublicKey, u64), Sighting>,
+    /// The last second that a knock of the ancestor's stands for.
+    seconds: HashMap<PublicKey, u64>,
 }
 
 /// Where an accepted token came from.
 struct Sighting {
-    /// The Unix second that it stands for: the counter of a token, and of a knock of the ancestor's when it came.
+    /// The Unix second that it stands for: the counter of a token, and of a knock of the ancestor's [`Counters::second`].
     at: u64,
     source: IpAddr,
     unbound: bool,
@@ -81,7 +83,7 @@ struct Sighting {
 impl Counters {
     /// Starts from what the ledger holds.
     pub fn new(last: HashMap<PublicKey, u64>) -> Self {
-        Self { last, recent: HashMap::new() }
+        Self { last, ..Self::default() }
     }
 
     /// Takes over every sighting, and what is known of the keys that still count: more than the ledger may know, for what
@@ -92,6 +94,7 @@ impl Counters {
             *last = n.max(*last);
         }
         self.recent = before.recent;
+        self.seconds = before.seconds;
     }
 
     /// The last accepted counter of a key.
@@ -124,6 +127,24 @@ impl Counters {
         Ok(Reservation { client: *client, n })
     }
 
+    /// The Unix second that the next knock of the ancestor's is to stand for: its own, as a token's, so that no more of them
+    /// count than of tokens. It is never before `now`; if it is beyond the window, there were too many.
+    pub fn second(&self, client: &PublicKey, now: u64, window: u64) -> u64 {
+        let last = self.seconds.get(client).filter(|&&last| (now..=now.saturating_add(window)).contains(&last));
+        last.map_or(now, |last| last.saturating_add(1))
+    }
+
+    /// Notes that a second has its knock.
+    pub fn stand_for(&mut self, client: &PublicKey, second: u64) {
+        self.seconds.insert(*client, second);
+    }
+
+    /// Spends a counter that was not accepted, if it is above the key's last.
+    pub fn skip(&mut self, client: &PublicKey, n: u64) {
+        let last = self.last.entry(*client).or_default();
+        *last = n.max(*last);
+    }
+
     /// If this token, unbound and accepted before, now comes from another address than then: marks it withdrawn, once, and
     /// tells the first address.
     pub fn withdraw(&mut self, client: &PublicKey, n: u64, source: IpAddr) -> Option<IpAddr> {
@@ -151,6 +172,7 @@ impl Counters {
     /// Forgets sightings that stand for a Unix second before this one; what was accepted stays accepted.
     pub fn forget_before(&mut self, oldest: u64) {
         self.recent.retain(|_, sighting| sighting.at >= oldest);
+        self.seconds.retain(|_, second| *second >= oldest);
     }
 }
 

@@ -320,23 +320,29 @@ impl Verifier {
             return Decision::Refused(Refusal::of(Reason::NotPermitted, None, Some(source)));
         };
         let refuse = |reason| Decision::Refused(Refusal::of(reason, Some(user.name.clone()), Some(source)));
-        let at = match user.secrets {
-            Secrets::Token(_) => opened.n(),
-            Secrets::Knockknock(_) => now,
-        };
-        if at.abs_diff(now) > self.registry.window {
+        let (key, n, window) = (user.public_key, opened.n(), self.registry.window);
+        let is_token = matches!(user.secrets, Secrets::Token(_));
+        let at = if is_token { n } else { self.counters.second(&key, now, window) };
+        if is_token && at.abs_diff(now) > window {
             return refuse(Reason::OutsideWindow);
         }
-        let reason = match self.counters.reserve(&user.public_key, opened, source, at) {
+        if at.saturating_sub(now) > window && self.counters.last(&key) < Some(n) {
+            // It is spent, or the counts would part.
+            self.counters.skip(&key, n);
+            self.index.count(place, n.saturating_add(1));
+            return refuse(Reason::TooFast);
+        }
+        let reason = match self.counters.reserve(&key, opened, source, at) {
             Ok(reservation) => {
-                if matches!(user.secrets, Secrets::Knockknock(_)) {
-                    self.index.count(place, opened.n().saturating_add(1));
+                if !is_token {
+                    self.counters.stand_for(&key, at);
+                    self.index.count(place, n.saturating_add(1));
                 }
                 return Decision::Claimed(Claim { opened: *opened, reservation, source });
             }
             Err(reason) => reason,
         };
-        let Some(first) = self.counters.withdraw(&user.public_key, opened.n(), source) else {
+        let Some(first) = self.counters.withdraw(&key, n, source) else {
             return refuse(reason);
         };
         let service = self.registry.permitted(user, opened.port());
