@@ -58,7 +58,8 @@ pub(super) fn check_store(config: &ServerConfig) -> Result<Option<String>, Failu
     let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
     match Store::check(file.map_err(ServeError::Store)?, config.private_key.public()) {
         Ok(Some(doubt)) => Ok(Some(format!(
-            "{}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window after the start",
+            "{}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window after the \
+             start, those with a knockknock profile when their count is set",
             path.display()
         ))),
         Ok(None) | Err(StoreError::InUse) => Ok(None),

@@ -231,12 +231,13 @@ impl Store {
     }
 
     /// Counts of knockknock profiles that were set before this moment, in Unix seconds, may be less than what was accepted
-    /// since, and then forgotten.
+    /// since, and then forgotten. A store of before there were profiles says it by its floor.
     ///
     /// # Errors
     /// When it cannot be read.
     pub fn forgot(&mut self) -> Result<u64, StoreError> {
-        Ok(seconds(self.database()?, FORGOT)?.unwrap_or(0))
+        let database = self.database()?;
+        seconds(database, FORGOT)?.map_or_else(|| floor(database), Ok)
     }
 
     fn database(&mut self) -> Result<&Database, StoreError> {
