@@ -261,11 +261,10 @@ fn no_command_goes_past_a_daemon_that_does_not_hear_it() {
     let config = lab.config().display().to_string();
     lab.knock(Family::V4, &[]);
     lab.wait_for_door(Family::V4.alice(), 22);
-    let elsewhere = lab.directory.path.join("elsewhere.toml").display().to_string();
     // The socket is gone; or the configuration was forgotten, and another place looked at.
     fs::remove_file(lab.control_socket()).unwrap();
-    for arguments in [["revoke", "--all", "--config", &config], ["revoke", "--all", "--config", &elsewhere]] {
-        let ran = lab.knockq(&lab.server, &arguments);
+    for arguments in [&["revoke", "--all", "--config", &config][..], &["revoke", "--all"]] {
+        let ran = lab.knockq(&lab.server, arguments);
         let said = String::from_utf8_lossy(&ran.stderr).into_owned();
         assert_eq!(ran.status.code(), Some(1), "{said}");
         assert!(said.contains("the daemon runs, but does not listen in ") && said.contains("Hint: "), "{said}");
