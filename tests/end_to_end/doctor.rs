@@ -181,9 +181,7 @@ fn doctor_sees_guarded_ports_where_no_service_listens_or_only_for_this_host() {
     none.has("listener", "problem", &["tcp/22: no service listens", "start the service"]);
     none.has("listener", "problem", &["udp/5000: no service listens"]);
     for own in ["127.0.0.1", "[::1]"] {
-        let _listeners = lab.server.enter(|| {
-            (TcpListener::bind(format!("{own}:22")).unwrap(), UdpSocket::bind(format!("{own}:5000")).unwrap())
-        });
+        let _listeners = listeners(&lab, own);
         let own = own.trim_matches(['[', ']']);
         let alone = lab.doctor();
         for port in ["tcp/22", "udp/5000"] {
@@ -191,11 +189,20 @@ fn doctor_sees_guarded_ports_where_no_service_listens_or_only_for_this_host() {
         }
     }
     for address in ["0.0.0.0", "10.77.2.1", "[::]", "[fd77:1::1]"] {
-        let _listeners = lab.server.enter(|| {
-            (TcpListener::bind(format!("{address}:22")).unwrap(), UdpSocket::bind(format!("{address}:5000")).unwrap())
-        });
+        let _listeners = listeners(&lab, address);
         lab.doctor().all("listener", "ok");
     }
+}
+
+/// Who listens on both ports of this address. A process that another test is just starting may hold the last ones for a moment.
+fn listeners(lab: &Lab, address: &str) -> (TcpListener, UdpSocket) {
+    let bind = || TcpListener::bind(format!("{address}:22")).ok().zip(UdpSocket::bind(format!("{address}:5000")).ok());
+    let mut bound = None;
+    eventually("both ports", || {
+        bound = lab.server.enter(bind);
+        bound.is_some()
+    });
+    bound.unwrap()
 }
 
 /// Rulesets of others, and what doctor says of port 22 behind them over IPv4 and IPv6.
