@@ -27,7 +27,7 @@ ZSHCOMPDIR  ?= $(PREFIX)/share/zsh/site-functions
 FISHCOMPDIR ?= $(PREFIX)/share/fish/vendor_completions.d
 BINARY      ?= target/release/knockq
 
-.PHONY: all install uninstall manual demo test test-faults test-kernels test-newer-kernel bench fuzz fuzz-coverage coverage check clean
+.PHONY: all install uninstall manual demo test test-faults test-kernels test-newer-kernel test-musl bench fuzz fuzz-coverage coverage check clean
 all:
 	$(FOR_HERE) $(CARGO) build --release
 
@@ -48,7 +48,7 @@ demo:
 	@$(CARGO) build --quiet --target $(TARGET) --bin knockq --example demo
 	@tests/vm/runner $(OUT)/examples/demo
 
-# Everything: unit, vectors, properties, in memory, command line, end to end on a real kernel.
+# Everything: unit, vectors, properties, in memory, command line, end to end on real kernels.
 test:
 	@tests/all
 
@@ -59,11 +59,18 @@ test-kernels:
 	@SUITES='$(SUITES)' TARGET=$(TARGET) tests/vm/kernels
 
 # End to end once more on the next Debian's kernel, which has tables that nobody else can flush (Linux 6.9), and with this
-# one's nft, which cannot say so, as on a host with a backported kernel. With
-# TARGET=x86_64-unknown-linux-musl (`rustup target add` it) also with the other C library, which makes other system calls.
-# TESTS="table:: owned::" runs those alone.
+# one's nft, which cannot say so, as on a host with a backported kernel.
 test-newer-kernel:
 	KERNEL_SUITE=trixie RUST_TEST_THREADS=4 $(CARGO) test --target $(TARGET) --test end_to_end -- $(TESTS)
+
+# End to end with the other C library, which makes other system calls, as far as either has a part in it; on the running kernel if
+# that can be (tests/vm/README.md). TESTS="table:: owned::" runs those alone.
+MUSL_TESTS := answer:: client:: confinement:: control:: daemon:: doors:: once:: owned:: persona:: proxy:: reload:: table:: status:: \
+	users:: watch:: wire:: faults::crash faults::table
+test-musl:
+	rustup target add x86_64-unknown-linux-musl
+	KNOCKQ_VM=stand-in RUST_TEST_THREADS=$${RUST_TEST_THREADS:-16} $(CARGO) test --target x86_64-unknown-linux-musl --test end_to_end -- \
+		$(or $(TESTS),$(MUSL_TESTS))
 
 # What docs/faults.md says, as far as it is about faults alone. `make test` runs it too.
 test-faults:
