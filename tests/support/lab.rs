@@ -28,7 +28,7 @@ use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, bind, connec
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Time that something may take that does happen: an emulated machine is slow.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Time after which a silent port counts as shut: the first retransmission comes after one second.
 const SHUT: Duration = Duration::from_millis(600);
