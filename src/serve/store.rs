@@ -160,7 +160,16 @@ impl Store {
     /// # Errors
     /// When it is not one, another server's, a newer knockq's, or damaged.
     pub fn open(file: File, server: PublicKey, origin: Origin, safe: Safe) -> Result<Self, StoreError> {
-        let pages = locked(file.try_clone()?)?;
+        Self::open_in(locked(file.try_clone()?)?, file, server, origin, safe)
+    }
+
+    fn open_in(
+        pages: impl StorageBackend + Clone,
+        file: File,
+        server: PublicKey,
+        origin: Origin,
+        safe: Safe,
+    ) -> Result<Self, StoreError> {
         // On the disk nothing changes before the floor is where it belongs: who ends meanwhile finds the same again.
         let (opened, doubt) = examine(pages.clone(), &server, &origin)?;
         let settled = doubt.map_or(Ok(()), |_| settle(&opened.database, &origin, safe));
@@ -388,7 +397,7 @@ fn examine(
     server: &PublicKey,
     origin: &Origin,
 ) -> Result<(Opened, Option<Doubt>), StoreError> {
-    let before = pages::last_commit(&pages);
+    let named = pages::root(&pages);
     let opened = unchanged(pages)?;
     let is_copy = || {
         refuse_newer(&opened.database)?;
@@ -396,8 +405,9 @@ fn examine(
         Ok(fact(&opened.database, ORIGIN)?.is_none_or(|known| known != origin.as_bytes()))
     };
     let is_copy = is_copy().inspect_err(|_: &StoreError| opened.header.close())?;
-    // Opening it ends with a commit, which takes the other place than the last one did.
-    let is_shortened = opened.header.last_commit() == before;
+    // redb takes the commit that the header calls the last, or where it is not whole the one before. The one beside it may also
+    // be newer: of who was killed while they closed the store, which changes no table. So what the tables hold tells.
+    let is_shortened = opened.header.root() != named;
     let doubt = if is_shortened { Some(Doubt::Shortened) } else { is_copy.then_some(Doubt::Copy) };
     Ok((opened, doubt))
 }

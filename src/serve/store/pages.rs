@@ -2,24 +2,34 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::StorageBackend;
 
-/// Where redb's header says in which of two places the last commit lies (its file format), and in which bit.
+/// Where redb's header says in which of two places the last commit lies, and in which bit; where these places begin, and how
+/// long they are; and where in one of them the tables' root is named (`header.rs` of redb 4).
 const LAST_COMMIT: usize = 9;
 const PLACE: u8 = 1;
+const PLACES: usize = 64;
+const COMMIT: usize = 128;
+const ROOT: Range<usize> = 8..40;
 
-/// In which of two places the last commit lies.
-pub(super) fn last_commit(pages: &impl StorageBackend) -> Option<u8> {
-    let mut header = [0; LAST_COMMIT + 1];
+/// What the tables hold, all of it: the number of their root page and its checksum, which is over those of the pages below.
+pub(super) type Root = [u8; 32];
+
+/// What the tables hold by the commit that the header calls the last.
+pub(super) fn root(pages: &impl StorageBackend) -> Option<Root> {
+    let mut header = [0; PLACES + 2 * COMMIT];
     pages.read(0, &mut header).ok()?;
-    place(&header)
+    root_in(&header)
 }
 
-fn place(header: &[u8]) -> Option<u8> {
-    header.get(LAST_COMMIT).map(|byte| byte & PLACE)
+fn root_in(header: &[u8]) -> Option<Root> {
+    let place = usize::from(header.get(LAST_COMMIT)? & PLACE);
+    let commit = header.get(PLACES..)?.chunks_exact(COMMIT).nth(place)?;
+    commit.get(ROOT)?.try_into().ok()
 }
 
 /// Pages on the disk, through a descriptor and by calls that cannot name a file: the verifier may make no others.
@@ -157,8 +167,8 @@ impl Header {
         if self.kept().is_closed { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
     }
 
-    /// In which of two places the last commit lies.
-    pub(super) fn last_commit(&self) -> Option<u8> {
-        self.kept().bytes.as_deref().and_then(place)
+    /// What the tables hold by the commit that it calls the last.
+    pub(super) fn root(&self) -> Option<Root> {
+        self.kept().bytes.as_deref().and_then(root_in)
     }
 }

@@ -1,4 +1,5 @@
-//! The power fails at any instant of a write. A disk keeps what was synced, and of what came after it any part in any order.
+//! The power fails at any instant of a write, or the process is killed. A disk keeps what was synced, and of what came after it
+//! any part in any order; the kernel keeps all that it was given before the kill.
 
 use std::fs::File;
 use std::io;
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use redb::StorageBackend;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{Origin, Pages, Safe, Store, examine};
+use super::{Doubt, Origin, Pages, Safe, Store};
 use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, PublicKey, Side};
 use crate::verify::{Counters, Ledger, Reservation};
 
@@ -86,26 +87,47 @@ impl StorageBackend for Recorder {
     }
 }
 
-/// A life of a store until its power failed.
+/// A life of a store: opened, used and closed.
 struct Life {
     begin: Vec<u8>,
+    origin: Origin,
     steps: Vec<Step>,
-    /// The last counter of so many clients had taken effect when there were so many steps.
-    effects: Vec<(usize, usize, u64)>,
+    effects: Vec<Effect>,
 }
 
+/// When there were so many steps, this counter of so many clients had taken effect.
+type Effect = (usize, usize, u64);
+
 impl Life {
-    /// Calls `look` with what a disk may hold afterwards, and which effects of before must be known then.
-    fn each_loss(&self, mut look: impl FnMut(&[u8], &[(usize, usize, u64)])) {
+    /// Calls `look` with what the file holds after a kill before each step, or within one, and which effects must be known then.
+    fn each_kill(&self, mut look: impl FnMut(&[u8], &[Effect])) {
+        let mut disk = self.begin.clone();
+        for (taken, step) in self.steps.iter().enumerate() {
+            let effects = &self.effects[..self.effects.partition_point(|(steps, ..)| *steps <= taken)];
+            look(&disk, effects);
+            if let Some(torn) = step.torn() {
+                torn.apply(&mut disk);
+                look(&disk, effects);
+            }
+            step.apply(&mut disk);
+        }
+        look(&disk, &self.effects);
+    }
+
+    /// Calls `look` with what a disk may hold after a loss of power, which effects of before must be known then, and the counter
+    /// of the commit that its header names, if that was under way.
+    fn each_loss(&self, mut look: impl FnMut(&[u8], &[Effect], Option<u64>)) {
         let mut disk = self.begin.clone();
         let mut first = 0;
         for interval in self.steps.split_inclusive(|step| matches!(step, Step::Sync)) {
             let end = first + interval.len() - 1;
             let effects = self.effects.partition_point(|(steps, ..)| *steps <= end);
+            let under_way = self.effects.get(effects).filter(|(steps, ..)| *steps == end + 1).map(|(.., n)| *n);
             for kept in what_is_kept(interval) {
                 let mut image = disk.clone();
                 kept.iter().for_each(|step| step.apply(&mut image));
-                look(&image, &self.effects[..effects]);
+                let has_header = kept.iter().any(|step| matches!(step, Step::Write(0, _)));
+                look(&image, &self.effects[..effects], under_way.filter(|_| has_header));
             }
             interval.iter().for_each(|step| step.apply(&mut disk));
             first += interval.len();
@@ -163,63 +185,70 @@ fn server() -> PublicKey {
 }
 
 /// A store over a disk of these bytes that is recorded, from when it is opened.
-fn recorded(begin: &[u8]) -> (Store, Arc<Mutex<Vec<Step>>>) {
+fn recorded(begin: &[u8], origin: Origin) -> (Store, Arc<Mutex<Vec<Step>>>) {
     let (file, steps) = (memory(begin), Arc::default());
     let recorder = Recorder { pages: Pages::of(file.try_clone().unwrap()), steps: Arc::clone(&steps) };
-    let (opened, doubt) = examine(recorder.clone(), &server(), &Origin::of(&file).unwrap()).unwrap();
-    opened.header.let_go(&recorder).unwrap();
-    (Store { database: Some(opened.database), file, server: server(), doubt }, steps)
+    (Store::open_in(recorder, file, server(), origin, Safe::default()).unwrap(), steps)
 }
 
-/// Each batch of clients spends the next counter, until the power fails.
-fn live(begin: Vec<u8>, batches: impl Iterator<Item = (usize, u64)>) -> Life {
-    let (mut store, steps) = recorded(&begin);
+/// Each batch of clients spends the next counter; then the store is closed.
+fn live((begin, origin): (Vec<u8>, Origin), batches: impl Iterator<Item = (usize, u64)>) -> Life {
+    let (mut store, steps) = recorded(&begin, origin);
     let mut effects = Vec::new();
     for (clients, n) in batches {
         store.record(reservations(0..clients, n).iter()).unwrap();
         effects.push((steps.lock().unwrap().len(), clients, n));
     }
+    drop(store);
     let steps = steps.lock().unwrap().clone();
-    Life { begin, steps, effects }
+    Life { begin, origin, steps, effects }
 }
 
-fn new_store() -> Vec<u8> {
+/// An empty store, and where it is at home.
+fn new_store() -> (Vec<u8>, Origin) {
     let file = memory(&[]);
     Store::create(file.try_clone().unwrap(), &server(), Safe::default()).unwrap();
-    content(&file)
+    (content(&file), Origin::of(&file).unwrap())
 }
 
-/// It opens, knows what had taken effect, and takes what comes next.
-fn is_recovered(image: &[u8], effects: &[(usize, usize, u64)]) {
-    let mut store = {
-        let file = memory(image);
-        let origin = Origin::of(&file).unwrap();
-        Store::open(file, server(), origin, Safe::default()).unwrap()
-    };
+/// It opens, knows what had taken effect, and takes what comes next. Tells why it may have forgotten something, if so; of a
+/// counter that its header names and that it does not know it must.
+fn is_recovered(image: &[u8], origin: Origin, effects: &[Effect], named: Option<u64>) -> Option<Doubt> {
+    let mut store = Store::open(memory(image), server(), origin, Safe::default()).unwrap();
+    let doubt = store.doubt();
     let clients = effects.iter().map(|(_, clients, _)| *clients).max().unwrap_or(1);
     let last = store.last_counters((0..clients).map(key)).unwrap();
     for (_, clients, n) in effects {
         assert!((0..*clients).all(|client| last[&key(client)] >= *n), "{n} is forgotten");
     }
+    let is_forgotten = named.is_some_and(|n| last[&key(0)] < n);
+    assert!(!is_forgotten || doubt == Some(Doubt::Shortened), "{named:?} may have opened a door, and nobody is told");
     let next = FIRST + 1_000_000;
     store.record(reservations(0..1, next).iter()).unwrap();
     assert_eq!(store.last_counters([key(0)].into_iter()).unwrap()[&key(0)], next);
+    doubt
 }
 
-/// Looks at whatever a disk may hold; tells how many that were.
-fn recovers(life: &Life) -> usize {
-    let mut losses = 0;
-    life.each_loss(|image, effects| {
-        is_recovered(image, effects);
+/// Looks at whatever a disk may hold; tells how often that was, and how often in doubt.
+fn recovers(life: &Life) -> (usize, usize) {
+    let (mut losses, mut doubts) = (0, 0);
+    life.each_loss(|image, effects, named| {
         losses += 1;
+        doubts += usize::from(is_recovered(image, life.origin, effects, named).is_some());
     });
-    losses
+    (losses, doubts)
+}
+
+/// What had taken effect before another life began.
+fn long_ago(effects: &[Effect]) -> Vec<Effect> {
+    effects.iter().map(|(_, clients, n)| (0, *clients, *n)).collect()
 }
 
 #[test]
 fn whatever_a_disk_keeps_when_the_power_fails_no_counter_that_took_effect_is_forgotten() {
-    let losses = recovers(&live(new_store(), (FIRST..).take(5).map(|n| (1, n))));
+    let (losses, doubts) = recovers(&live(new_store(), (FIRST..).take(5).map(|n| (1, n))));
     assert!(losses > 100, "only {losses}: this test no longer sees the writes");
+    assert!(doubts > 10, "only {doubts}: this test no longer sees commits that are not whole");
 }
 
 #[test]
@@ -234,15 +263,37 @@ fn a_store_that_grows_when_the_power_fails_forgets_no_counter_that_took_effect()
 fn power_that_fails_again_during_the_recovery_costs_nothing_either() {
     const ONE_OF: usize = 4;
     let (mut images, mut losses) = (0, 0);
-    live(new_store(), [(1, FIRST)].into_iter()).each_loss(|image, effects| {
+    let life = live(new_store(), [(1, FIRST)].into_iter());
+    life.each_loss(|image, effects, _| {
         images += 1;
         if images % ONE_OF == 0 {
-            let (store, steps) = recorded(image);
+            let (store, steps) = recorded(image, life.origin);
             drop(store);
             let steps = steps.lock().unwrap().clone();
-            let effects = effects.iter().map(|(_, clients, n)| (0, *clients, *n)).collect();
-            losses += recovers(&Life { begin: image.to_vec(), steps, effects });
+            let (begin, origin) = (image.to_vec(), life.origin);
+            losses += recovers(&Life { begin, origin, steps, effects: long_ago(effects) }).0;
         }
     });
     assert!(losses > 100, "only {losses}: this test no longer sees the recovery");
+}
+
+#[test]
+fn a_store_whose_process_is_killed_between_any_two_writes_is_whole_and_knows_every_counter_that_took_effect() {
+    let mut kills = 0;
+    let mut is_whole = |image: &[u8], origin, effects: &[Effect]| {
+        kills += 1;
+        assert_eq!(is_recovered(image, origin, effects, None), None, "after {} counters", effects.len());
+    };
+    for counters in 0..3 {
+        let life = live(new_store(), (FIRST..).take(counters).map(|n| (1, n)));
+        life.each_kill(|image, effects| is_whole(image, life.origin, effects));
+    }
+    // And killed again: while it is recovered, takes another counter, and is closed.
+    let life = live(new_store(), [(1, FIRST)].into_iter());
+    life.each_kill(|image, effects| {
+        let again = live((image.to_vec(), life.origin), [(1, FIRST + 1)].into_iter());
+        let effects = [long_ago(effects), again.effects.clone()].concat();
+        Life { effects, ..again }.each_kill(|image, effects| is_whole(image, life.origin, effects));
+    });
+    assert!(kills > 400, "only {kills}: this test no longer sees the writes");
 }
