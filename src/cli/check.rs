@@ -11,11 +11,13 @@ use clap::Args;
 
 use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
+use crate::client::clock::unix_now;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::nft::{Doors, ElementError, SetError, SetName};
 use crate::serve::configuration::accounts;
 use crate::serve::ending::ServeError;
+use crate::serve::observers;
 use crate::serve::store::{Store, StoreError};
 use crate::serve::verifier::VerifierError;
 
@@ -52,17 +54,23 @@ impl Check {
     }
 }
 
-/// What is doubtful about the counter store, but harms nobody. The daemon, if it runs, has it open; then it has found it right.
+/// What is doubtful about the counter store, so that no knocks are accepted for a time. The daemon, if it runs, has it open, and
+/// is asked.
 pub(super) fn check_store(config: &ServerConfig) -> Result<Option<String>, Failure> {
     let path = config.store_path();
     let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
+    let told = |shut| format!("{}: {shut}", path.display());
     match Store::check(file.map_err(ServeError::Store)?, config.private_key.public()) {
-        Ok(Some(doubt)) => Ok(Some(format!(
+        Ok((Some(doubt), _)) => Ok(Some(format!(
             "{}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window after the \
              start, those with a knockknock profile when their count is set",
             path.display()
         ))),
-        Ok(None) | Err(StoreError::InUse) => Ok(None),
+        Ok((None, floor)) => Ok(floor.shut(unix_now()).map(told)),
+        Err(StoreError::InUse) => {
+            let daemon = observers::status(&config.runtime).ok();
+            Ok(daemon.and_then(|daemon| daemon.verifier.floor.shut(unix_now())).map(told))
+        }
         Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }
 }

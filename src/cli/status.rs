@@ -134,6 +134,13 @@ struct LastRefusal {
 #[derive(Serialize)]
 struct Store {
     ok: bool,
+    /// No knocks are accepted until then.
+    in_doubt_until: Option<u64>,
+    /// The same, as it is told.
+    #[serde(skip)]
+    doubt: Option<String>,
+    #[serde(skip)]
+    is_silent: bool,
     written: Option<u64>,
     failing_since: Option<u64>,
     waiting: usize,
@@ -215,7 +222,7 @@ impl Shown {
             syns: Syns::of(seen, lost, queue),
             packets,
             doors: Doors { opened, not_opened, over_rate, not_ended, open: sorted(doors) },
-            store: Store::of(verifier.store, waits_for_disk, now),
+            store: Store::of(&verifier, waits_for_disk, now),
             clock,
             knocks: knocks(verifier),
             is_cut,
@@ -248,11 +255,16 @@ impl Syns {
 }
 
 impl Store {
-    fn of(health: StoreHealth, waits_for_disk: bool, now: u64) -> Self {
-        let StoreHealth { written, failing, waiting, waiting_since } = health;
+    fn of(verifier: &VerifierPart, waits_for_disk: bool, now: u64) -> Self {
+        let StoreHealth { written, failing, waiting, waiting_since } = verifier.store;
         let is_slow = waiting_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
+        let is_silent = is_slow || waits_for_disk;
+        let shut = verifier.floor.shut(now);
         Self {
-            ok: failing.is_none() && !is_slow && !waits_for_disk,
+            ok: failing.is_none() && !is_silent && shut.is_none(),
+            in_doubt_until: shut.map(|shut| shut.until),
+            doubt: shut.map(|shut| shut.to_string()),
+            is_silent,
             written,
             failing_since: failing,
             waiting,
@@ -366,12 +378,14 @@ impl Store {
             _ => String::new(),
         };
         let state = match (self.failing_since, self.written) {
-            (Some(since), _) => format!("CANNOT be written, since {}", ago(since, now)),
-            (None, _) if !self.ok => "the disk does NOT answer".to_owned(),
-            (None, Some(written)) => format!("last written {}", ago(written, now)),
-            (None, None) => "nothing was to be written yet".to_owned(),
+            (Some(since), _) => Some(format!("CANNOT be written, since {}", ago(since, now))),
+            (None, _) if self.is_silent => Some("the disk does NOT answer".to_owned()),
+            (None, Some(written)) => Some(format!("last written {}", ago(written, now))),
+            (None, None) if self.doubt.is_some() => None,
+            (None, None) => Some("nothing was to be written yet".to_owned()),
         };
-        format!("{state}{waiting}")
+        let told: Vec<String> = self.doubt.clone().into_iter().chain(state).collect();
+        format!("{}{waiting}", told.join("; "))
     }
 }
 
@@ -454,7 +468,18 @@ impl Shown {
                 "Doors whose connections could not be ended for good",
                 one(self.doors.not_ended),
             ),
-            ("knockq_store_ok", "gauge", "Whether counters can be written", one(self.store.ok.into())),
+            (
+                "knockq_store_ok",
+                "gauge",
+                "Whether counters can be written, and knocks are accepted",
+                one(self.store.ok.into()),
+            ),
+            (
+                "knockq_store_in_doubt_until_timestamp_seconds",
+                "gauge",
+                "When knocks are accepted again, of a counter store in doubt",
+                optional(self.store.in_doubt_until),
+            ),
             ("knockq_store_waiting", "gauge", "Counters that wait for the disk", one(self.store.waiting as u64)),
             (
                 "knockq_store_written_timestamp_seconds",

@@ -49,6 +49,12 @@ fn of_own(
             "the daemon must run and know your key: its log says whom it refused, and why (journalctl -u knockq)"
                 .to_owned(),
         ),
+        (
+            false,
+            "the server may doubt its counter store, as after a loss of power or a restored backup: then no knocks are accepted until \
+             HH:MM:SS (counter store in doubt), and `knockq status` there names the time"
+                .to_owned(),
+        ),
         (false, SERVICE.to_owned()),
     ]
 }

@@ -85,7 +85,7 @@ pub const VERIFIER: &[Call] = calls! {
     #[cfg(target_arch = "x86_64")]
     SYS_epoll_wait "waiting"
     SYS_epoll_ctl "descriptors that are waited for no more, at the end"
-    SYS_futex "waiting for the other thread"
+    SYS_futex "waiting for the other thread, and for its end"
     SYS_sched_yield "waiting for the other thread, when it is about to be ready"
     SYS_clock_nanosleep "records gather under load (glibc)"
     SYS_nanosleep "records gather under load (musl)"

@@ -36,7 +36,14 @@ pub fn findings(
         network.is_none_or(|network| Syn::parse(&record.packet).is_ok_and(|syn| network.contains(&syn.source)))
     };
     let records: Vec<Record> = part.records.iter().filter(is_meant).cloned().collect();
-    explain(registry, &past, &records, tell)
+    let mut findings = explain(registry, &past, &records, tell);
+    for Finding { at, causes, .. } in &mut findings {
+        let in_doubt = causes.iter_mut().find(|cause| **cause == Cause::State { reason: Reason::InDoubt });
+        if let (Some(cause), Some(shut)) = (in_doubt, part.floor.shut(*at)) {
+            *cause = Cause::InDoubt(shut);
+        }
+    }
+    findings
 }
 
 /// Findings that differ by their time alone are one, the last, with their number.

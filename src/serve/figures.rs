@@ -7,7 +7,7 @@ use super::clock::Jump;
 use super::report::{RefusedPart, Seen, StoreHealth, VerifierPart};
 use crate::service::Name;
 use crate::verify::explain::Record;
-use crate::verify::{Grant, Reason, Refusal, Withdrawal};
+use crate::verify::{Floor, Grant, Reason, Refusal, Withdrawal};
 
 /// Refused packets that are remembered: of those that had to do with a key, and of strangers' SYNs.
 const REMEMBERED: usize = 256;
@@ -20,6 +20,7 @@ pub struct Figures {
     /// Bounded by the registry: no other names come here, and those who left it are forgotten.
     users: HashMap<Name, Seen>,
     store: StoreHealth,
+    floor: Floor,
     jumps: u64,
     last_jump: Option<(u64, i64)>,
     refused: VecDeque<Record>,
@@ -27,6 +28,11 @@ pub struct Figures {
 }
 
 impl Figures {
+    /// Where no token up to this floor is taken.
+    pub fn new(floor: Floor) -> Self {
+        Self { floor, ..Self::default() }
+    }
+
     /// A packet that opened nothing, with its bytes.
     pub fn refused(&mut self, refusal: &Refusal, packet: &[u8], now: u64) {
         self.count(refusal.reason);
@@ -94,6 +100,7 @@ impl Figures {
             expected,
             is_narrowed,
             store: self.store,
+            floor: self.floor,
             jumps: self.jumps,
             last_jump: self.last_jump,
             is_cut: false,
@@ -116,7 +123,7 @@ impl Figures {
         let mut records: Vec<Record> = self.refused.iter().chain(&self.strangers).cloned().collect();
         records.sort_by_key(|record| record.at);
         let accepted = accepted.map(|(user, n)| (user.clone(), n)).collect();
-        RefusedPart { records, accepted, users: self.seen_users(), is_cut: false }
+        RefusedPart { records, accepted, floor: self.floor, users: self.seen_users(), is_cut: false }
     }
 
     /// Nothing is allocated for a stranger's once there are as many as may be.
@@ -158,7 +165,7 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, &[], 1));
         }
-        let expected: Vec<u64> = (1..=21).collect();
+        let expected: Vec<u64> = (1..=22).collect();
         assert_eq!(figures.part(0, false).packets, expected);
     }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 
+use super::clock::unix_now;
 use crate::service::Name;
-use crate::verify::{Reason, Refusal, Withdrawal};
+use crate::verify::{Floor, Reason, Refusal, Withdrawal};
 
 /// Time after which counts are told.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -25,6 +26,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// What was refused since the last telling.
 pub struct Refusals {
+    floor: Floor,
     counts: HashMap<Kind, Count>,
     strangers: u64,
     since: Instant,
@@ -68,9 +70,10 @@ impl Pace {
 }
 
 impl Refusals {
-    /// Starts counting.
-    pub fn new(now: Instant) -> Self {
+    /// Starts counting where no token up to this floor is taken.
+    pub fn new(now: Instant, floor: Floor) -> Self {
         Self {
+            floor,
             counts: HashMap::new(),
             strangers: 0,
             since: now,
@@ -108,7 +111,7 @@ impl Refusals {
         count.count = count.count.saturating_add(1);
         if !count.is_told && self.first.is_time(now) {
             count.is_told = true;
-            tell_first(&kind, count);
+            tell_first(&kind, count, self.floor);
         }
     }
 
@@ -118,7 +121,7 @@ impl Refusals {
             && self.first.is_time(now)
         {
             count.is_told = true;
-            tell_first(kind, count);
+            tell_first(kind, count, self.floor);
         }
         let since = now.duration_since(self.since);
         if since >= PERIOD {
@@ -133,8 +136,9 @@ impl Refusals {
     }
 }
 
-fn tell_first(Kind { reason, user, .. }: &Kind, Count { source, elsewhere, .. }: &Count) {
-    let hint = reason.explanation();
+fn tell_first(Kind { reason, user, .. }: &Kind, Count { source, elsewhere, .. }: &Count, floor: Floor) {
+    let shut = floor.shut(unix_now()).filter(|_| *reason == Reason::InDoubt).map(|shut| shut.to_string());
+    let hint = shut.as_deref().or(reason.explanation());
     match (user, source, elsewhere) {
         (Some(user), Some(source), Some(elsewhere)) => {
             warn!(%reason, %user, %source, %elsewhere, hint, "withdrawn");
@@ -160,7 +164,7 @@ mod tests {
     use std::io::{self, Write};
     use std::sync::{Arc, Mutex};
 
-    use super::{Duration, Instant, IpAddr, MAX_SOURCES, PERIOD, Reason, Refusal, Refusals, Withdrawal};
+    use super::{Duration, Floor, Instant, IpAddr, MAX_SOURCES, PERIOD, Reason, Refusal, Refusals, Withdrawal};
 
     /// Time between two ticks of the verifier's.
     const TICK: Duration = Duration::from_millis(250);
@@ -183,7 +187,7 @@ mod tests {
         let (lines, now) = (Lines::default(), Instant::now());
         let writer = lines.clone();
         let subscriber = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone());
-        tracing::subscriber::with_default(subscriber.finish(), || work(&mut Refusals::new(now), now));
+        tracing::subscriber::with_default(subscriber.finish(), || work(&mut Refusals::new(now, Floor::default()), now));
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         text.lines().map(str::to_owned).collect()
     }

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::nft::Ending;
 use crate::service::{Name, Port};
-use crate::verify::Reason;
 use crate::verify::explain::Record;
+use crate::verify::{Floor, Reason};
 
 /// Bytes of the memory for one part.
 const MEMORY: u64 = 4 << 20;
@@ -82,6 +82,8 @@ pub struct VerifierPart {
     pub is_narrowed: bool,
     /// The counters' way to the disk.
     pub store: StoreHealth,
+    /// The floor that no token up to is taken.
+    pub floor: Floor,
     /// Times that the clock has jumped.
     pub jumps: u64,
     /// When it did last, and by how many seconds: forward, or back where it is less than none.
@@ -164,6 +166,8 @@ pub struct RefusedPart {
     pub records: Vec<Record>,
     /// The last accepted counters.
     pub accepted: Vec<(Name, u64)>,
+    /// The floor that no token up to was taken.
+    pub floor: Floor,
     /// Who has knocked.
     pub users: Vec<(Name, Seen)>,
     /// There was no room for all of it.

@@ -13,7 +13,7 @@ use rustix::fs::fstat;
 use thiserror::Error;
 
 use crate::crypto::PublicKey;
-use crate::verify::{Ledger, Reservation};
+use crate::verify::{Floor, Ledger, Reservation};
 
 mod origin;
 mod pages;
@@ -180,15 +180,16 @@ impl Store {
         Ok(Self { database: Some(opened.database), file, server, doubt })
     }
 
-    /// Looks at the store of this server as [`Store::open`] would, and changes nothing.
+    /// Looks at the store of this server as [`Store::open`] would, and changes nothing: why it may have forgotten what it once
+    /// knew, if so, and its floor of before.
     ///
     /// # Errors
     /// The same.
-    pub fn check(file: File, server: &PublicKey) -> Result<Option<Doubt>, StoreError> {
+    pub fn check(file: File, server: &PublicKey) -> Result<(Option<Doubt>, Floor), StoreError> {
         let origin = Origin::of(&file)?;
         let (opened, doubt) = examine(locked(file)?, server, &origin)?;
         opened.header.close();
-        Ok(doubt)
+        Ok((doubt, floor(&opened.database).map(Floor::new)?))
     }
 
     /// Why it may have forgotten what it once knew, if so.
@@ -201,7 +202,7 @@ impl Store {
         fstat(&self.file).is_ok_and(|file| file.st_nlink == 0)
     }
 
-    /// The last accepted counter of the token of every key in `known`: what is written, or the floor where that is higher.
+    /// The last accepted counter of every key in `known` that had one: of a token, or the number of a profile's knock.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -209,34 +210,19 @@ impl Store {
         &mut self,
         known: impl Iterator<Item = PublicKey>,
     ) -> Result<HashMap<PublicKey, u64>, StoreError> {
-        let floor = floor(self.database()?)?;
-        self.written(known, |written| Some(written.unwrap_or(0).max(floor)))
-    }
-
-    /// The number of the last accepted knock of every profile in `known` that had one.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn last_counts(
-        &mut self,
-        known: impl Iterator<Item = PublicKey>,
-    ) -> Result<HashMap<PublicKey, u64>, StoreError> {
-        self.written(known, |written| written)
-    }
-
-    fn written(
-        &mut self,
-        known: impl Iterator<Item = PublicKey>,
-        last: impl Fn(Option<u64>) -> Option<u64>,
-    ) -> Result<HashMap<PublicKey, u64>, StoreError> {
         let server = self.server;
         let transaction = self.database()?.begin_read()?;
         let counters = transaction.open_table(COUNTERS)?;
-        let entry = |client: PublicKey| {
-            let written = counters.get(row(&client, &server))?.map(|n| n.value());
-            Ok(last(written).map(|last| (client, last)))
-        };
+        let entry = |client: PublicKey| Ok(counters.get(row(&client, &server))?.map(|n| (client, n.value())));
         known.map(entry).filter_map(Result::transpose).collect()
+    }
+
+    /// Up to where counters of tokens may have been accepted that it does not know.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn floor(&mut self) -> Result<Floor, StoreError> {
+        floor(self.database()?).map(Floor::new)
     }
 
     /// Counts of knockknock profiles that were set before this moment, in Unix seconds, may be less than what was accepted

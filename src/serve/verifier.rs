@@ -13,7 +13,6 @@ use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
-use tokio::sync::mpsc as channel;
 use tokio::time::MissedTickBehavior;
 use tracing::field::display;
 use tracing::{debug, info, warn};
@@ -28,7 +27,7 @@ use super::report;
 use super::sandbox::{self, SandboxError};
 use super::settings::Settings;
 use super::store::{Origin, Safe, Store, StoreError};
-use super::writer::{self, Done, WAITING, Work};
+use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Verifier, Withdrawal};
@@ -83,7 +82,7 @@ pub fn run() -> Result<(), VerifierError> {
     let _inside = runtime.enter();
     let keeper_speaks = socket(keeper.as_fd().try_clone_to_owned()?)?;
     let (relay, frames) = (RelayReader::new(relay)?, socket(frames)?);
-    let (counters, work, done) = writer::start()?;
+    let writing = writer::start()?;
     let store = File::from(store);
     let origin = Origin::of(&store)?;
     unprivileged.allow_only(calls::VERIFIER)?;
@@ -91,25 +90,29 @@ pub fn run() -> Result<(), VerifierError> {
     let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
     let safe = Safe::after(unix_now(), registry.window, registry.counted());
     let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
-    if let Some(doubt) = store.doubt() {
-        let seconds = registry.window.saturating_add(1);
-        let hint = "so long users cannot knock";
-        warn!(seconds, hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
+    let floor = store.floor().map_err(fail)?;
+    match (store.doubt(), floor.shut(unix_now())) {
+        (Some(doubt), shut) => {
+            let seconds = registry.window.saturating_add(1);
+            let hint = shut.map(display);
+            warn!(seconds, hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
+        }
+        (None, Some(shut)) => warn!("{store_path}: {shut}"),
+        (None, None) => {}
     }
     let verifier = writer::prepare(&mut store, registry).map_err(fail)?;
-    counters.send(store).map_err(|_| VerifierError::WriterGone)?;
+    writing.store.send(store).map_err(|_| VerifierError::WriterGone)?;
     keeper.send(Message::Ready, &[])?;
     let process = Process {
         keeper,
         keeper_speaks,
         relay,
         frames,
-        work,
-        done,
+        writing,
         verifier,
         next: None,
-        refusals: Refusals::new(Instant::now()),
-        figures: Figures::default(),
+        refusals: Refusals::new(Instant::now(), floor),
+        figures: Figures::new(floor),
         claimed: VecDeque::new(),
         is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
@@ -136,8 +139,7 @@ struct Process {
     keeper_speaks: UnixDatagram,
     relay: RelayReader,
     frames: UnixDatagram,
-    work: mpsc::SyncSender<Work>,
-    done: channel::Receiver<Done>,
+    writing: Writing,
     verifier: Verifier,
     /// What is to take its place.
     next: Option<Box<Verifier>>,
@@ -165,7 +167,7 @@ impl Process {
                         return Ok(());
                     }
                 }
-                done = self.done.recv() => self.take(done.ok_or(VerifierError::WriterGone)?).await?,
+                done = self.writing.done.recv() => self.take(done.ok_or(VerifierError::WriterGone)?).await?,
                 _ = tick.tick() => self.tick(),
                 block = self.relay.read() => {
                     let Some(block) = block? else { return self.part_from_monitor().await };
@@ -204,7 +206,7 @@ impl Process {
         match said {
             Some((Message::Settings, mut descriptors)) => {
                 let settings = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-                match self.work.try_send(Work::Prepare(settings)) {
+                match self.writing.work.try_send(Work::Prepare(settings)) {
                     Ok(()) => {}
                     Err(mpsc::TrySendError::Full(_)) => self.keeper.send(Message::Unable, &[])?,
                     Err(mpsc::TrySendError::Disconnected(_)) => return Err(VerifierError::WriterGone),
@@ -238,7 +240,7 @@ impl Process {
     }
 
     fn claim(&mut self, claim: Claim, packet: Vec<u8>) -> Result<(), VerifierError> {
-        match self.work.try_send(Work::Record(claim)) {
+        match self.writing.work.try_send(Work::Record(claim)) {
             Ok(()) => {
                 self.claimed.push_back(packet);
                 self.tell_waiting();

@@ -1,10 +1,12 @@
 //! The thread beside the lookups, which waits for the disk so that they never do.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Barrier, mpsc};
-use std::thread;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Barrier};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc as channel;
 use tracing::{error, info, warn};
@@ -21,6 +23,10 @@ pub(super) const WAITING: usize = 1024;
 
 /// Claims that one commit takes.
 const BATCH: usize = 64;
+
+/// Time that the store may take to be closed when this process ends: the disk may hang, and the keeper waits for five seconds.
+/// A store that is not closed is as whole; it takes longer to open.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// Why the database may panic. It keeps its own order, and checks it when the store is opened.
 const CHANGED: &str = "the counter store does not hold what was written to it";
@@ -41,15 +47,42 @@ pub(super) enum Done {
     Prepared(Option<Box<Verifier>>),
 }
 
+/// The thread beside the lookups. When this is dropped, the thread ends after the batch that it writes, whatever waits, and
+/// closes the store. The fields are dropped in this order.
+pub(super) struct Writing {
+    /// It waits for the store, once.
+    pub(super) store: mpsc::SyncSender<Store>,
+    pub(super) work: mpsc::SyncSender<Work>,
+    pub(super) done: channel::Receiver<Done>,
+    _thread: Thread,
+}
+
+/// Dropped, it waits for the end of the thread, but not for ever.
+struct Thread {
+    handle: Option<JoinHandle<()>>,
+    /// Hung up by the thread when it has closed the store.
+    is_closed: mpsc::Receiver<Infallible>,
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        if self.is_closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Disconnected) {
+            let _ = self.handle.take().map(JoinHandle::join); // if it panicked, it has said so
+        }
+    }
+}
+
 /// Starts the thread beside the lookups, which then waits for the store: no thread can be started once the system calls are
 /// limited, and nothing is read from the disk before.
-pub(super) fn start() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<Work>, channel::Receiver<Done>)> {
+pub(super) fn start() -> io::Result<Writing> {
+    let (closed, is_closed) = mpsc::channel();
     let (writer, store) = mpsc::sync_channel::<Store>(1);
     let (work, waiting) = mpsc::sync_channel::<Work>(WAITING);
     let (outcomes, done) = channel::channel(WAITING);
     let started = Arc::new(Barrier::new(2));
     let is_started = Arc::clone(&started);
     let write = move || {
+        let _closed: mpsc::Sender<Infallible> = closed; // dropped after the store
         is_started.wait();
         let Ok(store) = store.recv() else { return };
         let mut writer = Writer { store, cannot_write: Trouble::default(), is_deleted: false };
@@ -79,9 +112,9 @@ pub(super) fn start() -> io::Result<(mpsc::SyncSender<Store>, mpsc::SyncSender<W
             }
         }
     };
-    thread::Builder::new().name("counters".to_owned()).spawn(write)?;
+    let handle = Some(thread::Builder::new().name("counters".to_owned()).spawn(write)?);
     started.wait(); // what a thread does to start is no call that it may make later
-    Ok((writer, work, done))
+    Ok(Writing { store: writer, work, done, _thread: Thread { handle, is_closed } })
 }
 
 /// What the thread beside the lookups has.
@@ -142,11 +175,8 @@ pub(super) fn prepare(store: &mut Store, mut registry: Registry) -> Result<Verif
             "the counter store was made anew or restored since these profiles were counted: no knock of theirs is taken"
         );
     }
-    let has_profile = |user: &&User| matches!(user.secrets, Secrets::Knockknock(_));
-    let (profiles, tokens): (Vec<&User>, Vec<&User>) = registry.users.iter().partition(has_profile);
-    let mut last = store.last_counters(tokens.iter().map(|user| user.public_key))?;
-    last.extend(store.last_counts(profiles.iter().map(|user| user.public_key))?);
-    Ok(Verifier::new(registry, &last, unix_now()))
+    let last = store.last_counters(registry.users.iter().map(|user| user.public_key))?;
+    Ok(Verifier::new(registry, &last, unix_now()).above(store.floor()?))
 }
 
 /// Of a store that forgot at this moment; a count that is set now is of the second after the `latest` of clock and counts.

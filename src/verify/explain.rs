@@ -323,6 +323,7 @@ const fn is_of_state(reason: Reason) -> bool {
             | Reason::TooFast
             | Reason::Replayed
             | Reason::Superseded
+            | Reason::InDoubt
             | Reason::SpentTwice
             | Reason::NotDurable
     )

@@ -4,6 +4,7 @@
 //! same code. Times are Unix seconds throughout, as the counter is one.
 
 pub mod explain;
+pub mod floor;
 pub mod index;
 mod knockknock;
 pub mod reason;
@@ -12,6 +13,7 @@ pub mod replay;
 mod tries;
 pub mod verifier;
 
+pub use floor::{Floor, Shut};
 pub use index::{Candidate, Index};
 pub use reason::Reason;
 pub use registry::{Key, KnockknockProfile, Registry, Secrets, Service, SourcePolicy, User};

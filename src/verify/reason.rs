@@ -42,6 +42,8 @@ pub enum Reason {
     Replayed,
     /// A later counter of this key was accepted before.
     Superseded,
+    /// This counter may have been accepted before: the store may have forgotten it.
+    InDoubt,
     /// An unbound token that was accepted came again from another address: its grant is withdrawn.
     SpentTwice,
     /// The counter could not be made durable.
@@ -56,7 +58,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason, in the order of the checks.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Truncated,
         Self::Malformed,
         Self::Fragment,
@@ -73,6 +75,7 @@ impl Reason {
         Self::TooFast,
         Self::Replayed,
         Self::Superseded,
+        Self::InDoubt,
         Self::SpentTwice,
         Self::NotDurable,
         Self::NotPermitted,
@@ -99,6 +102,7 @@ impl Reason {
             Self::TooFast => "too_fast",
             Self::Replayed => "replayed",
             Self::Superseded => "superseded",
+            Self::InDoubt => "in_doubt",
             Self::SpentTwice => "spent_twice",
             Self::NotDurable => "not_durable",
             Self::NotPermitted => "not_permitted",
@@ -123,8 +127,9 @@ impl Reason {
                 "a knockknock profile may knock once a second, and as often at once as the window has seconds"
             }
             Self::Replayed => "this knock was spent before",
-            Self::Superseded => {
-                "a later knock of this key was accepted before, or the counter store was made anew since"
+            Self::Superseded => "a later knock of this key was accepted before",
+            Self::InDoubt => {
+                "by its client's clock it is of a time in which no knocks are accepted (counter store in doubt)"
             }
             Self::SpentTwice => "an unbound token came from two addresses, so somebody copied it: knock again, bound",
             Self::NotDurable => "its counter could not be written, or not in time: see what this log says of the store",

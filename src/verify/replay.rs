@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::Reason;
+use super::{Floor, Reason};
 use crate::crypto::{Binding, Opened, PublicKey};
 
 /// A counter that was taken in memory and is not durable yet. Only [`Counters::reserve`] makes one.
@@ -66,6 +66,7 @@ impl Fresh {
 #[derive(Default)]
 pub struct Counters {
     last: HashMap<PublicKey, u64>,
+    floor: Floor,
     recent: HashMap<(PublicKey, u64), Sighting>,
     /// The last second that a knock of the ancestor's stands for.
     seconds: HashMap<PublicKey, u64>,
@@ -84,6 +85,21 @@ impl Counters {
     /// Starts from what the ledger holds.
     pub fn new(last: HashMap<PublicKey, u64>) -> Self {
         Self { last, ..Self::default() }
+    }
+
+    /// The same, where the ledger may have forgotten counters of tokens.
+    pub const fn set_floor(&mut self, floor: Floor) {
+        self.floor = floor;
+    }
+
+    /// Up to where the ledger may have forgotten counters of tokens.
+    pub const fn floor(&self) -> Floor {
+        self.floor
+    }
+
+    /// Whether a token's counter may have been accepted, and is not known to be.
+    pub fn is_in_doubt(&self, client: &PublicKey, n: u64) -> bool {
+        self.floor.covers(n) && self.last(client) < Some(n) && !self.recent.contains_key(&(*client, n))
     }
 
     /// Takes over every sighting, and what is known of the keys that still count: more than the ledger may know, for what
@@ -180,7 +196,7 @@ impl Counters {
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
-    use super::{Counters, Reason};
+    use super::{Counters, Floor, Reason};
     use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, Side};
 
     const SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
@@ -205,6 +221,16 @@ mod tests {
         assert_eq!(counters.stands(own.public(), 7), Err(Reason::SpentTwice));
         counters.forget_before(8);
         assert_eq!(counters.stands(own.public(), 7), Err(Reason::NotDurable));
+    }
+
+    #[test]
+    fn a_counter_up_to_the_floor_is_in_doubt_unless_it_is_known_to_be_spent() {
+        let (own, opened) = opened();
+        let mut counters = Counters::default();
+        counters.set_floor(Floor::new(7));
+        assert!(counters.is_in_doubt(own.public(), 7) && !counters.is_in_doubt(own.public(), 8));
+        counters.reserve(own.public(), &opened, SOURCE, 7).unwrap();
+        assert!((0..=8).all(|n| !counters.is_in_doubt(own.public(), n)));
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use super::tries::Tries;
 use super::{
-    Candidate, Counters, Fresh, Index, Key, Ledger, Reason, Registry, Reservation, Secrets, Service, SourcePolicy,
-    User, knockknock,
+    Candidate, Counters, Floor, Fresh, Index, Key, Ledger, Reason, Registry, Reservation, Secrets, Service,
+    SourcePolicy, User, knockknock,
 };
 use crate::crypto::{Binding, KnockKey, Opened, PublicKey};
 use crate::packet::Syn;
@@ -166,6 +166,18 @@ impl Verifier {
         verifier
     }
 
+    /// Takes no token up to this floor.
+    #[must_use]
+    pub fn above(mut self, floor: Floor) -> Self {
+        self.counters.set_floor(floor);
+        self
+    }
+
+    /// The floor that no token up to is taken.
+    pub const fn floor(&self) -> Floor {
+        self.counters.floor()
+    }
+
     /// Brings every knockknock profile's knocks into the index, from the one after the last accepted on.
     fn count(&mut self) {
         for (place, user) in self.registry.users.iter().enumerate() {
@@ -279,7 +291,9 @@ impl Verifier {
                 Err(reason) => {
                     // Of an ancestor's knock 64 more bits must be right, which nobody tries out.
                     let is_try = reason == Reason::WrongTag && matches!(key, Key::Token(_));
-                    if is_try && self.counters.last(&user.public_key) < Some(candidate.n) {
+                    let is_spent =
+                        self.floor().covers(candidate.n) || self.counters.last(&user.public_key) >= Some(candidate.n);
+                    if is_try && !is_spent {
                         wrong_tags.push((user.public_key, candidate.n));
                     }
                     refusal = Refusal::of(reason, Some(user.name.clone()), Some(syn.source));
@@ -325,6 +339,9 @@ impl Verifier {
         let at = if is_token { n } else { self.counters.second(&key, now, window) };
         if is_token && at.abs_diff(now) > window {
             return refuse(Reason::OutsideWindow);
+        }
+        if is_token && self.counters.is_in_doubt(&key, n) {
+            return refuse(Reason::InDoubt);
         }
         if at.saturating_sub(now) > window && self.counters.last(&key) < Some(n) {
             // It is spent, or the counts would part.

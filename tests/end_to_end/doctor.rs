@@ -10,10 +10,10 @@ use serde_json::Value;
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
 
 /// What doctor found: check, state, message, hint.
-struct Findings(Vec<[String; 4]>);
+pub(crate) struct Findings(Vec<[String; 4]>);
 
 impl Lab {
-    fn doctor(&self) -> Findings {
+    pub(crate) fn doctor(&self) -> Findings {
         let config = self.config().display().to_string();
         let output = self.knockq(&self.server, &["doctor", "--json", "--config", &config]);
         assert_eq!(String::from_utf8_lossy(&output.stderr), "");
@@ -32,7 +32,7 @@ impl Lab {
 impl Findings {
     /// There is a line of this check with this state that says all of this; whatever is not right has a hint.
     #[track_caller]
-    fn has(&self, check: &str, state: &str, said: &[&str]) {
+    pub(crate) fn has(&self, check: &str, state: &str, said: &[&str]) {
         let is_it = |[of, how, message, hint]: &&[String; 4]| {
             of == check && how == state && said.iter().all(|text| format!("{message}\n{hint}").contains(text))
         };

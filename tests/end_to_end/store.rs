@@ -40,7 +40,7 @@ fn recovers(lab: &Lab, lose: impl Fn()) -> String {
         lab.stays_shut(*family);
     }
     let log = daemon.log();
-    assert!(log.contains("refused reason=superseded user=alice"), "not by its counter: {log}");
+    assert!(log.contains("refused reason=in_doubt user=alice"), "not by its counter: {log}");
     thread::sleep(Duration::from_secs(open_again.saturating_sub(unix_now())));
     for family in FAMILIES {
         lab.knock(family, &[]);

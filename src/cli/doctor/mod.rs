@@ -188,7 +188,8 @@ fn store(config: &ServerConfig) -> Finding {
     match check_store(config) {
         Err(failure) => Finding::failed(CHECK, failure),
         Ok(None) => Finding::ok(CHECK, format!("{}: is whole, and this server's", config.store_path().display())),
-        Ok(Some(doubt)) => Finding::note(CHECK, doubt),
+        Ok(Some(doubt)) => Finding::problem(CHECK, doubt)
+            .hint("wait until then; the daemon's log of its start says why: journalctl -u knockq"),
     }
 }
 

@@ -221,7 +221,7 @@ fn is_recovered(image: &[u8], origin: Origin, effects: &[Effect], named: Option<
     for (_, clients, n) in effects {
         assert!((0..*clients).all(|client| last[&key(client)] >= *n), "{n} is forgotten");
     }
-    let is_forgotten = named.is_some_and(|n| last[&key(0)] < n);
+    let is_forgotten = named.is_some_and(|n| last.get(&key(0)) < Some(&n));
     assert!(!is_forgotten || doubt == Some(Doubt::Shortened), "{named:?} may have opened a door, and nobody is told");
     let next = FIRST + 1_000_000;
     store.record(reservations(0..1, next).iter()).unwrap();

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::service::Name;
-use crate::verify::Reason;
+use crate::verify::{Reason, Shut};
 
 /// What was wrong with a packet.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -57,6 +57,8 @@ pub enum Cause {
         /// Its reason.
         reason: Reason,
     },
+    /// It came while no knocks were accepted.
+    InDoubt(Shut),
     /// The user may not open this service.
     PortNotAllowed {
         /// The service.
@@ -125,6 +127,7 @@ impl fmt::Display for Cause {
                 (_, Some(explanation)) => f.write_str(explanation),
                 (reason, None) => write!(f, "{reason}"),
             },
+            Self::InDoubt(shut) => write!(f, "{shut}"),
             Self::PortNotAllowed { service } => write!(f, "for {service}, which the user's entry does not list"),
             Self::NoSuchService { selector } => write!(f, "for service number {selector}, which this server does not have"),
             Self::Expired => f.write_str("of a user whose entry has expired"),

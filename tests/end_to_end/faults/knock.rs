@@ -59,8 +59,19 @@ impl Knock {
     /// The same, where alice's key has another name.
     #[track_caller]
     pub(super) fn is_spent_for(&self, user: &str, lab: &Lab, daemon: &Daemon) {
+        self.is_refused(&["replayed", "superseded"], user, lab, daemon);
+    }
+
+    /// They open nothing, for the store may have forgotten them.
+    #[track_caller]
+    pub(super) fn is_in_doubt(&self, lab: &Lab, daemon: &Daemon) {
+        self.is_refused(&["in_doubt"], "alice", lab, daemon);
+    }
+
+    #[track_caller]
+    fn is_refused(&self, reasons: &[&str], user: &str, lab: &Lab, daemon: &Daemon) {
         let refused = |reason| format!("packet reason={reason} user={user} source={}", self.family.alice());
-        let count = || ["replayed", "superseded"].map(|reason| daemon.log().matches(&refused(reason)).count());
+        let count = || reasons.iter().map(|reason| daemon.log().matches(&refused(reason)).count()).sum::<usize>();
         let before = count();
         self.send(lab);
         eventually("a refusal", || count() != before);

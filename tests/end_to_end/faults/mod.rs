@@ -3,6 +3,8 @@
 mod counters;
 mod crash;
 mod disk;
+mod doubt;
+mod ends;
 mod knock;
 mod log;
 mod power;
