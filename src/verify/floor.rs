@@ -9,24 +9,24 @@ use serde::{Deserialize, Serialize};
 const SOON: u64 = 43_200;
 
 /// The highest counter of a token that a store may have forgotten: none up to it is taken. It is ahead of the clock for a window
-/// after the store was made anew or found in doubt.
+/// after the store was made anew or found in doubt. By default there is none.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Floor(u64);
+pub struct Floor(Option<u64>);
 
 impl Floor {
     /// Of this counter.
     pub const fn new(n: u64) -> Self {
-        Self(n)
+        Self(Some(n))
     }
 
     /// Whether this counter is not taken.
-    pub const fn covers(self, n: u64) -> bool {
-        n <= self.0
+    pub fn covers(self, n: u64) -> bool {
+        Some(n) <= self.0
     }
 
     /// That no knocks are accepted at this time, if so: a token's counter is its client's clock.
     pub fn shut(self, now: u64) -> Option<Shut> {
-        let until = self.0.saturating_add(1);
+        let until = self.0?.saturating_add(1);
         self.covers(now).then_some(Shut { until, is_soon: until.saturating_sub(now) <= SOON })
     }
 }
@@ -64,6 +64,6 @@ mod tests {
         assert_eq!(said(1_795_356_131), None);
         assert_eq!(said(1_795_256_131), until("2026-11-22 14:02:11Z"), "not today");
         assert_eq!(Floor::new(u64::MAX).shut(7).map(|shut| shut.to_string()), until(&u64::MAX.to_string()));
-        assert_eq!(Floor::default().shut(1), None);
+        assert_eq!([Floor::default().shut(0), Floor::new(0).shut(1)], [None, None]);
     }
 }
