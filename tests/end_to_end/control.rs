@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
+use crate::debugger::Traced;
 use crate::lab::{self, Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 
 impl Lab {
@@ -210,14 +210,16 @@ fn a_revocation_while_the_configuration_is_read_ends_nothing() {
 fn whoever_waits_for_a_reload_that_hangs_holds_nothing_up() {
     let lab = Lab::new();
     let daemon = lab.start();
-    let reader = stop_the_reader(&daemon);
+    let reader = hold_reader(&daemon);
     let reloads = || daemon.log().matches("knockq: reloaded").count();
     let before = reloads();
     // A request to reload is one byte (postcard, of src/serve/control.rs).
-    let mut waiting: Vec<UnixStream> = (0..100).map(|_| UnixStream::connect(lab.control_socket()).unwrap()).collect();
-    for stream in &mut waiting {
+    let wait = |_| {
+        let mut stream = UnixStream::connect(lab.control_socket()).unwrap();
         stream.write_all(&[0]).unwrap();
-    }
+        stream
+    };
+    let mut waiting: Vec<UnixStream> = (0..100).map(wait).collect();
     let turned_away = |stream: &mut UnixStream| {
         stream.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         stream.read(&mut [0; 256]).is_ok_and(|length| length > 1)
@@ -228,29 +230,17 @@ fn whoever_waits_for_a_reload_that_hangs_holds_nothing_up() {
         lab.wait_for_door(family.alice(), 22);
     }
     lab.revoke(&["--all"]);
-    kill(reader, Signal::SIGCONT).unwrap();
+    reader.release();
     eventually("this reload, and one for those who waited", || reloads() == before + 2);
     daemon.stop();
 }
 
-/// Has a reload begin, and stops the child that reads the configuration.
-fn stop_the_reader(daemon: &Daemon) -> Pid {
-    let keeper = daemon.pid();
+/// Has a reload begin, and holds the child that reads the configuration.
+pub(crate) fn hold_reader(daemon: &Daemon) -> Traced {
+    let keeper = Traced::attach(daemon.pid());
     daemon.signal(Signal::SIGHUP);
-    let mut reader = None;
-    eventually("the reader", || {
-        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
-        reader = children.split_whitespace().map(str::to_owned).find(|pid| {
-            let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
-            command.is_ok_and(|command| command.starts_with("knockq: configuration"))
-        });
-        if reader.is_none() {
-            daemon.signal(Signal::SIGHUP); // it was too quick
-        }
-        reader.is_some()
-    });
-    let reader = Pid::from_raw(reader.unwrap().parse().unwrap());
-    kill(reader, Signal::SIGSTOP).unwrap();
+    let reader = keeper.run_to_child();
+    keeper.release();
     reader
 }
 

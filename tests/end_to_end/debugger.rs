@@ -6,8 +6,8 @@ use std::{fs, thread};
 
 use nix::errno::Errno;
 use nix::libc::user_regs_struct;
-use nix::sys::ptrace;
-use nix::sys::signal::Signal;
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
@@ -19,6 +19,8 @@ pub(crate) const SENDTO: u64 = 44;
 pub(crate) const SENDMSG: u64 = 46;
 pub(crate) const FDATASYNC: u64 = 75;
 pub(crate) const FTRUNCATE: u64 = 77;
+pub(crate) const OPENAT: u64 = 257;
+pub(crate) const PPOLL: u64 = 271;
 
 pub(crate) fn threads(process: Pid) -> Vec<Pid> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
@@ -38,8 +40,13 @@ impl Traced {
     pub(crate) fn attach(thread: Pid) -> Self {
         ptrace::attach(thread).unwrap();
         let traced = Self { thread };
-        assert_eq!(traced.wait(), WaitStatus::Stopped(thread, Signal::SIGSTOP));
-        ptrace::setoptions(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
+        let mut stop = traced.wait();
+        if stop == WaitStatus::Stopped(thread, Signal::SIGTRAP) {
+            ptrace::cont(thread, None).unwrap(); // its program was just about to begin
+            stop = traced.wait();
+        }
+        assert_eq!(stop, WaitStatus::Stopped(thread, Signal::SIGSTOP));
+        ptrace::setoptions(thread, Options::PTRACE_O_TRACESYSGOOD).unwrap();
         traced
     }
 
@@ -54,6 +61,41 @@ impl Traced {
             }
         }
         panic!("the thread makes none of the calls {numbers:?}");
+    }
+
+    /// Lets it run until it starts a process, and holds that one where its program begins.
+    #[track_caller]
+    pub(crate) fn run_to_child(&self) -> Self {
+        // A child has its parent's options.
+        let options = Options::PTRACE_O_TRACEFORK | Options::PTRACE_O_TRACEVFORK | Options::PTRACE_O_TRACEEXEC;
+        ptrace::setoptions(self.thread, Options::PTRACE_O_TRACESYSGOOD | options).unwrap();
+        self.run_to_event();
+        let child = Self { thread: Pid::from_raw(ptrace::getevent(self.thread).unwrap().try_into().unwrap()) };
+        assert_eq!(child.wait(), WaitStatus::Stopped(child.thread, Signal::SIGSTOP));
+        child.run_to_event();
+        for thread in [self.thread, child.thread] {
+            ptrace::setoptions(thread, Options::PTRACE_O_TRACESYSGOOD).unwrap();
+        }
+        child
+    }
+
+    #[track_caller]
+    fn run_to_event(&self) {
+        let mut signal = None;
+        loop {
+            ptrace::cont(self.thread, signal).unwrap();
+            match self.wait() {
+                WaitStatus::PtraceEvent(..) => return,
+                WaitStatus::Stopped(_, sent) => signal = Some(sent),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Kills its process, which never goes on.
+    pub(crate) fn kill(self) {
+        kill(self.thread, Signal::SIGKILL).unwrap();
+        self.bury();
     }
 
     /// Lets it make the call that it is about to make; tells the result.
@@ -85,9 +127,15 @@ impl Traced {
 
     #[track_caller]
     fn next_stop(&self) -> user_regs_struct {
-        ptrace::syscall(self.thread, None).unwrap();
-        assert_eq!(self.wait(), WaitStatus::PtraceSyscall(self.thread));
-        ptrace::getregs(self.thread).unwrap()
+        let mut signal = None;
+        loop {
+            ptrace::syscall(self.thread, signal).unwrap();
+            match self.wait() {
+                WaitStatus::PtraceSyscall(_) => return ptrace::getregs(self.thread).unwrap(),
+                WaitStatus::Stopped(_, sent) => signal = Some(sent),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     /// Waits for its next stop or its end, which must come.

@@ -1,7 +1,6 @@
 //! Reloads at the worst of times.
 
 use std::net::IpAddr;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -11,12 +10,10 @@ use knockq::crypto::{Binding, KnockPorts};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::debugger::{Traced, other_thread};
+use crate::debugger::{FDATASYNC, PPOLL, Traced, other_thread};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 use crate::recorded::persona;
 use crate::{UntilDropped, daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
-
-const FDATASYNC: u64 = 75;
 
 fn reloads(daemon: &Daemon) -> usize {
     daemon.log().matches("knockq: reloaded").count()
@@ -200,17 +197,14 @@ fn a_reload_that_waits_for_the_disk_for_too_long_is_refused_and_done_when_the_di
 fn a_hangup_that_comes_while_the_daemon_starts_is_done_when_it_is_ready() {
     let lab = Lab::new();
     let mut daemon = Daemon::spawn(&lab, &[]);
-    let is_caught = |pid: Pid| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:\t")).unwrap();
-        u64::from_str_radix(caught, 16).unwrap() & 1 != 0 // SIGHUP is the first
-    };
-    eventually("a keeper that listens", || is_caught(daemon.pid()));
-    for _ in 0..10 {
+    let keeper = Traced::attach(daemon.pid());
+    // It waits for each of its children in turn.
+    for _ in 0..4 {
+        keeper.run_to(&[PPOLL]);
         daemon.signal(Signal::SIGHUP);
-        thread::sleep(Duration::from_millis(20));
     }
     assert!(!daemon.log().contains("ready"), "it was to be hung up on before: {}", daemon.log());
+    keeper.release();
     daemon.wait_for("knockq: ready");
     daemon.wait_for("knockq: reloaded");
     for family in FAMILIES {
@@ -218,36 +212,25 @@ fn a_hangup_that_comes_while_the_daemon_starts_is_done_when_it_is_ready() {
         lab.wait_for_door(family.alice(), 22);
     }
     let log = daemon.stop();
-    assert!(log.matches("reloaded").count() <= 10, "{log}");
+    assert!(log.matches("reloaded").count() <= 4, "{log}");
 }
 
-/// Its files are read, and nobody can tell it of a change yet.
-fn start_and_hold_after_reading(lab: &Lab) -> Daemon {
-    for _ in 0..20 {
-        let daemon = Daemon::spawn(lab, &[]);
-        let keeper = daemon.pid();
-        while child(keeper, "configuration").is_none() {
-            thread::sleep(Duration::from_millis(1));
-        }
-        kill(keeper, Signal::SIGSTOP).unwrap();
-        if UnixStream::connect(lab.directory.path.join("run/control.sock")).is_err() {
-            let is_read = || child(keeper, "configuration").is_none(); // it has ended, and waits to be buried
-            eventually("reading", is_read);
-            return daemon;
-        }
-        kill(keeper, Signal::SIGCONT).unwrap();
-        daemon.stop();
-    }
-    panic!("it was never held in time");
+/// Its files are read, and nobody can tell it of a change yet: it is about to wait for the child that has read them.
+fn start_and_hold_after_reading(lab: &Lab) -> (Daemon, Traced) {
+    let daemon = Daemon::spawn(lab, &[]);
+    let keeper = Traced::attach(daemon.pid());
+    keeper.run_to(&[PPOLL]);
+    eventually("reading", || child(daemon.pid(), "configuration").is_none()); // it has ended, and waits to be buried
+    (daemon, keeper)
 }
 
 #[test]
 fn a_user_who_is_removed_while_the_daemon_starts_is_not_in_it() {
     let lab = Lab::with("open_for = \"1h\"");
-    let mut daemon = start_and_hold_after_reading(&lab);
+    let (mut daemon, keeper) = start_and_hold_after_reading(&lab);
     let config = lab.config().display().to_string();
     let removed = lab.knockq(&lab.server, &["user", "remove", "alice", "--config", &config]);
-    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    keeper.release();
     succeeds(&removed);
     daemon.wait_for("knockq: ready");
     daemon.wait_for("knockq: reloaded users=0");
