@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
 
-use knockq::queue::KernelQueue;
+use nfq::Queue;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -141,8 +141,8 @@ fn doctor_names_another_program_that_reads_the_queue() {
     let lab = Lab::new();
     lab.doctor().has("queue", "problem", &["nobody reads it"]);
     lab.server.enter(|| {
-        let mut queue = KernelQueue::open(4097).unwrap();
-        queue.bind().unwrap();
+        let mut queue = Queue::open().unwrap();
+        queue.bind(4097).unwrap();
         lab.doctor().has("queue", "problem", &["queue 4097: already bound by", "`queue = N`"]);
     });
 }
