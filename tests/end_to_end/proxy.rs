@@ -56,6 +56,13 @@ impl Proxy {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
+    /// How many it has open.
+    fn sockets(&self) -> usize {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let is_socket = |path: PathBuf| fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
+        open.filter(|entry| is_socket(entry.as_ref().unwrap().path())).count()
+    }
+
     /// A connection to the proxy, which hears these bytes.
     fn hears(&self, host: &Host, bytes: &[u8]) -> TcpStream {
         let mut stream = host.enter(|| TcpStream::connect(self.address)).unwrap();
@@ -438,7 +445,9 @@ fn a_proxy_has_no_capability_and_ends_at_once_with_0_when_it_is_told_to() {
     let _daemon = lab.start();
     for (family, signal) in FAMILIES.into_iter().zip([Signal::SIGTERM, Signal::SIGINT]) {
         let proxy = Proxy::start(&lab, family, &[]);
+        let listens_alone = proxy.sockets();
         assert!(proxy.reaches(&lab.alice, &Target::name(family), 22), "it knocks");
+        eventually("the end of that connection", || proxy.sockets() == listens_alone);
         let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
             let line = status.lines().find_map(|line| line.strip_prefix(set)).unwrap();
