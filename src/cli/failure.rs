@@ -216,6 +216,7 @@ impl From<ControlError> for Failure {
         let failure = Self::new(error.to_string());
         match error {
             ControlError::NotRunning { .. } => failure.hint("start it: systemctl start knockq"),
+            ControlError::Ended { .. } => failure.hint("journalctl -u knockq says why; then the same command again"),
             ControlError::Taken { .. } => {
                 failure.hint("is another knockq running? Else set another `runtime` in [server]")
             }

@@ -19,6 +19,9 @@ use crate::serve::control::{self, ControlError, Reply, Request, Revocation, Sele
 use crate::serve::{report, start};
 use crate::service::{Name, Port};
 
+/// Doors that are shut in one transaction.
+const TOGETHER: usize = 64;
+
 #[derive(Args)]
 #[command(after_help = "Examples:\n  knockq grants\n  knockq grants --json | jq '.[].source'\n\n\
                         The kernel is asked, so this works without the daemon too. A door that several users hold open is \
@@ -162,7 +165,7 @@ impl Revoke {
             Err(ControlError::NotRunning { .. }) => {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
-                meant.iter().try_for_each(|open| doors.close(&open.door))?;
+                meant.chunks(TOGETHER).try_for_each(|some| doors.close_all(some.iter().map(|open| &open.door)))?;
                 if revocation.kill {
                     end_connections(&mut doors, &revocation.selection, &meant, &self.config.config)?
                 } else {

@@ -119,6 +119,12 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// It ended.
+    #[error("{}: the daemon ended before it answered, so what was asked may be done or not", path.display())]
+    Ended {
+        /// The socket.
+        path: PathBuf,
+    },
     /// Another daemon listens.
     #[error("{}: another daemon listens there", path.display())]
     Taken {
@@ -152,6 +158,16 @@ impl ControlError {
         let path = path.to_owned();
         match cause.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Self::NotRunning { path },
+            _ => Self::Io { path, cause },
+        }
+    }
+
+    fn of_talking(path: PathBuf, cause: io::Error) -> Self {
+        match cause.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                Self::Ended { path }
+            }
+            io::ErrorKind::InvalidData => Self::OtherVersion { path },
             _ => Self::Io { path, cause },
         }
     }
@@ -234,10 +250,13 @@ pub fn ask_for_memory(directory: &Path, request: &Request) -> Result<Result<Owne
         stream.set_read_timeout(Some(WORK))?;
         send(&mut stream, request)?;
         let (bytes, mut descriptors) = receive_with_descriptors(&stream)?;
+        if bytes.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let reply = postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData)?;
         Ok(descriptors.pop().ok_or(reply))
     };
-    talk().map_err(|cause| ControlError::Io { path, cause })
+    talk().map_err(|cause| ControlError::of_talking(path, cause))
 }
 
 /// What comes next, with two descriptors at most; no bytes at the end.
@@ -266,7 +285,7 @@ pub fn ask(directory: &Path, request: &Request) -> Result<Reply, ControlError> {
         send(&mut stream, request)?;
         receive(&mut stream)
     };
-    talk().map_err(|cause| ControlError::Io { path, cause })
+    talk().map_err(|cause| ControlError::of_talking(path, cause))
 }
 
 fn socket_path(directory: &Path) -> PathBuf {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 
 use crate::debugger::Traced;
 use crate::lab::{self, Daemon, FAMILIES, Family, Lab, eventually, succeeds};
@@ -204,6 +204,34 @@ fn a_revocation_while_the_configuration_is_read_ends_nothing() {
     lab.knock(Family::V6, &[]);
     lab.wait_for_door(Family::V6.alice(), 22);
     daemon.stop();
+}
+
+#[test]
+fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
+    for (kills_keeper, told) in [
+        (false, "the daemon stops, and what was asked may be done or not: monitor was killed by signal 9"),
+        (true, "control.sock: the daemon ended before it answered"),
+    ] {
+        let lab = Lab::new();
+        let mut daemon = lab.start();
+        let [(_, keeper), (_, monitor), _] = daemon.processes();
+        let config = lab.config().display().to_string();
+        let descriptors = || fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+        let before = descriptors();
+        kill(monitor, Signal::SIGSTOP).unwrap(); // it gives no answer
+        thread::scope(|scope| {
+            let asked = scope.spawn(|| lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]));
+            eventually("the question", || descriptors() > before);
+            kill(if kills_keeper { keeper } else { monitor }, Signal::SIGKILL).unwrap();
+            let asked = asked.join().unwrap();
+            let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+            assert_eq!(asked.status.code(), Some(1), "{said}");
+            assert!(said.contains(told) && said.contains("Hint: journalctl -u knockq"), "{said}");
+        });
+        let _ = kill(monitor, Signal::SIGCONT); // it may be dead
+        daemon.end();
+        eventually("a gate that nobody has", || lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]).status.success());
+    }
 }
 
 #[test]

@@ -664,7 +664,7 @@ fn a_monitor_that_says_everything_but_the_answer_stops_all_after_a_minute() {
     let start = Instant::now();
     thread::scope(|scope| {
         let config = lab.config().display().to_string();
-        scope.spawn({
+        let asked = scope.spawn({
             let lab = &lab;
             move || lab.knockq(&lab.server, &["revoke", "203.0.113.0/24", "--config", &config])
         });
@@ -676,6 +676,9 @@ fn a_monitor_that_says_everything_but_the_answer_stops_all_after_a_minute() {
                 other => panic!("{other:?}"),
             }
         }
+        let said = String::from_utf8(asked.join().unwrap().stderr).unwrap();
+        let why = "the daemon stops, and what was asked may be done or not: monitor gave no answer within a minute";
+        assert!(said.contains(why) && said.contains("Hint: "), "{said}");
     });
     monitor.process = None;
     assert_eq!(monitor.daemon.end(), Some(1));
