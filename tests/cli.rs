@@ -41,6 +41,20 @@ fn init_makes_all_files_with_safe_modes_and_says_what_comes_next() {
 }
 
 #[test]
+fn init_names_common_services_as_usual_where_the_system_knows_no_names_and_as_the_system_does_where_it_does() {
+    for (etc, name) in [(&[][..], "ssh"), (&[("services", "shell-of-mine\t22/tcp\nssh 2222/tcp\n")], "shell-of-mine")] {
+        let world = World::empty();
+        let directories = ["--dir", &world.text("etc"), "--state", &world.text("state"), "--runtime", &world.text("run")];
+        let ports = ["--protect", "tcp/22", "--protect", "tcp/587", "--protect", "udp/51820", "--address", "192.0.2.1"];
+        world.on_host(etc, &world.path, &[&["init"], &directories[..], &ports].concat()).succeeds();
+        let config = fs::read_to_string(world.config()).unwrap();
+        for name in [name, "submission", "udp-51820"] {
+            assert!(config.contains(&format!("[services.{name}]\n")), "no {name}: {config}");
+        }
+    }
+}
+
+#[test]
 fn init_overwrites_nothing_and_leaves_nothing_behind_when_it_fails() {
     let world = World::new();
     let before: Vec<Vec<u8>> = world.files().iter().map(|file| fs::read(file).unwrap()).collect();

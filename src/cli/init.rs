@@ -29,6 +29,59 @@ const KNOCK_PORTS: u16 = 1024;
 /// Where the search for them begins.
 const FIRST_KNOCK_PORT: u16 = 20_000;
 
+/// Names of services (services(5)), which a small system may lack.
+const SERVICES: &str = "/etc/services";
+
+/// What it says of common ones where Debian's package netbase is installed.
+const COMMON: &str = "\
+ftp 21/tcp
+ssh 22/tcp
+telnet 23/tcp
+smtp 25/tcp
+domain 53/tcp
+domain 53/udp
+http 80/tcp
+pop3 110/tcp
+ntp 123/udp
+imap2 143/tcp
+snmp 161/udp
+ldap 389/tcp
+https 443/tcp
+https 443/udp
+microsoft-ds 445/tcp
+submissions 465/tcp
+isakmp 500/udp
+syslog 514/udp
+submission 587/tcp
+ipp 631/tcp
+ldaps 636/tcp
+domain-s 853/tcp
+rsync 873/tcp
+imaps 993/tcp
+pop3s 995/tcp
+socks 1080/tcp
+openvpn 1194/tcp
+openvpn 1194/udp
+ms-sql-s 1433/tcp
+nfs 2049/tcp
+mysql 3306/tcp
+ms-wbt-server 3389/tcp
+svn 3690/tcp
+sieve 4190/tcp
+ipsec-nat-t 4500/udp
+sip 5060/tcp
+sip 5060/udp
+sip-tls 5061/tcp
+xmpp-client 5222/tcp
+xmpp-server 5269/tcp
+postgresql 5432/tcp
+amqp 5672/tcp
+redis 6379/tcp
+ircs-u 6697/tcp
+http-alt 8080/tcp
+git 9418/tcp
+";
+
 #[derive(Args)]
 #[command(after_help = "Example:\n  knockq init --protect tcp/22 --protect udp/51820 --address vpn.example.org")]
 pub(super) struct Init {
@@ -266,11 +319,11 @@ fn offer_trust() -> Option<IpAddr> {
     matches!(answer.trim(), "y" | "Y" | "yes").then_some(address)
 }
 
-/// The name in /etc/services, else `tcp-22`.
+/// The name in /etc/services, else the usual one, else `tcp-22`.
 fn service_name(port: &Port) -> String {
-    let services = fs::read_to_string("/etc/services").unwrap_or_default();
+    let services = fs::read_to_string(SERVICES).unwrap_or_default();
     let wanted = format!("{}/{}", port.number, port.transport);
-    let name = services.lines().find_map(|line| {
+    let name = services.lines().chain(COMMON.lines()).find_map(|line| {
         let mut fields = line.split_whitespace();
         let name = fields.next()?;
         (fields.next()? == wanted && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'))
@@ -304,10 +357,25 @@ pub(super) fn host_addresses() -> Vec<HostAddress> {
 
 #[cfg(test)]
 mod tests {
-    use super::service_name;
+    use super::{COMMON, SERVICES, service_name};
+    use crate::service::Name;
 
     #[test]
     fn a_service_without_a_name_is_called_by_its_port() {
         assert_eq!(service_name(&"tcp/64999".parse().unwrap()), "tcp-64999");
+    }
+
+    #[test]
+    fn common_services_have_the_names_that_they_have_where_netbase_is_installed() {
+        let installed = std::fs::read_to_string(SERVICES).unwrap_or_default();
+        for line in COMMON.lines() {
+            let (name, port) = line.split_once(' ').unwrap();
+            let (number, transport) = port.split_once('/').unwrap();
+            let named = installed.lines().find(|line| line.split_whitespace().nth(1) == Some(port));
+            let named = named.and_then(|line| line.split_whitespace().next()).unwrap_or(name);
+            assert_eq!(name, named);
+            assert_eq!(service_name(&format!("{transport}/{number}").parse().unwrap()), name);
+            assert!(name.parse::<Name>().is_ok(), "{name}");
+        }
     }
 }

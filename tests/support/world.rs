@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -57,6 +57,22 @@ impl World {
 
     pub fn run(&self, arguments: &[&str]) -> Ran {
         Ran(self.command(arguments).output().unwrap())
+    }
+
+    /// The same on a host whose /etc has these files and no others, and where D-Bus has no name for the machine.
+    pub fn on_host(&self, etc: &[(&str, &str)], home: &Path, arguments: &[&str]) -> Ran {
+        let [files, nothing] = ["host-etc", "host-nothing"].map(|name| self.path(name));
+        for directory in [&files, &nothing] {
+            let _ = fs::remove_dir_all(directory);
+            fs::create_dir(directory).unwrap();
+        }
+        for (name, text) in etc {
+            fs::write(files.join(name), text).unwrap();
+        }
+        let script = "mount --bind \"$1\" /etc && { [ ! -d /var/lib/dbus ] || mount --bind \"$2\" /var/lib/dbus; } && shift 2 && exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, "sh"]).args([files, nothing]).arg(KNOCKQ).args(arguments);
+        Ran(command.env("HOME", home).stdin(Stdio::null()).output().unwrap())
     }
 
     pub fn init(&self, arguments: &[&str]) -> Ran {
