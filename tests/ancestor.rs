@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 
 use knockq::client::count::{CountError, CountFile};
@@ -21,7 +21,7 @@ use proptest::prelude::{any, proptest};
 use rustix::fs::{FlockOperation, flock};
 
 use killer::run_until_call;
-use world::{KNOCKQ, Ran, World, json};
+use world::{Ran, World, json};
 
 const KEYS: &str = "sjiTG60X1BTdJ1FAi3J1pg==\n1hPsDZAaENI/HY8wSE5vCw==\n";
 
@@ -289,19 +289,15 @@ fn a_send_waits_for_another_that_has_its_count_and_not_yet_sent_it() {
 #[test]
 fn a_profile_that_was_copied_with_its_counts_is_warned_of_once() {
     let world = world();
-    let elsewhere = || {
-        let name = world.path("machine-id");
-        fs::write(&name, "0123456789abcdef0123456789abcdef\n").unwrap();
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/machine-id && shift && exec \"$@\"", "sh"]);
-        Ran(command.arg(name).arg(KNOCKQ).args(SEND).env("HOME", &world.path).output().unwrap())
-    };
+    let on_machine = |id| world.on_host(&[("machine-id", id)], &world.path, SEND);
+    let [here, elsewhere] = ["fedcba9876543210fedcba9876543210\n", "0123456789abcdef0123456789abcdef\n"];
+    let nameless = "uninitialized\n";
     let warnings = |ran: &Ran| {
         ran.succeeds();
         ran.errors().matches("this knockknock profile was used on another machine before").count()
     };
-    let runs = [world.run(SEND), elsewhere(), elsewhere()];
-    assert_eq!(runs.each_ref().map(warnings), [0, 1, 0]);
+    let runs = [here, nameless, here, elsewhere, elsewhere, nameless].map(on_machine);
+    assert_eq!(runs.each_ref().map(warnings), [0, 0, 0, 1, 0, 0]);
 }
 
 proptest! {

@@ -16,7 +16,6 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use knockq::client::counter::CounterFile;
 use knockq::crypto::{KnockKey, KnockSecrets, PrivateKey, PublicKey, Side};
 use rustix::fs::{FlockOperation, flock};
 
@@ -546,68 +545,78 @@ fn a_send_that_is_killed_at_any_call_makes_no_counter_repeat() {
     assert!(has_lost, "one died with its counter on disk");
 }
 
-/// A command on another machine: one whose system has another name.
-fn elsewhere(world: &World, home: &Path, arguments: &[&str]) -> Ran {
-    let name = world.path("machine-id");
-    fs::write(&name, "0123456789abcdef0123456789abcdef\n").unwrap();
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/machine-id && shift && exec \"$@\"", "sh"]);
-    Ran(command.arg(name).arg(KNOCKQ).args(arguments).env("HOME", home).output().unwrap())
+/// The /etc of two machines, and of systems that have no name, or none yet.
+const HERE: &[(&str, &str)] = &[("machine-id", "fedcba9876543210fedcba9876543210\n")];
+const ELSEWHERE: &[(&str, &str)] = &[("machine-id", "0123456789abcdef0123456789abcdef\n")];
+const NAMELESS: [&[(&str, &str)]; 3] = [&[], &[("machine-id", "")], &[("machine-id", "uninitialized\n")]];
+
+/// What the file of counters in a home says of its machine.
+fn machine(world: &World, home: &Path) -> Option<String> {
+    let text = read(&home.join(issued(world).strip_prefix(&world.path).unwrap()));
+    text.lines().find_map(|line| line.strip_prefix("machine ").map(str::to_owned))
+}
+
+/// How often a command that succeeds says that the key was used elsewhere.
+fn warnings(ran: &Ran) -> usize {
+    ran.succeeds();
+    ran.errors().matches("warning: this key was used on another machine before").count()
+}
+
+/// A home with all that is in the world's.
+fn copy(world: &World) -> PathBuf {
+    let copy = world.path("copy");
+    fs::create_dir(&copy).unwrap();
+    let mut cp = Command::new("cp");
+    cp.args(["-a", &world.text(".config"), &world.text(".local"), &world.text("copy")]);
+    assert!(cp.status().unwrap().success());
+    copy
 }
 
 #[test]
 fn a_file_of_counters_knows_which_machine_issued_them_and_goes_over_to_the_next() {
     let world = knocking_world();
-    world.run(SEND).succeeds();
-    let machine = |home: &Path| {
-        let text = read(&home.join(issued(&world).strip_prefix(&world.path).unwrap()));
-        text.lines().find_map(|line| line.strip_prefix("machine ").map(str::to_owned)).unwrap()
-    };
-    let here = machine(&world.path);
-    assert!(!read(Path::new("/etc/machine-id")).contains(&here), "which is nobody else's to know");
+    let send = |etc, home: &Path| warnings(&world.on_host(etc, home, SEND));
+    assert_eq!(send(HERE, &world.path), 0);
+    let here = machine(&world, &world.path).unwrap();
+    assert!(!HERE[0].1.contains(&here), "which is nobody else's to know");
 
-    let copy = world.path("copy");
-    fs::create_dir(&copy).unwrap();
-    let mut cp = Command::new("cp");
-    cp.args(["-a", &world.text(".config"), &world.text(".local"), &world.text("copy")]);
-    assert!(cp.status().unwrap().success());
-    let is_from_elsewhere = |home: &Path| {
-        let [client, server] = ["client_key", "server_key"]
-            .map(|key| field(&read(&world.path(".config/knockq/hosts/home.toml")), key).parse::<PublicKey>().unwrap());
-        let file = CounterFile::open(&home.join(".local/state/knockq/counters"), &client, &server, |_| {}).unwrap();
-        file.is_from_elsewhere()
-    };
-    assert!(!is_from_elsewhere(&copy), "a copy on the same machine, a restored backup for one, is no matter");
-    elsewhere(&world, &copy, SEND).succeeds();
-    assert_ne!(machine(&copy), here);
-    assert!(is_from_elsewhere(&copy));
-    assert!(!is_from_elsewhere(&world.path));
+    let copy = copy(&world);
+    assert_eq!(send(HERE, &copy), 0, "a copy on the same machine, a restored backup for one, is no matter");
+    assert_eq!(send(ELSEWHERE, &copy), 1);
+    assert_ne!(machine(&world, &copy).unwrap(), here);
+    assert_eq!(send(HERE, &copy), 1, "it was the other's by then");
+    assert_eq!(send(HERE, &world.path), 0);
 
     // Files of before, and systems without a name, have no such line.
     let path = issued(&world);
     let text = read(&path).replace(&format!("machine {here}\n"), "");
     fs::write(&path, &text).unwrap();
-    assert!(!is_from_elsewhere(&world.path));
-    world.run(SEND).succeeds();
-    assert_eq!(machine(&world.path), here);
+    assert_eq!(send(HERE, &world.path), 0);
+    assert_eq!(machine(&world, &world.path), Some(here));
+}
+
+#[test]
+fn a_machine_without_a_name_knocks_and_neither_warns_nor_takes_the_file_over() {
+    let world = knocking_world();
+    let send = |etc| warnings(&world.on_host(etc, &world.path, SEND));
+    assert_eq!(NAMELESS.map(send), [0; 3]);
+    assert_eq!(machine(&world, &world.path), None);
+    assert_eq!(send(HERE), 0);
+    let here = machine(&world, &world.path);
+    assert_eq!(NAMELESS.map(send), [0; 3]);
+    assert!(here.is_some() && machine(&world, &world.path) == here);
+    assert_eq!([send(HERE), send(ELSEWHERE)], [0, 1]);
 }
 
 #[test]
 fn a_key_that_was_copied_with_its_counters_is_warned_of_once() {
     let world = knocking_world();
-    let said = |ran: &Ran| ran.errors().matches("warning: this key was used on another machine before").count();
-    let send = || world.run(SEND);
-    assert_eq!([said(&send()), said(&send())], [0, 0]);
-    let copy = world.path("copy");
-    fs::create_dir(&copy).unwrap();
-    let mut cp = Command::new("cp");
-    cp.args(["-a", &world.text(".config"), &world.text(".local"), &world.text("copy")]);
-    assert!(cp.status().unwrap().success());
-
-    let there = elsewhere(&world, &copy, SEND);
-    there.succeeds();
-    assert_eq!(said(&there), 1, "{}", there.errors());
+    let send = |etc, home: &Path| world.on_host(etc, home, SEND);
+    assert_eq!([(); 2].map(|()| warnings(&send(HERE, &world.path))), [0, 0]);
+    let copy = copy(&world);
+    let there = send(ELSEWHERE, &copy);
+    assert_eq!(warnings(&there), 1, "{}", there.errors());
     assert!(there.errors().contains("`knockq keygen`"), "{}", there.errors());
-    assert_eq!(said(&elsewhere(&world, &copy, SEND)), 0, "once");
-    assert_eq!(said(&send()), 0, "where it belongs");
+    assert_eq!(warnings(&send(ELSEWHERE, &copy)), 0, "once");
+    assert_eq!(warnings(&send(HERE, &world.path)), 0, "where it belongs");
 }

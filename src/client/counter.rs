@@ -31,8 +31,8 @@ const LOCKED: Duration = Duration::from_secs(3);
 /// Pause before a lock that another process has is tried again.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
-/// Names one installation of a system (machine-id(5)).
-const MACHINE_ID: &str = "/etc/machine-id";
+/// Each names one installation of a system (machine-id(5), dbus-uuidgen(1)); the second without systemd too.
+const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
 
 /// Names one boot of this kernel.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -107,10 +107,12 @@ impl Contents {
 
 /// This machine's name, which says nothing about it to who reads it elsewhere; none where the system has given it none.
 pub(super) fn machine() -> Option<String> {
-    let text = std::fs::read_to_string(MACHINE_ID).ok()?;
-    let id = text.trim();
-    let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_id.then(|| hex(Sha256::new().chain_update("knockq machine ").chain_update(id)))
+    MACHINE_IDS.into_iter().find_map(|path| {
+        let text = std::fs::read_to_string(path).ok()?;
+        let id = text.trim();
+        let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_id.then(|| hex(Sha256::new().chain_update("knockq machine ").chain_update(id)))
+    })
 }
 
 /// The first half of a digest in hexadecimal.
