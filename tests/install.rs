@@ -147,11 +147,17 @@ fn install_says_what_is_missing_and_changes_nothing_then() {
         let ran = make(&["install", &format!("BINARY={KNOCKQ}"), &destination, &format!("PREFIX={prefix}")]);
         fails(&ran, &[&format!("BINDIR={prefix}/bin: is not an absolute path")]);
     }
+    // Another user may not see this project: it may lie below a home directory.
+    let project = Stage::new();
+    let mut cp = Command::new("cp");
+    cp.args(["-r", "Makefile", "dist", project.0.to_str().unwrap()]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    succeeds(&cp.output().unwrap());
     let prefix = format!("PREFIX={}", stage.0.display());
     for target in ["install", "uninstall"] {
         let ran = Command::new("setpriv")
-            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "make", "-C", env!("CARGO_MANIFEST_DIR")])
-            .args([target, &prefix, &format!("BINARY={KNOCKQ}")])
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "make", "-C"])
+            .arg(&project.0)
+            .args([target, &prefix, "BINARY=/bin/sh"])
             .output()
             .unwrap();
         fails(&ran, &["needs root", &format!("Hint: sudo make {target}")]);
