@@ -44,7 +44,8 @@ fn init_makes_all_files_with_safe_modes_and_says_what_comes_next() {
 fn init_names_common_services_as_usual_where_the_system_knows_no_names_and_as_the_system_does_where_it_does() {
     for (etc, name) in [(&[][..], "ssh"), (&[("services", "shell-of-mine\t22/tcp\nssh 2222/tcp\n")], "shell-of-mine")] {
         let world = World::empty();
-        let directories = ["--dir", &world.text("etc"), "--state", &world.text("state"), "--runtime", &world.text("run")];
+        let directories =
+            ["--dir", &world.text("etc"), "--state", &world.text("state"), "--runtime", &world.text("run")];
         let ports = ["--protect", "tcp/22", "--protect", "tcp/587", "--protect", "udp/51820", "--address", "192.0.2.1"];
         world.on_host(etc, &world.path, &[&["init"], &directories[..], &ports].concat()).succeeds();
         let config = fs::read_to_string(world.config()).unwrap();

@@ -230,7 +230,9 @@ fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
         });
         let _ = kill(monitor, Signal::SIGCONT); // it may be dead
         daemon.end();
-        eventually("a gate that nobody has", || lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]).status.success());
+        eventually("a gate that nobody has", || {
+            lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]).status.success()
+        });
     }
 }
 

@@ -59,7 +59,8 @@ impl Proxy {
     /// How many it has open.
     fn sockets(&self) -> usize {
         let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
-        let is_socket = |path: PathBuf| fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
+        let is_socket =
+            |path: PathBuf| fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
         open.filter(|entry| is_socket(entry.as_ref().unwrap().path())).count()
     }
 

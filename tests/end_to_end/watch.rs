@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq};
 use crate::recorded::persona;
-use crate::status::{greedy_observers, unhex};
+use crate::status::{greedy_observers, hang_up, unhex};
 use crate::{flow, raw_socket, send_raw, unix_now};
 
 /// `knockq watch`, until this is dropped.
@@ -210,7 +210,7 @@ fn watching_is_for_root_and_the_group_of_the_daemons_account_and_for_so_many() {
 
     let descriptors = || daemon.processes().map(|(_, pid)| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count());
     let before = descriptors();
-    let mut watchers: Vec<OwnedFd> = (0..16).map(|_| lab.observer("watch.sock")).collect();
+    let watchers: Vec<OwnedFd> = (0..16).map(|_| lab.observer("watch.sock")).collect();
     eventually("all of them", || descriptors() == before.map(|count| count + 16));
     let turned_away = lab.as_member(65_534, &["watch", "--runtime", &runtime]);
     let said = String::from_utf8_lossy(&turned_away.stdout).into_owned();
@@ -219,7 +219,7 @@ fn watching_is_for_root_and_the_group_of_the_daemons_account_and_for_so_many() {
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
     }
-    watchers.clear();
+    hang_up(watchers);
     let watcher = Watch::start(&lab, &daemon, &[]);
     eventually("forgetting those who went", || descriptors() == before.map(|count| count + 1));
     drop(watcher);
