@@ -176,7 +176,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
                         send_raw(&socket, family, &persona.syn(&flow, token.sequence, token.tsval).unwrap());
                         sent.fetch_add(1, Ordering::Relaxed);
                     }
-                })
+                });
             });
             for network in 0..5 {
                 lab.trust(&format!("192.0.2.{network}"));
