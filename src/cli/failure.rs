@@ -216,7 +216,9 @@ impl From<ControlError> for Failure {
         let failure = Self::new(error.to_string());
         match error {
             ControlError::NotRunning { .. } => failure.hint("start it: systemctl start knockq"),
-            ControlError::Ended { .. } => failure.hint("journalctl -u knockq says why; then the same command again"),
+            ControlError::HungUp { .. } => {
+                failure.hint("journalctl -u knockq says why it ended, if it did; then the same command again")
+            }
             ControlError::Taken { .. } => {
                 failure.hint("is another knockq running? Else set another `runtime` in [server]")
             }

@@ -192,8 +192,8 @@ impl Doors {
         self.delete(&door.place(), &door.key())
     }
 
-    /// Closes doors, whether they are open or not: all of them, or none. A transaction takes about as long for dozens of them as
-    /// for one.
+    /// Closes doors, whether they are open or not: all of them, or none. One transaction for dozens takes a fraction of the
+    /// time of one for each.
     ///
     /// # Errors
     /// As [`Doors::open`].

@@ -119,9 +119,9 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
-    /// It ended.
-    #[error("{}: the daemon ended before it answered, so what was asked may be done or not", path.display())]
-    Ended {
+    /// It has ended, or could make nothing of the request.
+    #[error("{}: the daemon hung up before it answered, so what was asked may be done or not", path.display())]
+    HungUp {
         /// The socket.
         path: PathBuf,
     },
@@ -165,7 +165,7 @@ impl ControlError {
     fn of_talking(path: PathBuf, cause: io::Error) -> Self {
         match cause.kind() {
             io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                Self::Ended { path }
+                Self::HungUp { path }
             }
             io::ErrorKind::InvalidData => Self::OtherVersion { path },
             _ => Self::Io { path, cause },

@@ -210,7 +210,7 @@ fn a_revocation_while_the_configuration_is_read_ends_nothing() {
 fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
     for (kills_keeper, told) in [
         (false, "the daemon stops, and what was asked may be done or not: monitor was killed by signal 9"),
-        (true, "control.sock: the daemon ended before it answered"),
+        (true, "control.sock: the daemon hung up before it answered"),
     ] {
         let lab = Lab::new();
         let mut daemon = lab.start();
