@@ -203,8 +203,8 @@ impl Keeper {
             Some((Request::Revoke(selection), stream)) => {
                 match handover::seal(&selection).and_then(|selection| Ok((selection, report::memory()?))) {
                     Ok((selection, memory)) => {
-                        let asked = self.ask("monitor", Message::Revoke, &[&memory, &selection]);
-                        hand_over_or_tell(stream, &memory, asked.map(drop))?;
+                        self.ask("monitor", Message::Revoke, &[&memory, &selection])?;
+                        control::hand_over(&stream, &memory);
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
                 }
@@ -213,8 +213,8 @@ impl Keeper {
             Some((Request::Explain, stream)) => {
                 match report::memory() {
                     Ok(memory) => {
-                        let asked = self.ask_for("verifier", Message::Explain, &[&memory], &[Message::Reported]);
-                        hand_over_or_tell(stream, &memory, asked.map(drop))?;
+                        self.ask_for("verifier", Message::Explain, &[&memory], &[Message::Reported])?;
+                        control::hand_over(&stream, &memory);
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
                 }
@@ -449,33 +449,12 @@ impl Keeper {
     /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
     fn stop(mut self, ended: Ended) -> Ended {
         manager::notify(&[NotifyState::Stopping]);
-        let askers = self.askers.drain(..).chain(self.late.take().into_iter().flatten());
-        askers.for_each(|stream| control::reply(stream, &stopping(&ended)));
         if self.trial.is_none() {
             self.gate.leave_shut(); // that the table was lost may not have been heard yet
         }
         self.children.end();
         if self.trial.is_none() { ended } else { take_gate_away(ended) }
     }
-}
-
-/// Hands over what was asked for; whoever waits for what never comes is told why.
-fn hand_over_or_tell(stream: UnixStream, memory: &OwnedFd, asked: Result<(), Ended>) -> Result<(), Ended> {
-    match &asked {
-        Ok(()) => control::hand_over(&stream, memory),
-        Err(ended) => control::reply(stream, &stopping(ended)),
-    }
-    asked
-}
-
-fn stopping(ended: &Ended) -> Reply {
-    let why = match ended {
-        Ended::Asked => "it was told to".to_owned(),
-        Ended::Unconfirmed => ServeError::NotConfirmed.to_string(),
-        Ended::Failed(error) => error.to_string(),
-    };
-    let message = format!("the daemon stops, and what was asked may be done or not: {why}");
-    Reply::Refused { message, hint: "journalctl -u knockq; then the same command again".to_owned() }
 }
 
 fn busy(why: &str) -> Reply {

@@ -208,10 +208,7 @@ fn a_revocation_while_the_configuration_is_read_ends_nothing() {
 
 #[test]
 fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
-    for (kills_keeper, told) in [
-        (false, "the daemon stops, and what was asked may be done or not: monitor was killed by signal 9"),
-        (true, "control.sock: the daemon hung up before it answered"),
-    ] {
+    for kills_keeper in [false, true] {
         let lab = Lab::new();
         let mut daemon = lab.start();
         let [(_, keeper), (_, monitor), _] = daemon.processes();
@@ -226,6 +223,7 @@ fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
             let asked = asked.join().unwrap();
             let said = String::from_utf8_lossy(&asked.stderr).into_owned();
             assert_eq!(asked.status.code(), Some(1), "{said}");
+            let told = "control.sock: the daemon hung up before it answered";
             assert!(said.contains(told) && said.contains("Hint: journalctl -u knockq"), "{said}");
         });
         let _ = kill(monitor, Signal::SIGCONT); // it may be dead
