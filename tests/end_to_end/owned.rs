@@ -677,7 +677,10 @@ fn a_monitor_that_says_everything_but_the_answer_stops_all_after_a_minute() {
             }
         }
         let said = String::from_utf8(asked.join().unwrap().stderr).unwrap();
-        assert!(said.contains("control.sock: the daemon hung up before it answered") && said.contains("Hint: "), "{said}");
+        assert!(
+            said.contains("control.sock: the daemon hung up before it answered") && said.contains("Hint: "),
+            "{said}"
+        );
     });
     monitor.process = None;
     assert_eq!(monitor.daemon.end(), Some(1));

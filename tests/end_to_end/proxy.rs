@@ -192,7 +192,12 @@ fn curl_gets_a_page_from_behind_a_door_by_name_and_by_address() {
     for family in FAMILIES {
         let proxy = Proxy::start(&lab, family, &[]);
         assert!(
-            lab.alice.enter(|| TcpStream::connect_timeout(&(family.server(), 8080).into(), Duration::from_secs(1))).is_err()
+            lab.alice
+                .enter(|| TcpStream::connect_timeout(
+                    &(family.server(), 8080).into(),
+                    std::time::Duration::from_secs(1)
+                ))
+                .is_err()
         );
         let name = if family == Family::V4 { "server4" } else { "server6" };
         assert_eq!(succeeds(&curl(&lab, &proxy, &format!("http://{name}:8080/page"), &[])), "a page\n");
