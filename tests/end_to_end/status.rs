@@ -228,10 +228,11 @@ fn who_asks_for_the_status_and_never_takes_it_holds_nothing_up_but_others_who_as
         lab.wait_for_door(family.alice(), 22);
     }
     lab.revoke(&["--all"]);
+    // Children of other tests may have copies of what is closed, until their programs begin.
     clients.drain(..2);
-    succeeds(&ask());
+    eventually("a place", || ask().status.success());
     clients.clear();
-    succeeds(&ask());
+    eventually("many places", || ask().status.success());
     eventually("forgetting them", || descriptors() <= before + 1);
     daemon.stop();
 }
