@@ -426,7 +426,13 @@ fn idle_exchanges_over_udp_end_too_and_begin_again_with_another_knock() {
     lab.configure("[services.vpn]\nports = [\"udp/7001\"]\nopen_for = \"1h\"\non_close = \"kill\"\n");
     lab.add_user("alice", &["vpn"]);
     let socket = |host: &lab::Host, port: u16| {
-        let socket = host.enter(|| UdpSocket::bind(("::", port)).unwrap());
+        let mut bound = None;
+        // A process that another test is just starting may hold the last one for a moment.
+        eventually("the port", || {
+            bound = host.enter(|| UdpSocket::bind(("::", port))).ok();
+            bound.is_some()
+        });
+        let socket = bound.unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         socket
     };
