@@ -6,6 +6,26 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+/// What serde's `try_from = "String", into = "String"` needs of a type that has a text, by which it is read and shown.
+macro_rules! serde_as_text {
+    ($type:ty) => {
+        impl TryFrom<String> for $type {
+            type Error = <Self as std::str::FromStr>::Err;
+
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                text.parse()
+            }
+        }
+
+        impl From<$type> for String {
+            fn from(value: $type) -> Self {
+                value.to_string()
+            }
+        }
+    };
+}
+pub(crate) use serde_as_text;
+
 /// The name of a user, a service or a host profile: `[A-Za-z0-9._-]{1,64}`, not starting with a dot or a dash,
 /// so that it is safe in a file name, an nft comment and a log line.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -37,19 +57,7 @@ impl FromStr for Name {
     }
 }
 
-impl TryFrom<String> for Name {
-    type Error = NameError;
-
-    fn try_from(text: String) -> Result<Self, NameError> {
-        text.parse()
-    }
-}
-
-impl From<Name> for String {
-    fn from(name: Name) -> Self {
-        name.0.into()
-    }
-}
+serde_as_text!(Name);
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -96,19 +104,7 @@ impl FromStr for HostAddress {
     }
 }
 
-impl TryFrom<String> for HostAddress {
-    type Error = NameError;
-
-    fn try_from(text: String) -> Result<Self, NameError> {
-        text.parse()
-    }
-}
-
-impl From<HostAddress> for String {
-    fn from(address: HostAddress) -> Self {
-        address.0.into()
-    }
-}
+serde_as_text!(HostAddress);
 
 impl From<std::net::IpAddr> for HostAddress {
     fn from(address: std::net::IpAddr) -> Self {
@@ -187,19 +183,7 @@ impl FromStr for Port {
     }
 }
 
-impl TryFrom<String> for Port {
-    type Error = PortError;
-
-    fn try_from(text: String) -> Result<Self, PortError> {
-        text.parse()
-    }
-}
-
-impl From<Port> for String {
-    fn from(port: Port) -> Self {
-        port.to_string()
-    }
-}
+serde_as_text!(Port);
 
 impl fmt::Display for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

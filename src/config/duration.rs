@@ -26,19 +26,7 @@ impl FromStr for Seconds {
     }
 }
 
-impl TryFrom<String> for Seconds {
-    type Error = DurationError;
-
-    fn try_from(text: String) -> Result<Self, DurationError> {
-        text.parse()
-    }
-}
-
-impl From<Seconds> for String {
-    fn from(seconds: Seconds) -> Self {
-        seconds.to_string()
-    }
-}
+crate::service::serde_as_text!(Seconds);
 
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

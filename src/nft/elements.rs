@@ -361,12 +361,7 @@ impl Doors {
     /// The answer to what was asked last, and not to anything before.
     fn answer(&self) -> Result<Vec<u8>, ElementError> {
         loop {
-            let mut answer = Vec::with_capacity(8192);
-            match self.socket.recv(&mut answer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ElementError::NoAnswer),
-                Err(error) => return Err(error.into()),
-            }
+            let answer = self.receive()?.ok_or(ElementError::NoAnswer)?;
             let header = NetlinkBuffer::new_checked(&answer).map(|header| header.sequence_number());
             if header.is_ok_and(|number| number == self.sequence) {
                 return Ok(answer);
@@ -376,23 +371,28 @@ impl Doors {
 
     fn verdict(&self) -> Result<(), ElementError> {
         let mut verdict = Err(ElementError::NoAnswer);
-        loop {
-            let mut buffer = Vec::with_capacity(8192);
-            match self.socket.recv(&mut buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return verdict,
+        while let Some(answer) = self.receive().transpose() {
+            verdict = match (answer.map(|answer| read(&answer)), verdict) {
+                (Ok(Some(Ok(()))), Err(ElementError::NoAnswer)) => Ok(()),
+                (Ok(Some(Err(error))), Ok(()) | Err(ElementError::NoAnswer)) => Err(refused(error)),
                 // More was refused than could be told: what was must not be taken for the verdict on what comes next.
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
-                    verdict = Err(error.into());
-                    continue;
+                (Err(ElementError::Socket(error)), _) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
+                    Err(error.into())
                 }
-                Err(error) => return Err(error.into()),
-            }
-            verdict = match (read(&buffer), verdict) {
-                (Some(Ok(())), Err(ElementError::NoAnswer)) => Ok(()),
-                (Some(Err(error)), Ok(()) | Err(ElementError::NoAnswer)) => Err(refused(error)),
-                (_, earlier) => earlier,
+                (Err(error), _) => return Err(error),
+                (Ok(_), earlier) => earlier,
             };
+        }
+        verdict
+    }
+
+    /// What the kernel says next, if it does.
+    fn receive(&self) -> Result<Option<Vec<u8>>, ElementError> {
+        let mut datagram = Vec::with_capacity(8192);
+        match self.socket.recv(&mut datagram, 0) {
+            Ok(_) => Ok(Some(datagram)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 }

@@ -144,19 +144,7 @@ impl FromStr for SetName {
     }
 }
 
-impl TryFrom<String> for SetName {
-    type Error = SetNameError;
-
-    fn try_from(text: String) -> Result<Self, SetNameError> {
-        text.parse()
-    }
-}
-
-impl From<SetName> for String {
-    fn from(name: SetName) -> Self {
-        name.to_string()
-    }
-}
+crate::service::serde_as_text!(SetName);
 
 impl fmt::Display for SetName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

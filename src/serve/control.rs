@@ -3,7 +3,7 @@
 //! A request and its reply are one value each, in postcard's encoding, sent in one go. Both ends are this binary.
 
 use std::fs;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -164,10 +164,8 @@ impl ControlError {
 
     fn of_talking(path: PathBuf, cause: io::Error) -> Self {
         match cause.kind() {
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                Self::HungUp { path }
-            }
-            io::ErrorKind::InvalidData => Self::OtherVersion { path },
+            ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Self::HungUp { path },
+            ErrorKind::InvalidData => Self::OtherVersion { path },
             _ => Self::Io { path, cause },
         }
     }
@@ -244,19 +242,14 @@ pub fn hand_over(stream: &UnixStream, memory: &OwnedFd) {
 /// # Errors
 /// As [`ask`].
 pub fn ask_for_memory(directory: &Path, request: &Request) -> Result<Result<OwnedFd, Reply>, ControlError> {
-    let path = socket_path(directory);
-    let mut stream = UnixStream::connect(&path).map_err(|cause| ControlError::of_connecting(&path, cause))?;
-    let mut talk = || {
-        stream.set_read_timeout(Some(WORK))?;
-        send(&mut stream, request)?;
-        let (bytes, mut descriptors) = receive_with_descriptors(&stream)?;
+    talk(directory, request, |stream| {
+        let (bytes, mut descriptors) = receive_with_descriptors(&*stream)?;
         if bytes.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let reply = postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData)?;
         Ok(descriptors.pop().ok_or(reply))
-    };
-    talk().map_err(|cause| ControlError::of_talking(path, cause))
+    })
 }
 
 /// What comes next, with two descriptors at most; no bytes at the end.
@@ -278,14 +271,18 @@ pub(super) fn receive_with_descriptors(socket: impl AsFd) -> io::Result<(Vec<u8>
 /// # Errors
 /// [`ControlError`]; then nothing has been done, or nobody knows.
 pub fn ask(directory: &Path, request: &Request) -> Result<Reply, ControlError> {
+    talk(directory, request, receive)
+}
+
+fn talk<T>(
+    directory: &Path,
+    request: &Request,
+    answer: impl FnOnce(&mut UnixStream) -> io::Result<T>,
+) -> Result<T, ControlError> {
     let path = socket_path(directory);
     let mut stream = UnixStream::connect(&path).map_err(|cause| ControlError::of_connecting(&path, cause))?;
-    let mut talk = || {
-        stream.set_read_timeout(Some(WORK))?;
-        send(&mut stream, request)?;
-        receive(&mut stream)
-    };
-    talk().map_err(|cause| ControlError::of_talking(path, cause))
+    let told = stream.set_read_timeout(Some(WORK)).and_then(|()| send(&mut stream, request));
+    told.and_then(|()| answer(&mut stream)).map_err(|cause| ControlError::of_talking(path, cause))
 }
 
 fn socket_path(directory: &Path) -> PathBuf {

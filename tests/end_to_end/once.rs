@@ -6,6 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::{Binding, KnockPorts};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use crate::lab::{FAMILIES, Family, Host, Lab, echoes, eventually};
 use crate::recorded::persona;
@@ -31,18 +33,24 @@ fn exactly_one_of_two_simultaneous_connections_gets_in() {
             lab.alice.enter(|| send_raw(&raw_socket(family), family, &packet));
             eventually("the grant", || daemon.log().matches("granted").count() > granted);
             let start = Barrier::new(2);
-            let connect = || {
-                lab.alice.enter(|| {
-                    start.wait();
-                    let address = SocketAddr::new(family.server(), 22);
-                    TcpStream::connect_timeout(&address, Duration::from_millis(400)).is_ok()
-                })
-            };
-            let got_in =
+            let connect = || lab.alice.enter(|| begin(family, &start));
+            let both =
                 thread::scope(|scope| [scope.spawn(connect), scope.spawn(connect)].map(|one| one.join().unwrap()));
-            assert!(got_in[0] != got_in[1], "{family:?}, knock {n}: {got_in:?}");
+            let inside = || both.iter().filter(|connection| connection.peer_addr().is_ok()).count();
+            eventually("a connection", || inside() > 0);
+            thread::sleep(Duration::from_millis(400));
+            assert_eq!(inside(), 1, "{family:?}, knock {n}");
         }
     }
+}
+
+/// A connection whose SYN leaves when `start` says.
+fn begin(family: Family, start: &Barrier) -> TcpStream {
+    let domain = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(domain, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None).unwrap();
+    start.wait();
+    assert_eq!(rustix::net::connect(&socket, &SocketAddr::new(family.server(), 22)), Err(Errno::INPROGRESS));
+    socket.into()
 }
 
 /// One connection whose first answer is lost: the SYN that comes again belongs to it.

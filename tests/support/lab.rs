@@ -308,6 +308,9 @@ impl Lab {
         if has_ipv6() {
             [(&alice, 1), (&mallory, 1), (&server, 2)].iter().for_each(|(host, interfaces)| host.settle(*interfaces));
         }
+        if std::env::var_os("KNOCKQ_TABLE").is_some_and(|table| table == "plain") {
+            server.nft(&["add", "table", "inet", "knockq"]); // so the daemon cannot own it, as before Linux 6.9
+        }
         Self { alice, mallory, server, directory: Scratch::new(), number, _deadline: Deadline::start() }
     }
 

@@ -106,6 +106,7 @@ fn a_hundred_hangups_while_all_else_goes_wrong_too_lose_no_knock_and_no_grant() 
             match round {
                 // What is in the queue then goes with the table, so no knock is.
                 20 | 60 => {
+                    eventually("a knock of each family", || knocks.sent.load(Ordering::Relaxed) >= 2);
                     let _none_on_its_way = knocks.all_granted(&daemon);
                     lab.server.sh("nft flush ruleset");
                     flushes += 1;
