@@ -15,6 +15,9 @@ use super::vocabulary::{Breach, Vocabulary};
 /// Time that a child has to end when it is told to.
 const STOP: Duration = Duration::from_secs(5);
 
+/// Time that it has to be gone once it is killed: one whose disk hangs cannot be before the disk answers.
+const KILL: Duration = Duration::from_millis(500);
+
 /// A child, and the keeper's end of the channel to it.
 pub(super) struct Process {
     pub(super) name: &'static str,
@@ -60,7 +63,7 @@ impl Process {
 
     /// Tells it something.
     pub(super) fn tell(&mut self, message: Message, descriptors: &[&OwnedFd]) -> Result<(), ServeError> {
-        if self.vocabulary.is_to_be_silent() && self.speaks() {
+        if self.vocabulary.is_to_be_silent() && self.channel.as_ref().is_some_and(has_word) {
             self.hear()?; // what waits to be heard was said too early
         }
         let Some(channel) = &self.channel else { return Ok(()) };
@@ -84,10 +87,6 @@ impl Process {
         }
     }
 
-    fn speaks(&self) -> bool {
-        self.channel.as_ref().is_some_and(has_word)
-    }
-
     const fn breaks(&self, breach: Breach) -> ServeError {
         ServeError::Breach { process: self.name, breach }
     }
@@ -98,17 +97,18 @@ impl Process {
         self.channel = None;
     }
 
-    /// Waits for its end; kills it if it takes too long.
+    /// Waits for its end; kills it if it takes too long, and waits on, but not for ever.
     pub(super) fn end(&mut self) -> End {
-        let deadline = Instant::now() + STOP;
-        while Instant::now() < deadline {
-            if let Ok(Some(status)) = self.child.try_wait() {
-                return End::of(status);
+        for (time, end) in [(STOP, None), (KILL, Some(End::Killed))] {
+            let deadline = Instant::now() + time;
+            while Instant::now() < deadline {
+                if let Ok(Some(status)) = self.child.try_wait() {
+                    return end.unwrap_or_else(|| End::of(status));
+                }
+                std::thread::sleep(Duration::from_millis(5));
             }
-            std::thread::sleep(Duration::from_millis(5));
+            let _ = self.child.kill();
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         End::Killed
     }
 }

@@ -24,8 +24,9 @@ pub(super) const WAITING: usize = 1024;
 /// Claims that one commit takes.
 const BATCH: usize = 64;
 
-/// Time that the store may take to be closed when this process ends: the disk may hang, and the keeper waits for five seconds.
-/// A store that is not closed is as whole; it takes longer to open.
+/// Time that the store may take to be closed when this process ends: the disk may be slow, and the keeper waits for five seconds.
+/// A store that is not closed is as whole; it takes longer to open. A thread that waits for a disk that hangs cannot end, nor
+/// then can this process: the keeper leaves it behind.
 const CLOSING: Duration = Duration::from_secs(2);
 
 /// Why the database may panic. It keeps its own order, and checks it when the store is opened.

@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{count, send};
+use crate::debugger::{FDATASYNC, PWRITE64, Traced, other_thread};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, resident};
 use crate::recorded::persona;
 use crate::{UntilDropped, flow, raw_socket};
@@ -102,6 +103,51 @@ fn while_the_keeper_stands_still_knocks_go_on_and_a_reload_waits() {
     kill(daemon.pid(), Signal::SIGCONT).unwrap();
     eventually("the reload", || count(&daemon, "knockq: reloaded") == 1);
     daemon.stop();
+}
+
+/// As one whose disk hangs, a thread that a debugger holds cannot be killed for good: its process is not gone before both let go.
+#[test]
+fn a_verifier_that_cannot_be_killed_because_its_disk_hangs_keeps_nobody_from_stopping() {
+    for (trial, call) in [(&[][..], PWRITE64), (&["--try", "1h"], FDATASYNC)] {
+        let lab = Lab::with("open_for = \"1h\"");
+        let mut daemon = Daemon::spawn_with(&lab, trial, &[]);
+        daemon.wait_for("knockq: ready");
+        let writer = hold_writer(&lab, &daemon, call);
+        daemon.signal(Signal::SIGTERM);
+        let is_on_trial = !trial.is_empty();
+        assert_eq!(daemon.end(), Some(i32::from(is_on_trial)), "{}", daemon.log());
+        for family in FAMILIES {
+            assert_eq!(lab.alice.reaches(family.server(), 22), is_on_trial, "{}", daemon.log());
+        }
+        writer.bury();
+        let daemon = lab.start();
+        lab.knock(Family::V4, &[]);
+        lab.wait_for_door(Family::V4.alice(), 22);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_gate_that_nobody_confirms_goes_although_the_disk_hangs() {
+    let lab = Lab::with("open_for = \"1h\"");
+    let mut daemon = Daemon::spawn_with(&lab, &["--try", "8s"], &[]);
+    daemon.wait_for("knockq: ready");
+    let writer = hold_writer(&lab, &daemon, FDATASYNC);
+    assert_eq!(daemon.end(), Some(1), "{}", daemon.log());
+    assert!(daemon.log().contains("not confirmed: the gate is taken away"), "{}", daemon.log());
+    for family in FAMILIES {
+        assert!(lab.alice.reaches(family.server(), 22));
+    }
+    writer.bury();
+}
+
+/// The verifier's thread that writes counters, held when it is about to make this call for a knock.
+fn hold_writer(lab: &Lab, daemon: &Daemon, call: u64) -> Traced {
+    let (_, verifier) = daemon.processes()[2];
+    let writer = Traced::attach(other_thread(verifier));
+    lab.knock(Family::V4, &[]);
+    writer.run_to(&[call]);
+    writer
 }
 
 fn memory(processes: &[(&str, Pid)]) -> Vec<u64> {
