@@ -80,7 +80,7 @@ impl<P> HeaderLast<P> {
 
 impl<P: StorageBackend> StorageBackend for HeaderLast<P> {
     fn len(&self) -> io::Result<u64> {
-        self.pages.len()
+        self.header.kept().len.map_or_else(|| self.pages.len(), Ok)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
@@ -93,7 +93,7 @@ impl<P: StorageBackend> StorageBackend for HeaderLast<P> {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.header.refuse_if_closed()?;
-        self.pages.set_len(len)
+        if self.header.keep_if_shorter(len, self.pages.len()?) { Ok(()) } else { self.pages.set_len(len) }
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -119,6 +119,8 @@ pub(super) struct Header(Mutex<Kept>);
 #[derive(Debug, Default)]
 struct Kept {
     bytes: Option<Vec<u8>>,
+    /// What the file is to be cut to, and already is for redb: the header on the disk may speak of pages beyond.
+    len: Option<u64>,
     /// Not written either when redb syncs.
     is_held: bool,
     /// Nothing is written any more.
@@ -139,6 +141,13 @@ impl Header {
         self.kept().bytes = Some(bytes.to_vec());
     }
 
+    /// Whether the file is not to be cut, or grown, to this length now.
+    fn keep_if_shorter(&self, len: u64, on_disk: u64) -> bool {
+        let mut kept = self.kept();
+        kept.len = (kept.is_held && len < on_disk).then_some(len);
+        kept.len.is_some()
+    }
+
     fn overlay(&self, out: &mut [u8]) {
         let kept = self.kept();
         out.iter_mut().zip(kept.bytes.iter().flatten()).for_each(|(out, kept)| *out = *kept);
@@ -150,12 +159,14 @@ impl Header {
         bytes.map_or(Ok(()), |bytes| pages.write(0, &bytes))
     }
 
-    /// Writes what was held back: first the pages that it speaks of must be durable, then it.
+    /// Writes what was held back: first the pages that it speaks of must be durable, then it, and then the file may be cut.
     pub(super) fn let_go(&self, pages: &impl StorageBackend) -> io::Result<()> {
         pages.sync_data()?;
         self.kept().is_held = false;
         self.write_unless_held(pages)?;
-        pages.sync_data()
+        pages.sync_data()?;
+        let len = self.kept().len.take();
+        len.map_or(Ok(()), |len| pages.set_len(len))
     }
 
     /// Nothing is written any more.

@@ -20,6 +20,9 @@ const SECTOR: usize = 512;
 /// A first counter of all.
 const FIRST: u64 = 1_790_000_000;
 
+/// What is safe where a store that is recorded is in doubt.
+const SAFE: Safe = Safe { floor: FIRST - 1, since: FIRST };
+
 /// What was asked of the disk, one after the other.
 #[derive(Clone, Debug)]
 enum Step {
@@ -133,6 +136,28 @@ impl Life {
             first += interval.len();
         }
     }
+
+    /// Calls `look` with what follows each loss of power: the store is opened again, which settles what is in doubt, and closed.
+    fn each_recovery(&self, mut look: impl FnMut(&Self)) {
+        self.each_loss(|image, effects, _| {
+            let (store, steps) = recorded(image, self.origin);
+            drop(store);
+            let steps = steps.lock().unwrap().clone();
+            look(&Self { begin: image.to_vec(), origin: self.origin, steps, effects: long_ago(effects) });
+        });
+    }
+
+    /// The same of each loss of power that leaves a doubt, until that is settled, if the file gets shorter by then.
+    fn each_settlement_that_cuts(&self, mut look: impl FnMut(&Self)) {
+        self.each_loss(|image, effects, _| {
+            let (store, steps) = recorded(image, self.origin);
+            let steps = steps.lock().unwrap().clone();
+            let is_cut = steps.iter().any(|step| matches!(step, Step::Length(length) if *length < image.len()));
+            if is_cut && store.doubt().is_some() {
+                look(&Self { begin: image.to_vec(), origin: self.origin, steps, effects: long_ago(effects) });
+            }
+        });
+    }
 }
 
 /// Of what was not synced: any first part, also with its last write torn; any last part; all but one.
@@ -188,7 +213,7 @@ fn server() -> PublicKey {
 fn recorded(begin: &[u8], origin: Origin) -> (Store, Arc<Mutex<Vec<Step>>>) {
     let (file, steps) = (memory(begin), Arc::default());
     let recorder = Recorder { pages: Pages::of(file.try_clone().unwrap()), steps: Arc::clone(&steps) };
-    (Store::open_in(recorder, file, server(), origin, Safe::default()).unwrap(), steps)
+    (Store::open_in(recorder, file, server(), origin, SAFE).unwrap(), steps)
 }
 
 /// Each batch of clients spends the next counter; then the store is closed.
@@ -244,6 +269,11 @@ fn long_ago(effects: &[Effect]) -> Vec<Effect> {
     effects.iter().map(|(_, clients, n)| (0, *clients, *n)).collect()
 }
 
+/// A life in which the file grows.
+fn growing() -> Life {
+    live(new_store(), (1..=9).map(|round| 64 * round).zip(FIRST..))
+}
+
 #[test]
 fn whatever_a_disk_keeps_when_the_power_fails_no_counter_that_took_effect_is_forgotten() {
     let (losses, doubts) = recovers(&live(new_store(), (FIRST..).take(5).map(|n| (1, n))));
@@ -253,8 +283,7 @@ fn whatever_a_disk_keeps_when_the_power_fails_no_counter_that_took_effect_is_for
 
 #[test]
 fn a_store_that_grows_when_the_power_fails_forgets_no_counter_that_took_effect() {
-    let batches = (1..=9).map(|round| 64 * round).zip(FIRST..);
-    let life = live(new_store(), batches);
+    let life = growing();
     assert!(life.steps.iter().any(|step| matches!(step, Step::Length(_))), "it does not grow");
     recovers(&life);
 }
@@ -263,18 +292,35 @@ fn a_store_that_grows_when_the_power_fails_forgets_no_counter_that_took_effect()
 fn power_that_fails_again_during_the_recovery_costs_nothing_either() {
     const ONE_OF: usize = 4;
     let (mut images, mut losses) = (0, 0);
-    let life = live(new_store(), [(1, FIRST)].into_iter());
-    life.each_loss(|image, effects, _| {
+    live(new_store(), [(1, FIRST)].into_iter()).each_recovery(|again| {
         images += 1;
         if images % ONE_OF == 0 {
-            let (store, steps) = recorded(image, life.origin);
-            drop(store);
-            let steps = steps.lock().unwrap().clone();
-            let (begin, origin) = (image.to_vec(), life.origin);
-            losses += recovers(&Life { begin, origin, steps, effects: long_ago(effects) }).0;
+            losses += recovers(again).0;
         }
     });
     assert!(losses > 100, "only {losses}: this test no longer sees the recovery");
+    let (mut images, mut losses) = (0, 0);
+    growing().each_settlement_that_cuts(|again| {
+        images += 1;
+        if images % ONE_OF == 0 {
+            losses += recovers(again).0;
+        }
+    });
+    assert!(losses > 100, "only {losses}: this test no longer sees the file cut");
+}
+
+#[test]
+fn killed_while_a_doubt_about_a_store_that_grew_is_settled_its_process_leaves_the_doubt_or_what_is_safe() {
+    let mut kills = 0;
+    growing().each_settlement_that_cuts(|again| {
+        again.each_kill(|image, effects| {
+            kills += 1;
+            let doubt = is_recovered(image, again.origin, effects, None);
+            let mut store = Store::open(memory(image), server(), again.origin, Safe::default()).unwrap();
+            assert!(doubt.is_some() || store.floor().unwrap().covers(SAFE.floor), "the doubt is forgotten");
+        });
+    });
+    assert!(kills > 100, "only {kills}: this test no longer sees the file cut");
 }
 
 #[test]
