@@ -20,7 +20,6 @@ pub struct Figures {
     /// Bounded by the registry: no other names come here, and those who left it are forgotten.
     users: HashMap<Name, Seen>,
     store: StoreHealth,
-    floor: Floor,
     jumps: u64,
     last_jump: Option<(u64, i64)>,
     refused: VecDeque<Record>,
@@ -28,11 +27,6 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// Where no token up to this floor is taken.
-    pub fn new(floor: Floor) -> Self {
-        Self { floor, ..Self::default() }
-    }
-
     /// A packet that opened nothing, with its bytes.
     pub fn refused(&mut self, refusal: &Refusal, packet: &[u8], now: u64) {
         self.count(refusal.reason);
@@ -92,15 +86,15 @@ impl Figures {
         self.users.retain(|user, _| kept.contains(user));
     }
 
-    /// What there is to tell.
-    pub fn part(&self, expected: usize, is_narrowed: bool) -> VerifierPart {
+    /// What there is to tell, where no token up to this floor is taken.
+    pub fn part(&self, expected: usize, is_narrowed: bool, floor: Floor) -> VerifierPart {
         VerifierPart {
             packets: self.packets.to_vec(),
             users: self.seen_users(),
             expected,
             is_narrowed,
             store: self.store,
-            floor: self.floor,
+            floor,
             jumps: self.jumps,
             last_jump: self.last_jump,
             is_cut: false,
@@ -118,12 +112,12 @@ impl Figures {
         users
     }
 
-    /// The packets that were refused last.
-    pub fn refused_part<'a>(&self, accepted: impl Iterator<Item = (&'a Name, u64)>) -> RefusedPart {
+    /// The packets that were refused last, where no token up to this floor is taken.
+    pub fn refused_part<'a>(&self, accepted: impl Iterator<Item = (&'a Name, u64)>, floor: Floor) -> RefusedPart {
         let mut records: Vec<Record> = self.refused.iter().chain(&self.strangers).cloned().collect();
         records.sort_by_key(|record| record.at);
         let accepted = accepted.map(|(user, n)| (user.clone(), n)).collect();
-        RefusedPart { records, accepted, floor: self.floor, users: self.seen_users(), is_cut: false }
+        RefusedPart { records, accepted, floor, users: self.seen_users(), is_cut: false }
     }
 
     /// Nothing is allocated for a stranger's once there are as many as may be.
@@ -153,7 +147,7 @@ impl Figures {
 
 #[cfg(test)]
 mod tests {
-    use super::{Figures, Name, Reason, Refusal};
+    use super::{Figures, Floor, Name, Reason, Refusal};
 
     fn name(text: &str) -> Name {
         text.parse().unwrap()
@@ -166,7 +160,7 @@ mod tests {
             (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, &[], 1));
         }
         let expected: Vec<u64> = (1..=22).collect();
-        assert_eq!(figures.part(0, false).packets, expected);
+        assert_eq!(figures.part(0, false, Floor::default()).packets, expected);
     }
 
     #[test]
@@ -176,7 +170,12 @@ mod tests {
             figures.refused(&Refusal { reason: Reason::Replayed, user: Some(name(user)), source: None }, &[], when);
         }
         let order = |figures: &Figures| {
-            figures.part(0, false).users.into_iter().map(|(user, _)| user.to_string()).collect::<Vec<_>>()
+            figures
+                .part(0, false, Floor::default())
+                .users
+                .into_iter()
+                .map(|(user, _)| user.to_string())
+                .collect::<Vec<_>>()
         };
         assert_eq!(order(&figures), ["carol", "bob", "alice"]);
         figures.keep([name("bob")].iter());
@@ -192,10 +191,10 @@ mod tests {
         refuse(&mut figures, Reason::WrongTag, 1);
         (0..5000).for_each(|at| refuse(&mut figures, Reason::Unknown, at));
         refuse(&mut figures, Reason::NotSyn, 5000);
-        let records = figures.refused_part(std::iter::empty()).records;
+        let records = figures.refused_part(std::iter::empty(), Floor::default()).records;
         assert_eq!((records.len(), records[0].reason), (1 + 1024, Reason::WrongTag));
         (0..5000).for_each(|at| refuse(&mut figures, Reason::Replayed, at));
-        assert_eq!(figures.refused_part(std::iter::empty()).records.len(), 256 + 1024);
+        assert_eq!(figures.refused_part(std::iter::empty(), Floor::default()).records.len(), 256 + 1024);
     }
 
     #[test]

@@ -91,11 +91,10 @@ pub fn run() -> Result<(), VerifierError> {
     let safe = Safe::after(unix_now(), registry.window, registry.counted());
     let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
     let floor = store.floor().map_err(fail)?;
-    match (store.doubt(), floor.shut(unix_now())) {
+    match (store.doubt(), floor.shut(unix_now()).filter(|_| registry.has_tokens())) {
         (Some(doubt), shut) => {
-            let seconds = registry.window.saturating_add(1);
-            let hint = shut.map(display);
-            warn!(seconds, hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
+            let hint = shut.map(|shut| shut.to_string());
+            warn!(hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
         }
         (None, Some(shut)) => warn!("{store_path}: {shut}"),
         (None, None) => {}
@@ -112,7 +111,7 @@ pub fn run() -> Result<(), VerifierError> {
         verifier,
         next: None,
         refusals: Refusals::new(Instant::now(), floor),
-        figures: Figures::new(floor),
+        figures: Figures::default(),
         claimed: VecDeque::new(),
         is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
@@ -225,12 +224,15 @@ impl Process {
             Some((Message::Report, mut descriptors)) => {
                 let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                 let is_narrowed = self.verifier.is_narrowed(unix_now());
-                report::write(memory, self.figures.part(self.verifier.live(), is_narrowed))?;
+                report::write(
+                    memory,
+                    self.figures.part(self.verifier.live(), is_narrowed, self.verifier.effective_floor()),
+                )?;
                 self.keeper.send(Message::Reported, &[])?;
             }
             Some((Message::Explain, mut descriptors)) => {
                 let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-                report::write(memory, self.figures.refused_part(self.verifier.accepted()))?;
+                report::write(memory, self.figures.refused_part(self.verifier.accepted(), self.verifier.floor()))?;
                 self.keeper.send(Message::Reported, &[])?;
             }
             Some((Message::Stop, _)) | None => return Ok(false),

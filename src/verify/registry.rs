@@ -139,6 +139,11 @@ pub struct Registry {
 }
 
 impl Registry {
+    /// Whether anybody knocks with tokens.
+    pub fn has_tokens(&self) -> bool {
+        self.users.iter().any(|user| matches!(user.secrets, Secrets::Token(_)))
+    }
+
     /// When the count of each knockknock profile was set, in Unix seconds.
     pub fn counted(&self) -> impl Iterator<Item = u64> {
         self.users.iter().filter_map(|user| match &user.secrets {

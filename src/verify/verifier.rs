@@ -178,6 +178,11 @@ impl Verifier {
         self.counters.floor()
     }
 
+    /// That floor where it keeps anybody out: knockknock profiles go by their count.
+    pub fn effective_floor(&self) -> Floor {
+        if self.registry.has_tokens() { self.floor() } else { Floor::default() }
+    }
+
     /// Brings every knockknock profile's knocks into the index, from the one after the last accepted on.
     fn count(&mut self) {
         for (place, user) in self.registry.users.iter().enumerate() {
