@@ -6,6 +6,9 @@ use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use clap::Args;
 
@@ -17,7 +20,7 @@ use crate::config::secure_file::{self, Privacy};
 use crate::nft::{Doors, ElementError, SetError, SetName};
 use crate::serve::configuration::accounts;
 use crate::serve::ending::ServeError;
-use crate::serve::observers;
+use crate::serve::observers::{self, Status};
 use crate::serve::store::{Store, StoreError};
 use crate::serve::verifier::VerifierError;
 
@@ -37,8 +40,9 @@ impl Check {
         for account in missing {
             note(&format!("warning: there is no user `{account}`, so a user id that nobody has stands in for it"));
         }
-        if let Some(doubt) = check_store(&config)? {
-            note(&format!("warning: {doubt}"));
+        match check_store(&config)? {
+            Trust::Whole => {}
+            Trust::Shut(said) | Trust::Doubt(said) | Trust::Unknown(said) => note(&format!("warning: {said}")),
         }
         warn_of_ephemeral_ports(&config);
         for set in unseen_sets(&config)? {
@@ -54,25 +58,57 @@ impl Check {
     }
 }
 
-/// What is doubtful about the counter store, so that no knocks are accepted for a time. The daemon, if it runs, has it open, and
-/// is asked.
-pub(super) fn check_store(config: &ServerConfig) -> Result<Option<String>, Failure> {
+/// Time that a daemon has to tell how it is.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// How far the counter store can be trusted, in words where not.
+pub(super) enum Trust {
+    /// It is whole, and this server's.
+    Whole,
+    /// No knocks are accepted until a time that is known.
+    Shut(String),
+    /// Nor for a window after the next start.
+    Doubt(String),
+    /// Somebody has it open, and does not say.
+    Unknown(String),
+}
+
+/// Looks at the counter store. The daemon, if it runs, has it open, and is asked.
+pub(super) fn check_store(config: &ServerConfig) -> Result<Trust, Failure> {
     let path = config.store_path();
     let file = secure_file::open(&path, Privacy::Secret, OpenOptions::new().read(true).write(true));
-    let told = |shut| format!("{}: {shut}", path.display());
+    let trust = |shut: Option<_>| match shut {
+        Some(shut) => Trust::Shut(format!("{}: {shut}", path.display())),
+        None => Trust::Whole,
+    };
     match Store::check(file.map_err(ServeError::Store)?, config.private_key.public()) {
-        Ok((Some(doubt), _)) => Ok(Some(format!(
+        Ok((Some(doubt), _)) => Ok(Trust::Doubt(format!(
             "{}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window after the \
              start, those with a knockknock profile when their count is set",
             path.display()
         ))),
-        Ok((None, floor)) => Ok(floor.shut(unix_now()).map(told)),
-        Err(StoreError::InUse) => {
-            let daemon = observers::status(&config.runtime).ok();
-            Ok(daemon.and_then(|daemon| daemon.verifier.floor.shut(unix_now())).map(told))
+        Ok((None, floor)) => {
+            let has_tokens = config.registry()?.has_tokens();
+            Ok(trust(floor.shut(unix_now()).filter(|_| has_tokens)))
         }
+        Err(StoreError::InUse) => Ok(ask_daemon(config).map_or_else(
+            || {
+                let is_asked = "is in use, and the daemon does not tell whether it is in doubt";
+                Trust::Unknown(format!("{}: {is_asked}", path.display()))
+            },
+            |daemon| trust(daemon.verifier.floor.shut(unix_now())),
+        )),
         Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
     }
+}
+
+/// What the daemon tells of itself, if it runs and answers soon.
+pub(super) fn ask_daemon(config: &ServerConfig) -> Option<Status> {
+    let (answers, answer) = mpsc::channel();
+    let runtime = config.runtime.clone();
+    let ask = move || drop(answers.send(observers::status(&runtime).ok()));
+    thread::Builder::new().spawn(ask).ok()?;
+    answer.recv_timeout(ANSWER).ok()?
 }
 
 /// Fails unless the administrator's sets that users are added to are there. Only who may change the packet filter can look at

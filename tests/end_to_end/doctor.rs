@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
+use std::time::{Duration, Instant};
 
 use nfq::Queue;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
+use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 
 /// What doctor found: check, state, message, hint.
 pub(crate) struct Findings(Vec<[String; 4]>);
@@ -482,4 +483,19 @@ fn doctor_sees_a_store_that_is_not_safe_and_accounts_that_are_missing() {
     lab.doctor().has("store", "problem", &["must not be readable by others", "chmod 600"]);
     fs::remove_file(&store).unwrap();
     lab.doctor().has("store", "problem", &["the counter store is missing", "knockq recover"]);
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_holds_neither_doctor_nor_check_up() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    let start = Instant::now();
+    lab.doctor().has("store", "unknown", &["the daemon does not tell whether it is in doubt"]);
+    let check = lab.knockq(&lab.server, &["check", "--config", &lab.config().display().to_string()]);
+    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    succeeds(&check);
+    assert!(String::from_utf8_lossy(&check.stderr).contains("the daemon does not tell whether it is in doubt"));
+    assert!(start.elapsed() < Duration::from_secs(60));
+    daemon.stop();
 }

@@ -360,3 +360,25 @@ fn where_the_table_is_the_administrators_an_import_says_that_it_has_to_be_loaded
     lab.opens(|| lab.knock_of(&key, FIRST));
     daemon.stop();
 }
+
+/// The floor of a store in doubt is one of tokens.
+#[test]
+fn where_all_users_have_profiles_of_the_original_a_store_in_doubt_shuts_nobody_out_until_a_time() {
+    let (lab, key) = Lab::with_carol();
+    let config = lab.config().display().to_string();
+    lab.control(&["user", "remove", "alice", "--config", &config]);
+    let copy = lab.store().with_extension("copy");
+    fs::copy(lab.store(), &copy).unwrap();
+    fs::rename(copy, lab.store()).unwrap();
+    let daemon = lab.start();
+    let check = lab.knockq(&lab.server, &["check", "--config", &config]);
+    succeeds(&check);
+    let status = lab.control(&["status", "--config", &config]);
+    let said = format!("{}{status}", String::from_utf8_lossy(&check.stderr));
+    assert!(!said.contains("no knocks are accepted"), "{said}");
+    assert_eq!(lab.status()["store"]["in_doubt_until"], Value::Null);
+    lab.set_counter("carol", FIRST);
+    lab.opens(|| lab.knock_of(&key, FIRST)); // long before a window has passed
+    let log = daemon.stop();
+    assert!(log.contains("is a copy of a counter store") && !log.contains("no knocks are accepted"), "{log}");
+}

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::Finding;
+use crate::cli::check::ask_daemon;
 use crate::cli::failure::Failure;
 use crate::cli::grants::time_left;
 use crate::config::ServerConfig;
@@ -10,7 +11,6 @@ use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
 use crate::nft;
 use crate::serve::ending::ServeError;
-use crate::serve::observers;
 use crate::serve::start::refuse_taken_queue;
 
 /// What the daemon's process that reads the queue is called.
@@ -58,7 +58,7 @@ pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
 
 /// A gate that goes away by itself, if this one does.
 pub(super) fn trial(config: &ServerConfig) -> Option<Finding> {
-    let left = observers::status(&config.runtime).ok()?.keeper.table.trial?;
+    let left = ask_daemon(config)?.keeper.table.trial?;
     let message = format!("the gate is on trial: in {} it is gone, and guarded ports are open to all", time_left(left));
     Some(Finding::note("trial", message).hint("when a knock has let you in: knockq confirm"))
 }

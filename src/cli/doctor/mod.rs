@@ -15,7 +15,7 @@ use clap::Args;
 use rustix::process::geteuid;
 use serde::Serialize;
 
-use super::check::{check_store, unseen_sets};
+use super::check::{Trust, check_store, unseen_sets};
 use super::failure::{CONFIGURATION, FAILED, Failure, PERMISSION};
 use super::{ConfigArg, print_json, print_view};
 use crate::client::clock::is_synchronized;
@@ -187,9 +187,15 @@ fn store(config: &ServerConfig) -> Finding {
     const CHECK: &str = "store";
     match check_store(config) {
         Err(failure) => Finding::failed(CHECK, failure),
-        Ok(None) => Finding::ok(CHECK, format!("{}: is whole, and this server's", config.store_path().display())),
-        Ok(Some(doubt)) => Finding::problem(CHECK, doubt)
+        Ok(Trust::Whole) => {
+            Finding::ok(CHECK, format!("{}: is whole, and this server's", config.store_path().display()))
+        }
+        Ok(Trust::Shut(said)) => Finding::problem(CHECK, said)
             .hint("wait until then; the daemon's log of its start says why: journalctl -u knockq"),
+        Ok(Trust::Doubt(said)) => {
+            Finding::problem(CHECK, said).hint("start the daemon, for that time begins then: systemctl start knockq")
+        }
+        Ok(Trust::Unknown(said)) => Finding::unknown(CHECK, said).hint("see what it does: journalctl -u knockq"),
     }
 }
 

@@ -11,7 +11,10 @@ use super::knock::{self, Knock};
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, succeeds};
 use crate::unix_now;
 
-/// What the log says of the store at the start.
+/// What is said of the store before the start.
+const OF_A_COPY_BEFORE: &str = "users can knock again a window after the start";
+
+/// What the log says of it then.
 const OF_A_COPY: &str = "is a copy of a counter store, restored or moved; to be safe, no knock of before is taken";
 
 #[test]
@@ -20,6 +23,7 @@ fn a_copied_store_is_in_doubt_for_a_window_and_all_who_look_are_told_until_when(
         let copy = lab.store().with_extension("copy");
         fs::copy(lab.store(), &copy).unwrap();
         fs::rename(copy, lab.store()).unwrap();
+        lab.doctor().has("store", "problem", &[OF_A_COPY_BEFORE, "systemctl start knockq"]);
     });
 }
 
