@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::slice;
 
 use clap::Args;
 use serde::Serialize;
@@ -159,13 +160,14 @@ impl Revoke {
                 .hint("see who there is with `knockq user list`")
                 .code(CONFIGURATION));
         }
+        let mut unshut = Vec::new();
         let revocation = Revocation { selection, kill: self.kill };
         let ending = match control::ask_for_memory(&runtime, &Request::Revoke(revocation.clone())) {
             // A daemon that is not there holds no book, and no table.
             Err(ControlError::NotRunning { .. }) => {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
-                meant.chunks(TOGETHER).try_for_each(|some| doors.close_all(some.iter().map(|open| &open.door)))?;
+                unshut = shut(&meant, |some| doors.close_all(some.iter().map(|open| &open.door)));
                 if revocation.kill {
                     end_connections(&mut doors, &revocation.selection, &meant, &self.config.config)?
                 } else {
@@ -175,8 +177,23 @@ impl Revoke {
             asked => handed_over(asked?)?,
         };
         let shown = show(&meant, &nft::open_doors()?, self.kill.then_some(ending.ended));
-        tell(&ending).and(shown)
+        for (Door { source, port, .. }, error) in &unshut {
+            note(&format!("{source} {port}: not shut: {error}"));
+        }
+        let unshut = unshut.into_iter().next().map_or(Ok(()), |(_, error)| Err(error.into()));
+        tell(&ending).and(unshut).and(shown)
     }
+}
+
+/// Shuts doors, dozens together, and each by itself where the kernel refuses some: those that are not shut, and why.
+fn shut<E>(meant: &[OpenDoor], mut close: impl FnMut(&[OpenDoor]) -> Result<(), E>) -> Vec<(&Door, E)> {
+    let mut unshut = Vec::new();
+    for some in meant.chunks(TOGETHER) {
+        if close(some).is_err() {
+            unshut.extend(some.iter().filter_map(|open| Some((&open.door, close(slice::from_ref(open)).err()?))));
+        }
+    }
+    unshut
 }
 
 /// What the daemon tells of the connections.
@@ -334,7 +351,34 @@ pub(super) fn must_not_run(runtime: &Path, queue: u16) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::time_left;
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::{Door, OpenDoor, TOGETHER, shut, time_left};
+
+    #[test]
+    fn a_door_that_the_kernel_does_not_shut_is_told_and_keeps_no_other_open() {
+        let open = |number: usize| OpenDoor {
+            door: Door {
+                source: IpAddr::from(Ipv4Addr::LOCALHOST),
+                port: format!("tcp/{}", number + 1).parse().unwrap(),
+                once: false,
+            },
+            comment: String::new(),
+            left: None,
+        };
+        let meant: Vec<OpenDoor> = (0..3 * TOGETHER).map(open).collect();
+        let bad = &meant[TOGETHER + 7].door;
+        let mut closed = Vec::new();
+        let unshut = shut(&meant, |some| {
+            if some.iter().any(|open| open.door == *bad) {
+                return Err("refused");
+            }
+            closed.extend(some.iter().map(|open| open.door));
+            Ok(())
+        });
+        assert_eq!(unshut, [(bad, "refused")]);
+        assert_eq!(closed.len(), meant.len() - 1);
+    }
 
     #[test]
     fn time_is_shown_in_its_two_largest_units() {
