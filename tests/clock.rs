@@ -96,7 +96,7 @@ fn tells(daemon: &Daemon, text: &str, seconds: i64) {
 #[test]
 fn doctor_tells_whether_the_clock_is_synchronised() {
     let mut clock = Clock::take();
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"15s\"");
     let _daemon = lab.start();
     let config = lab.config().display().to_string();
     let doctor = || {
@@ -123,8 +123,11 @@ fn an_hour_forward_is_told_once_shuts_no_door_early_and_makes_no_spent_knock_fre
     let mut clock = Clock::take();
     let lab = Lab::with("open_for = \"15s\"");
     let daemon = lab.start();
-    let spent = FAMILIES.map(|family| (family, knock(&lab, family)));
-    FAMILIES.iter().for_each(|family| opens(&lab, *family));
+    let spent = FAMILIES.map(|family| {
+        let packet = knock(&lab, family);
+        opens(&lab, family);
+        (family, packet)
+    });
     let opened = Instant::now();
     clock.set(HOUR);
     tells(&daemon, "the clock went forward", HOUR);
@@ -143,7 +146,7 @@ fn an_hour_forward_is_told_once_shuts_no_door_early_and_makes_no_spent_knock_fre
 #[test]
 fn back_past_accepted_counters_what_was_spent_stays_spent_and_only_its_own_key_waits() {
     let mut clock = Clock::take();
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"15s\"");
     lab.add_user("bob", &["ssh"]);
     clock.set(HOUR); // it was wrong, and nobody had noticed
     let daemon = lab.start();
@@ -184,7 +187,7 @@ fn back_past_accepted_counters_what_was_spent_stays_spent_and_only_its_own_key_w
 #[test]
 fn a_client_that_was_two_hours_ahead_is_told_so_and_let_in_when_it_is_right() {
     let mut clock = Clock::take();
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"15s\"");
     let daemon = lab.start();
     let (_, verifier) = daemon.processes()[2];
     for family in FAMILIES {
@@ -210,7 +213,7 @@ fn a_client_that_was_two_hours_ahead_is_told_so_and_let_in_when_it_is_right() {
 #[test]
 fn no_counter_is_issued_twice_however_the_clock_of_a_client_is_set() {
     let mut clock = Clock::take();
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"15s\"");
     let mut sequences = BTreeSet::new();
     for (round, offset) in [0, 2, 0, -HOUR, 2 * HOUR, -HOUR, 0, 2 * HOUR, -1, 0].into_iter().enumerate() {
         clock.set(offset);
@@ -226,7 +229,7 @@ fn no_counter_is_issued_twice_however_the_clock_of_a_client_is_set() {
 #[test]
 fn a_server_that_starts_decades_behind_serves_as_soon_as_its_clock_is_right() {
     let mut clock = Clock::take();
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"15s\"");
     let early = 1_000_000_000 - i64::try_from(clock.start.0.as_secs()).unwrap();
     clock.set(early);
     let daemon = lab.start();
