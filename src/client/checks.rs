@@ -51,8 +51,8 @@ fn of_own(
         ),
         (
             false,
-            "the server may doubt its counter store, as after a loss of power or a restored backup: then no knocks are accepted until \
-             HH:MM:SS (counter store in doubt), and `knockq status` there names the time"
+            "the server may doubt its counter store, as after a loss of power, a restored backup or `knockq recover`: then \
+             `knockq status` there says: no knocks are accepted until HH:MM:SS (counter store in doubt)"
                 .to_owned(),
         ),
         (false, SERVICE.to_owned()),

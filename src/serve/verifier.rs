@@ -96,7 +96,10 @@ pub fn run() -> Result<(), VerifierError> {
             let hint = shut.map(|shut| shut.to_string());
             warn!(hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
         }
-        (None, Some(shut)) => warn!("{store_path}: {shut}"),
+        (None, Some(shut)) => {
+            let hint = "the store was made anew by `knockq recover`, or found in doubt at an earlier start";
+            warn!(hint, "{store_path}: {shut}");
+        }
         (None, None) => {}
     }
     let verifier = writer::prepare(&mut store, registry).map_err(fail)?;

@@ -419,7 +419,7 @@ fn an_address_that_no_way_leads_to_is_left_for_the_next() {
 /// The first two attempts never get through, however often the kernel sends them again.
 #[test]
 fn a_fresh_attempt_connects_where_those_before_are_lost() {
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"1h\"");
     let _daemon = lab.start();
     for family in FAMILIES {
         let syn = "add rule inet lossy out tcp dport 22 tcp flags & (syn | ack) == syn";
@@ -428,7 +428,7 @@ fn a_fresh_attempt_connects_where_those_before_are_lost() {
              add set inet lossy lost {{ type inet_service; flags dynamic; }}; {syn} tcp sport @lost drop; \
              {syn} limit rate over 1/hour burst 2 packets accept; {syn} add @lost {{ tcp sport }} drop"
         )]);
-        let child = lab.alice.enter(|| connect(&lab, family, &[]).spawn().unwrap());
+        let child = lab.alice.enter(|| connect(&lab, family, &["--timeout", "2m"]).spawn().unwrap());
         assert_eq!(succeeds(&child.wait_with_output().unwrap()), "welcome to 22\n");
         lab.alice.nft(&["delete table inet lossy"]);
     }
@@ -437,7 +437,7 @@ fn a_fresh_attempt_connects_where_those_before_are_lost() {
 /// The first knock never arrives.
 #[test]
 fn connect_knocks_again_where_a_knock_is_lost() {
-    let lab = Lab::new();
+    let lab = Lab::with("open_for = \"1h\"");
     let daemon = lab.start();
     for (granted, family) in (1..).zip(FAMILIES) {
         lab.server.nft(&[
@@ -445,7 +445,7 @@ fn connect_knocks_again_where_a_knock_is_lost() {
              add rule inet lossy in tcp dport 20000-21023 limit rate over 1/hour burst 1 packets accept; \
              add rule inet lossy in tcp dport 20000-21023 drop",
         ]);
-        let child = lab.alice.enter(|| connect(&lab, family, &["--timeout", "30s"]).spawn().unwrap());
+        let child = lab.alice.enter(|| connect(&lab, family, &["--timeout", "2m"]).spawn().unwrap());
         assert_eq!(succeeds(&child.wait_with_output().unwrap()), "welcome to 22\n");
         assert!(daemon.log().matches("granted").count() >= granted);
         lab.server.nft(&["delete table inet lossy"]);

@@ -191,7 +191,7 @@ fn store(config: &ServerConfig) -> Finding {
             Finding::ok(CHECK, format!("{}: is whole, and this server's", config.store_path().display()))
         }
         Ok(Trust::Shut(said)) => Finding::problem(CHECK, said)
-            .hint("wait until then; the daemon's log of its start says why: journalctl -u knockq"),
+            .hint("let the daemon run and wait until then; its log of this start or an earlier one says why: journalctl -u knockq"),
         Ok(Trust::Doubt(said)) => {
             Finding::problem(CHECK, said).hint("start the daemon, for that time begins then: systemctl start knockq")
         }

@@ -127,7 +127,7 @@ impl fmt::Display for Cause {
                 (_, Some(explanation)) => f.write_str(explanation),
                 (reason, None) => write!(f, "{reason}"),
             },
-            Self::InDoubt(shut) => write!(f, "{shut}"),
+            Self::InDoubt(shut) => write!(f, "refused while this held: {shut}"),
             Self::PortNotAllowed { service } => write!(f, "for {service}, which the user's entry does not list"),
             Self::NoSuchService { selector } => write!(f, "for service number {selector}, which this server does not have"),
             Self::Expired => f.write_str("of a user whose entry has expired"),
