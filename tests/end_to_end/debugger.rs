@@ -19,6 +19,7 @@ pub(crate) const SENDTO: u64 = 44;
 pub(crate) const SENDMSG: u64 = 46;
 pub(crate) const FDATASYNC: u64 = 75;
 pub(crate) const FTRUNCATE: u64 = 77;
+pub(crate) const OPEN: u64 = 2;
 pub(crate) const OPENAT: u64 = 257;
 pub(crate) const PPOLL: u64 = 271;
 

@@ -2,10 +2,11 @@
 //! daemon begins with it.
 
 use std::fs;
+use std::process::Command;
 
 use super::knock::{self, Knock};
 use crate::debugger::{FDATASYNC, FTRUNCATE, PWRITE64, Traced, other_thread};
-use crate::lab::{Daemon, Family, Lab};
+use crate::lab::{Daemon, Family, Lab, eventually};
 
 /// The store before each call that the second knock's counter takes to be written. The first one's is on the disk.
 fn cut_short(lab: &Lab, daemon: &mut Daemon, first: &Knock, second: &Knock) -> Vec<Vec<u8>> {
@@ -36,7 +37,11 @@ fn a_daemon_that_begins_with_what_a_loss_of_power_left_knows_what_was_spent() {
         assert!(states.len() > 2, "the writes are not seen");
         let last = states.pop().unwrap();
         for state in [states.swap_remove(0), states.swap_remove(states.len() / 2), last] {
-            lab.server.nft(&["delete", "table", "inet", "knockq"]);
+            eventually("a table that nobody owns", || {
+                lab.server.enter(|| {
+                    Command::new("nft").args(["delete", "table", "inet", "knockq"]).status().unwrap().success()
+                })
+            });
             fs::write(lab.store(), state).unwrap();
             let daemon = knock::start(&lab);
             first.is_spent(&lab, &daemon);
