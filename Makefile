@@ -69,7 +69,7 @@ MUSL_TESTS := answer:: client:: confinement:: control:: daemon:: doors:: once:: 
 	users:: watch:: wire:: faults::crash faults::table
 test-musl:
 	rustup target add x86_64-unknown-linux-musl
-	KNOCKQ_VM=stand-in RUST_TEST_THREADS=$${RUST_TEST_THREADS:-16} $(CARGO) test --target x86_64-unknown-linux-musl --test end_to_end -- \
+	KNOCKQ_VM=stand-in RUST_TEST_THREADS=$${RUST_TEST_THREADS:-10} $(CARGO) test --target x86_64-unknown-linux-musl --test end_to_end -- \
 		$(or $(TESTS),$(MUSL_TESTS))
 
 # What docs/faults.md says, as far as it is about faults alone. `make test` runs it too.
