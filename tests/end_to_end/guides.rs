@@ -383,8 +383,12 @@ fn a_tunnel_is_made(lab: &Lab, site: &Site, family: Family) {
         lab.alice.gets_in(to, 22);
     }
     eventually("closing", || doors_are_shut(lab));
+    // What he sends before the flushed gate is back would be let in, where the kernel is older than 6.9.
+    thief.sh("wg-quick down wg0");
     site.sh("nft -f /etc/nftables.conf");
+    eventually("the gate", || !lab.mallory.reaches(family.server(), 22));
     eventually("the tunnel", || answers(&client));
+    thief.sh("wg-quick up wg0");
     assert!(!answers(&thief), "for its source alone");
     for host in [&client, &thief, site] {
         host.sh("wg-quick down wg0");
