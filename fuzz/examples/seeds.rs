@@ -218,6 +218,7 @@ fn handed_over() {
         missing_accounts: vec!["knockq".to_owned()],
         ruleset: Ruleset {
             guarded: vec![port],
+            kill: vec![port],
             knock_ports: vec![20_000..=21_023],
             trusted: vec!["10.0.0.0/8".parse().unwrap()],
             answer: Answer::Drop,

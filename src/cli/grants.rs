@@ -1,5 +1,6 @@
 //! `knockq grants`, `knockq revoke` and `knockq confirm`
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::IpAddr;
@@ -16,8 +17,9 @@ use super::{CONFIG, ConfigArg, note, print, print_json, print_view};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{ConfigError, FileError, Network, ServerConfig};
 use crate::nft::{self, Door, Doors, Ending, OpenDoor};
-use crate::serve::control::{self, ControlError, Reply, Request, Revocation, Selection};
-use crate::serve::{report, start};
+use crate::serve::control::{self, ControlError, Reply, Request, Selection};
+use crate::serve::report::{self, RevokedPart};
+use crate::serve::start;
 use crate::service::{Name, Port};
 
 /// Doors that are shut in one transaction.
@@ -161,21 +163,17 @@ impl Revoke {
                 .code(CONFIGURATION));
         }
         let mut unshut = Vec::new();
-        let revocation = Revocation { selection, kill: self.kill };
-        let ending = match control::ask_for_memory(&runtime, &Request::Revoke(revocation.clone())) {
+        let whose = match control::ask_for_memory(&runtime, &Request::Revoke(selection.clone())) {
             // A daemon that is not there holds no book, and no table.
             Err(ControlError::NotRunning { .. }) => {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
                 unshut = shut(&meant, |some| doors.close_all(some.iter().map(|open| &open.door)));
-                if revocation.kill {
-                    end_connections(&mut doors, &revocation.selection, &meant, &self.config.config)?
-                } else {
-                    Ending::default()
-                }
+                if self.kill { whose(&meant, &self.config.config)? } else { RevokedPart::default() }
             }
             asked => handed_over(asked?)?,
         };
+        let ending = if self.kill { end_connections(&selection, &whose) } else { Ending::default() };
         let shown = show(&meant, &nft::open_doors()?, self.kill.then_some(ending.ended));
         for (Door { source, port, .. }, error) in &unshut {
             note(&format!("{source} {port}: not shut: {error}"));
@@ -196,43 +194,45 @@ fn shut<E>(meant: &[OpenDoor], mut close: impl FnMut(&[OpenDoor]) -> Result<(), 
     unshut
 }
 
-/// What the daemon tells of the connections.
-fn handed_over(asked: Result<OwnedFd, Reply>) -> Result<Ending, Failure> {
+/// What the daemon knows of those who were revoked.
+fn handed_over(asked: Result<OwnedFd, Reply>) -> Result<RevokedPart, Failure> {
     match asked {
         Ok(memory) => report::read(memory).map_err(|error| {
             Failure::new(format!("revoke: the daemon's answer cannot be read: {error}"))
                 .hint("if knockq was updated: systemctl restart knockq")
         }),
-        Err(reply) => refused(reply).map(|()| Ending::default()),
+        Err(reply) => refused(reply).map(|()| RevokedPart::default()),
     }
 }
 
-/// What the daemon would do, but for what only it remembers.
-fn end_connections(
-    doors: &mut Doors,
-    selection: &Selection,
-    meant: &[OpenDoor],
-    config: &Path,
-) -> Result<Ending, Failure> {
+/// The same without the daemon, but for what only it remembers.
+fn whose(meant: &[OpenDoor], config: &Path) -> Result<RevokedPart, Failure> {
     let config = ServerConfig::load(config)?;
-    let guarded = |port: &Port| config.services.iter().any(|service| service.ports.contains(port));
-    let is_trusted = |door: &Door| config.trusted.iter().any(|network| network.contains(&door.source));
-    let was_open = |door: &Door| {
-        meant.iter().any(|open| (open.door.source, open.door.port) == (door.source, door.port)) && !is_trusted(door)
-    };
-    let is_meant = |door: &Door| was_open(door) || (selection.is_source(door.source) && guarded(&door.port));
-    Ok(nft::end([true; 2], is_meant, is_trusted, std::iter::empty(), doors))
+    let doors = meant.iter().map(|open| Door { once: false, ..open.door }).collect();
+    let guarded = config.services.into_iter().flat_map(|service| service.ports).collect();
+    Ok(RevokedPart { doors, guarded, trusted: config.trusted, is_cut: false })
 }
 
-/// Says which connections may live on. The daemon's words are not trusted.
+/// Ends what began at their doors, and all that a network that was named has to do with guarded ports.
+fn end_connections(selection: &Selection, whose: &RevokedPart) -> Ending {
+    let is_trusted = |door: &Door| whose.trusted.iter().any(|network| network.contains(&door.source));
+    let doors: HashSet<&Door> = whose.doors.iter().filter(|door| !is_trusted(door)).collect();
+    let is_named = |door: &Door| selection.is_source(door.source) && whose.guarded.contains(&door.port);
+    let ending = nft::end(|door| doors.contains(door) || is_named(door), is_trusted);
+    let cut = whose.is_cut.then(|| "there were too many doors to tell them all".to_owned());
+    Ending { unlisted: ending.unlisted.or(cut), ..ending }
+}
+
+/// Says which connections may live on.
 fn tell(ending: &Ending) -> Result<(), Failure> {
-    let lines = ending.failed.iter().map(|(Door { source, port, .. }, cause)| {
-        format!("{source} {port}: connections are not ended for good: {}\n", cause.escape_debug())
-    });
+    let lines = ending
+        .failed
+        .iter()
+        .map(|(Door { source, port, .. }, cause)| format!("{source} {port}: connections live on: {cause}\n"));
     print(&lines.collect::<String>())?;
     let what = match (&ending.unlisted, ending.failed.first()) {
-        (Some(cause), _) => format!("connections live on: {}", cause.escape_debug()),
-        (None, Some((_, cause))) => format!("not all connections are ended for good: {}", cause.escape_debug()),
+        (Some(cause), _) => format!("connections live on: {cause}"),
+        (None, Some((_, cause))) => format!("not all connections are ended: {cause}"),
         (None, None) if ending.spared > 0 => {
             let message = format!("revoke: {} connections live on: their network is trusted", ending.spared);
             return Err(Failure::new(message).hint("take it out of `trusted`, reload, and revoke again"));

@@ -105,7 +105,6 @@ struct Doors {
     opened: u64,
     not_opened: u64,
     over_rate: u64,
-    not_ended: u64,
     open: Vec<LiveDoor>,
 }
 
@@ -203,7 +202,7 @@ impl Shown {
     fn of(status: observers::Status, now: u64) -> Self {
         let observers::Status { keeper, verifier, monitor } = status;
         let KeeperPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = keeper;
-        let MonitorPart { seen, lost, opened, not_opened, over_rate, not_ended, doors, is_cut } = monitor;
+        let MonitorPart { seen, lost, opened, not_opened, over_rate, doors, is_cut } = monitor;
         let is_cut = is_cut || verifier.is_cut;
         let packets = verifier.counts().map(|(reason, count)| Count { reason: reason.as_str(), count }).collect();
         let clock = Clock {
@@ -221,7 +220,7 @@ impl Shown {
             table: ShownTable::of(&table),
             syns: Syns::of(seen, lost, queue),
             packets,
-            doors: Doors { opened, not_opened, over_rate, not_ended, open: sorted(doors) },
+            doors: Doors { opened, not_opened, over_rate, open: sorted(doors) },
             store: Store::of(&verifier, waits_for_disk, now),
             clock,
             knocks: knocks(verifier),
@@ -359,13 +358,9 @@ impl Syns {
 
 impl Doors {
     fn text(&self) -> String {
-        let Self { opened, not_opened, over_rate, not_ended, open } = self;
-        let not_ended = match not_ended {
-            0 => String::new(),
-            doors => format!("; connections of {doors} could NOT be ended for good"),
-        };
+        let Self { opened, not_opened, over_rate, open } = self;
         format!(
-            "{} open; {opened} opened, {not_opened} not for a fault, {over_rate} not for grants_per_minute{not_ended}",
+            "{} open; {opened} opened, {not_opened} not for a fault, {over_rate} not for grants_per_minute",
             open.len()
         )
     }
@@ -461,12 +456,6 @@ impl Shown {
                 "counter",
                 "Doors that grants_per_minute forbade",
                 one(self.doors.over_rate),
-            ),
-            (
-                "knockq_doors_not_ended_total",
-                "counter",
-                "Doors whose connections could not be ended for good",
-                one(self.doors.not_ended),
             ),
             (
                 "knockq_store_ok",

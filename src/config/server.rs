@@ -1,6 +1,6 @@
 //! `knockq.toml`: the server and its services.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
@@ -232,11 +232,13 @@ impl ServerConfig {
 
     /// The table for this configuration.
     pub fn ruleset(&self) -> Ruleset {
-        let mut guarded: Vec<Port> = self.services.iter().flat_map(|service| service.ports.clone()).collect();
-        guarded.sort_unstable();
-        guarded.dedup();
+        let ports = |services: &mut dyn Iterator<Item = &Service>| {
+            let ports: BTreeSet<Port> = services.flat_map(|service| service.ports.clone()).collect();
+            ports.into_iter().collect()
+        };
         Ruleset {
-            guarded,
+            guarded: ports(&mut self.services.iter()),
+            kill: ports(&mut self.services.iter().filter(|service| service.kill)),
             knock_ports: self.all_knock_ports().ranges(),
             trusted: self.trusted.clone(),
             answer: self.answer,

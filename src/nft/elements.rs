@@ -35,16 +35,9 @@ const RETRIES: usize = 20;
 /// Bytes of a comment with its terminator: one byte of length (libnftnl's `udata`).
 const COMMENT_MAX: usize = 253;
 
-/// The sets of doors, and whether theirs are for one connection.
-pub(super) const SETS: [(&str, bool); 4] = [("open4", false), ("open6", false), ("once4", true), ("once6", true)];
-
-/// The sets of those whose connections were ended: nothing that is none of a connection's goes to them from that port.
-pub(super) const ENDED: [&str; 2] = ["ended4", "ended6"];
-
-/// Time for which an ended connection is kept from beginning again with a packet of the server's: longer than TCP takes to
-/// find out that nobody answers, by its keep-alive (2 h 11 min) or what it sends again (16 min). UDP never does.
-const TCP_ENDED_FOR: Duration = Duration::from_hours(3);
-const UDP_ENDED_FOR: Duration = Duration::from_hours(24);
+/// The sets of doors, and whether theirs are for one connection. Such a door may have an element in two sets.
+pub(super) const SETS: [(&str, bool); 6] =
+    [("open4", false), ("open6", false), ("once4", true), ("once6", true), ("live4", true), ("live6", true)];
 
 /// One element: this source may connect to this port.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -69,6 +62,16 @@ impl Door {
 
     const fn place(&self) -> Place<'static> {
         Place { family: INET, table: TABLE, set: self.set() }
+    }
+
+    /// Where the one connection of such a door has its time, if it ends with the door.
+    const fn place_of_connection(&self) -> Option<Place<'static>> {
+        let set = if self.source.is_ipv4() { "live4" } else { "live6" };
+        if self.once { Some(Place { family: INET, table: TABLE, set }) } else { None }
+    }
+
+    fn places(&self) -> impl Iterator<Item = Place<'static>> {
+        self.place_of_connection().into_iter().chain([self.place()])
     }
 
     fn key(&self) -> Vec<u8> {
@@ -116,11 +119,6 @@ struct Place<'a> {
     family: NetfilterProtoFamily,
     table: &'a str,
     set: &'a str,
-}
-
-fn ended(door: &Door) -> Place<'static> {
-    let [v4, v6] = ENDED;
-    Place { set: if door.source.is_ipv4() { v4 } else { v6 }, ..door.place() }
 }
 
 /// Why the kernel's sets could not be changed.
@@ -173,15 +171,27 @@ impl Doors {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Opens a door for so long from now on, or gives an open one that time.
+    /// Opens a door for so long from now on, or gives an open one that time. Where connections are to end with it, `kill`,
+    /// that of a door for one connection may last as long.
     ///
     /// Adding an element that is there does not renew it, so it is added, deleted and added in one transaction, none of
     /// which can fail.
     ///
     /// # Errors
     /// When the table or the set is gone, the set is full, or the capability is missing.
-    pub fn open(&mut self, door: &Door, timeout: Duration, comment: &str) -> Result<(), ElementError> {
-        self.renew(&door.place(), &door.key(), timeout, comment)
+    pub fn open(&mut self, door: &Door, kill: bool, timeout: Duration, comment: &str) -> Result<(), ElementError> {
+        let connection = door.place_of_connection().filter(|_| kill).into_iter();
+        let places = connection.chain([door.place()]);
+        let messages: Vec<_> = places.flat_map(|place| renewal(&place, &door.key(), timeout, comment)).collect();
+        self.transact(INET, &messages)
+    }
+
+    /// Lets the one connection of such a door last for so long from now on, and none begin.
+    ///
+    /// # Errors
+    /// As [`Doors::open`].
+    pub fn let_last(&mut self, door: &Door, timeout: Duration, comment: &str) -> Result<(), ElementError> {
+        door.place_of_connection().map_or(Ok(()), |place| self.renew(&place, &door.key(), timeout, comment))
     }
 
     /// Closes a door, whether it is open or not.
@@ -189,7 +199,7 @@ impl Doors {
     /// # Errors
     /// As [`Doors::open`].
     pub fn close(&mut self, door: &Door) -> Result<(), ElementError> {
-        self.delete(&door.place(), &door.key())
+        self.close_all([door])
     }
 
     /// Closes doors, whether they are open or not: all of them, or none. One transaction for dozens takes a fraction of the
@@ -198,7 +208,8 @@ impl Doors {
     /// # Errors
     /// As [`Doors::open`].
     pub fn close_all<'a>(&mut self, doors: impl IntoIterator<Item = &'a Door>) -> Result<(), ElementError> {
-        let messages: Vec<_> = doors.into_iter().flat_map(|door| deletion(&door.place(), &door.key())).collect();
+        let elements = doors.into_iter().flat_map(|door| door.places().map(|place| (place, door.key())));
+        let messages: Vec<_> = elements.flat_map(|(place, key)| deletion(&place, &key)).collect();
         if messages.is_empty() { Ok(()) } else { self.transact(INET, &messages) }
     }
 
@@ -249,33 +260,8 @@ impl Doors {
         }
     }
 
-    /// Lets connections begin again with a packet of the server's.
-    ///
-    /// # Errors
-    /// As [`Doors::open`].
-    pub fn forget_ended(&mut self, door: &Door) -> Result<(), ElementError> {
-        self.delete(&ended(door), &door.key())
-    }
-
-    /// Keeps connections that were ended from beginning again with a packet of the server's.
-    ///
-    /// # Errors
-    /// As [`Doors::open`].
-    pub fn keep_ended(&mut self, door: &Door) -> Result<(), ElementError> {
-        let time = if door.port.transport == Transport::Tcp { TCP_ENDED_FOR } else { UDP_ENDED_FOR };
-        self.renew(&ended(door), &door.key(), time, "")
-    }
-
     fn renew(&mut self, place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> Result<(), ElementError> {
-        let added = || element(place, key, Some(timeout), comment);
-        self.transact(
-            place.family,
-            &[
-                (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
-                (NfTablesMessage::DeleteSetElement(element(place, key, None, "")), 0),
-                (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
-            ],
-        )
+        self.transact(place.family, &renewal(place, key, timeout, comment))
     }
 
     fn delete(&mut self, place: &Place<'_>, key: &[u8]) -> Result<(), ElementError> {
@@ -415,6 +401,16 @@ fn own() -> NfTablesMessage {
     NfTablesMessage::NewTable(TableMessage {
         attributes: vec![TableAttribute::Name(TABLE.to_owned()), TableAttribute::Flags(flags)],
     })
+}
+
+/// Of an element that may be there or not.
+fn renewal(place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> [(NfTablesMessage, u16); 3] {
+    let added = || element(place, key, Some(timeout), comment);
+    [
+        (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
+        (NfTablesMessage::DeleteSetElement(element(place, key, None, "")), 0),
+        (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
+    ]
 }
 
 /// Of an element that may be there or not: it is added before.

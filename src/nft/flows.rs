@@ -1,21 +1,21 @@
 //! Connections that came in by a door, as conntrack knows them: they end when conntrack forgets them, for the gate takes their
-//! next packet for that of a stranger.
+//! next packet for that of a stranger. Commands use this, the daemon never.
 
-use std::collections::HashSet;
-use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::{fs, io};
 
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload,
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage};
+use netlink_packet_netfilter::conntrack::{
+    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Protocol, Status, Tuple,
+};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use serde::{Deserialize, Serialize};
+use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_NETFILTER};
 
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages};
-use super::elements::{Door, Doors, ElementError, read};
+use super::elements::{Door, ElementError, read};
 use crate::service::{Port, Transport};
 
 /// Attributes of an entry (`enum ctattr_type` of linux/netfilter/nfnetlink_conntrack.h): as its first packet was, before any
@@ -40,34 +40,25 @@ const DESTINATION_PORT: u16 = 3;
 const NESTED: u16 = 0x8000;
 
 /// What became of connections that were to end.
-#[derive(Default, Debug, Serialize, Deserialize)]
+#[derive(Default, Debug)]
 pub struct Ending {
     /// How many ended.
     pub ended: u64,
     /// How many were named, and stay because their network is trusted.
     pub spared: u64,
-    /// Doors whose connections may live on, or begin again, and why.
+    /// Doors whose connections may live on, and why.
     pub failed: Vec<(Door, String)>,
     /// Why not all connections could be looked at.
     pub unlisted: Option<String>,
-    /// There were more that failed.
-    pub is_cut: bool,
 }
 
-/// Ends connections that came in by doors that are `meant`, but for those from trusted networks, and keeps them from beginning
-/// again, those of `idle` doors too. Those of IPv4, IPv6 or both `families` are looked at, for as long as the kernel takes to
-/// list them. What fails spares no other.
-pub fn end(
-    families: [bool; 2],
-    is_meant: impl Fn(&Door) -> bool,
-    is_trusted: impl Fn(&Door) -> bool,
-    idle: impl Iterator<Item = Door>,
-    doors: &mut Doors,
-) -> Ending {
+/// Ends connections that came in by doors that are `meant`, but for those from trusted networks, for as long as the kernel
+/// takes to list them. The gate takes what comes next for a stranger's, and an answer to the server's next packet for the same.
+/// What fails spares no other.
+pub fn end(is_meant: impl Fn(&Door) -> bool, is_trusted: impl Fn(&Door) -> bool) -> Ending {
     let mut ending = Ending::default();
     let (mut socket, mut found) = (None, Vec::new());
-    let known = [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6];
-    for (family, _) in known.into_iter().zip(families).filter(|(_, is_wanted)| *is_wanted) {
+    for family in [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6] {
         // A socket of its own for each: what is left of a list that broke off is no answer to what is asked next.
         let listed = Flows::new().map_err(ElementError::from).and_then(|mut flows| {
             flows.find(family, &is_meant, &mut found)?;
@@ -81,11 +72,6 @@ pub fn end(
     let in_all = found.len();
     found.retain(|flow| !is_trusted(&flow.door));
     ending.spared = in_all.saturating_sub(found.len()) as u64;
-    for door in found.iter().map(|flow| flow.door).chain(idle).collect::<HashSet<Door>>() {
-        if let Err(error) = doors.keep_ended(&door) {
-            ending.failed.push((door, error.to_string()));
-        }
-    }
     for flow in found {
         let door = flow.door;
         match socket.as_mut().ok_or(ElementError::NoAnswer).and_then(|socket| socket.forget(flow)) {
@@ -94,6 +80,59 @@ pub fn end(
         }
     }
     ending
+}
+
+/// Has conntrack know the TCP connections that this host's sockets have at these ports already, each as begun by its client: on
+/// a host that tracks none until the gate is loaded, they would be cut, and the administrator's session among them. For when
+/// there is no gate yet: what `revoke --kill` has ended must not come back.
+///
+/// # Errors
+/// When the sockets cannot be listed, or an entry cannot be made.
+pub fn track_sessions(guarded: &[Port]) -> Result<(), ElementError> {
+    let mut flows = Flows::new()?;
+    for (client, server) in sessions()? {
+        let port = Port { transport: Transport::Tcp, number: server.port() };
+        if guarded.contains(&port) && !server.ip().is_loopback() {
+            flows.make(client, server)?;
+        }
+    }
+    Ok(())
+}
+
+/// TCP connections of this host's sockets: the other end, and ours.
+fn sessions() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
+    let mut sessions = Vec::new();
+    for table in tables {
+        match table {
+            Ok(table) => sessions.extend(table.lines().filter_map(session)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {} // no IPv6
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sessions)
+}
+
+/// A line of these tables: number, our address, the other's, state, and more (proc_net_tcp.rst of the kernel).
+fn session(line: &str) -> Option<(SocketAddr, SocketAddr)> {
+    const ESTABLISHED: &str = "01";
+    let mut words = line.split_ascii_whitespace().skip(1);
+    let (ours, other) = (words.next().and_then(end_of_session)?, words.next().and_then(end_of_session)?);
+    (words.next()? == ESTABLISHED).then_some((other, ours))
+}
+
+/// An address in words of 32 bits as this machine orders their bytes, and a port, all in hexadecimal.
+fn end_of_session(text: &str) -> Option<SocketAddr> {
+    let (address, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |at: usize| Some(u32::from_str_radix(address.get(at..at.checked_add(8)?)?, 16).ok()?.to_ne_bytes());
+    let address = if address.len() == 8 {
+        IpAddr::from(word(0)?)
+    } else {
+        let words = [word(0)?, word(8)?, word(16)?, word(24)?];
+        IpAddr::from(<[u8; 16]>::try_from(words.concat()).ok()?)
+    };
+    Some(SocketAddr::new(address.to_canonical(), port))
 }
 
 /// The socket that tells of connections and ends them. It needs CAP_NET_ADMIN at each use.
@@ -114,7 +153,7 @@ impl Flows {
     fn new() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.connect(&NetlinkAddress::new(0, 0))?;
         socket.set_non_blocking(true)?;
         Ok(Self { socket, sequence: 0 })
     }
@@ -141,6 +180,33 @@ impl Flows {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(ElementError::Connections(error)),
+        }
+    }
+
+    /// Has conntrack know an established connection; it may already.
+    fn make(&mut self, client: SocketAddr, server: SocketAddr) -> Result<(), ElementError> {
+        const ESTABLISHED: u8 = 3; // `TCP_CONNTRACK_ESTABLISHED`
+        const SECONDS: u32 = 5 * 24 * 60 * 60; // until its next packet, as by default
+        let tuple = |from: SocketAddr, to: SocketAddr| {
+            let ports = [ProtoTuple::SourcePort(from.port()), ProtoTuple::DestinationPort(to.port())];
+            let addresses = [IPTuple::SourceAddress(from.ip()), IPTuple::DestinationAddress(to.ip())];
+            let protocol = [vec![ProtoTuple::Protocol(Protocol::Tcp)], ports.to_vec()].concat();
+            vec![Tuple::Ip(addresses.to_vec()), Tuple::Proto(protocol)]
+        };
+        let entry = vec![
+            ConntrackAttribute::CtaTupleOrig(tuple(client, server)),
+            ConntrackAttribute::CtaTupleReply(tuple(server, client)),
+            ConntrackAttribute::CtaStatus(Status::SeenReply | Status::Assured | Status::Confirmed),
+            ConntrackAttribute::CtaTimeout(SECONDS),
+            ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(vec![ProtoInfoTCP::State(ESTABLISHED)])]),
+        ];
+        let is_ipv4 = client.is_ipv4();
+        let family = if is_ipv4 { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
+        self.send(family, ConntrackMessage::New(entry), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK)?;
+        let datagram = self.receive()?;
+        match messages(&datagram).find_map(read).ok_or(ElementError::NoAnswer)? {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(ElementError::Connections(error)),
+            _ => Ok(()),
         }
     }
 
@@ -206,7 +272,26 @@ fn only_itself(entry: &[u8]) -> Vec<ConntrackAttribute> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Door, through};
+    use super::{Door, session, through};
+
+    #[test]
+    fn an_established_connection_is_read_from_the_kernels_tables() {
+        // As a little-endian machine shows them.
+        let [v4, v6] = [
+            "   1: 0A00000A:0016 01021FAC:C3A1 01 00000000:00000000 02:000A7214 00000000     0        0 17 2 0 20 4 30 10 -1",
+            "   0: 0000000000000000FFFF00000100000A:0016 0000000000000000FFFF00000200000A:9C40 01 00000000:00000000 00:0 0",
+        ];
+        if cfg!(target_endian = "little") {
+            let ends = |client: &str, server: &str| Some((client.parse().unwrap(), server.parse().unwrap()));
+            assert_eq!(session(v4), ends("172.31.2.1:50081", "10.0.0.10:22"));
+            assert_eq!(session(v6), ends("10.0.0.2:40000", "10.0.0.1:22"), "of a socket of both families");
+        }
+        assert_eq!(session(&v4.replace(" 01 ", " 06 ")), None, "waits to be forgotten");
+        assert_eq!(session("  sl  local_address rem_address   st tx_queue"), None);
+        for end in 0..50 {
+            assert_eq!(session(&v4[..end.min(33)]), None);
+        }
+    }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
         let length = u16::try_from(4 + value.len()).unwrap();

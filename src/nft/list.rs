@@ -53,6 +53,8 @@ pub fn open_doors() -> Result<Vec<OpenDoor>, NftError> {
         let listed = read(&list_set(set)?, once);
         doors.extend(listed.map_err(|cause| NftError::Unreadable { set, cause: cause.to_string() })?);
     }
+    doors.sort_by_key(|open: &OpenDoor| open.door);
+    doors.dedup_by_key(|open| open.door); // that of one connection may have two elements
     Ok(doors)
 }
 

@@ -11,12 +11,12 @@ pub mod table;
 pub mod watch;
 
 pub use elements::{Door, Doors, ElementError, Ownership};
-pub use flows::{Ending, end};
+pub use flows::{Ending, end, track_sessions};
 pub use list::{OpenDoor, comment, open_doors};
 pub use load::{NftError, check, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};
 pub use sets::{Member, SetError, SetName};
-pub use table::{TableError, exists, install, is_live, remove};
+pub use table::{TableError, exists, install, install_first, is_live, remove};
 pub use watch::{Loss, Watch};
 
 /// Name of the one table that is ours, of family `inet`.

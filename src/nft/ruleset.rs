@@ -21,6 +21,8 @@ const SET_SIZE: u32 = 65_535;
 pub struct Ruleset {
     /// Ports that are shut to all but those who knocked.
     pub guarded: Vec<Port>,
+    /// Of these: where connections end with their door.
+    pub kill: Vec<Port>,
     /// Ports whose SYNs go to the queue.
     pub knock_ports: Vec<RangeInclusive<u16>>,
     /// Networks that are never gated.
@@ -41,6 +43,8 @@ add table inet TABLE
 add set inet TABLE guarded { type inet_proto . inet_service; }
 add set inet TABLE trusted4 { type ipv4_addr; flags interval; }
 add set inet TABLE trusted6 { type ipv6_addr; flags interval; }
+# Of the guarded ports: where a connection ends when its door shuts.
+add set inet TABLE kill { type inet_proto . inet_service; }
 
 # The doors: who may connect where. Elements vanish by themselves.
 add set inet TABLE open4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
@@ -50,67 +54,149 @@ add set inet TABLE once4 { type ipv4_addr . inet_proto . inet_service; size SIZE
 limit rate 1/week burst 1 packets; }
 add set inet TABLE once6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags dynamic,timeout; \
 limit rate 1/week burst 1 packets; }
+# How long that one connection may last, where connections end with their door.
+add set inet TABLE live4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+add set inet TABLE live6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 
-# Whose connections were ended: for hours the server cannot go on with them.
-add set inet TABLE ended4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
-add set inet TABLE ended6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+# What has passed by a door and is not yet answered for: the SYN's sequence number, and addresses and ports. A kernel sends its
+# SYN once more for 63 s.
+add set inet TABLE sequences { typeof tcp sequence; size SIZE; flags dynamic,timeout; timeout 64s; }
+add set inet TABLE begun4 { type ipv4_addr . ipv4_addr . inet_proto . inet_service . inet_service; size SIZE; \
+flags dynamic,timeout; timeout 64s; }
+add set inet TABLE begun6 { type ipv6_addr . ipv6_addr . inet_proto . inet_service . inet_service; size SIZE; \
+flags dynamic,timeout; timeout 64s; }
 
 add chain inet TABLE knock { type filter hook prerouting priority raw; policy accept; }
 add chain inet TABLE gate { type filter hook prerouting priority dstnat - 10; policy accept; }
+add chain inet TABLE host { type filter hook input priority filter - 10; policy accept; }
+add chain inet TABLE leave { type filter hook output priority filter - 10; policy accept; }
+add chain inet TABLE leave_published { type filter hook postrouting priority srcnat + 10; policy accept; }
+add chain inet TABLE guard
 add chain inet TABLE door
-add chain inet TABLE ended { type filter hook postrouting priority srcnat - 10; policy accept; }
+add chain inet TABLE opened
+add chain inet TABLE let_in
+add chain inet TABLE lasts
+add chain inet TABLE refuse
 flush chain inet TABLE knock
 flush chain inet TABLE gate
+flush chain inet TABLE host
+flush chain inet TABLE leave
+flush chain inet TABLE leave_published
+flush chain inet TABLE guard
 flush chain inet TABLE door
-flush chain inet TABLE ended
+flush chain inet TABLE opened
+flush chain inet TABLE let_in
+flush chain inet TABLE lasts
+flush chain inet TABLE refuse
 flush set inet TABLE guarded
 flush set inet TABLE trusted4
 flush set inet TABLE trusted6
+flush set inet TABLE kill
+flush set inet TABLE sequences
+flush set inet TABLE begun4
+flush set inet TABLE begun6
+
+# What a table of before has that this one does not.
+add chain inet TABLE ended { type filter hook postrouting priority srcnat - 10; policy accept; }
+delete chain inet TABLE ended
+add set inet TABLE ended4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+delete set inet TABLE ended4
+add set inet TABLE ended6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
+delete set inet TABLE ended6
 
 ";
 
 const RULES: &str = "
 # Before conntrack. Nothing but SYNs: a reply to this host's own connection may carry a knock port. No `bypass`: without
-# the daemon the kernel drops them.
+# the daemon the kernel drops them. The second rule is for addresses that only a VRF knows.
 add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport KNOCK_PORTS \
 iif != lo fib daddr type local queue num QUEUE
+add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport KNOCK_PORTS \
+iif != lo fib daddr . iif type local queue num QUEUE
 
-# After conntrack, before DNAT, so that ports published by containers are guarded too.
+# After conntrack, before DNAT: ports that containers publish are guarded as they are addressed.
 add rule inet TABLE gate iif lo accept
-# What is forwarded passes; broadcasts, multicasts and anycasts reach this host's sockets and do not.
-add rule inet TABLE gate fib daddr type unicast accept
-add rule inet TABLE gate ct state established accept
-add rule inet TABLE gate tcp dport KNOCK_PORTS KNOCK_VERDICT
-add rule inet TABLE gate meta l4proto . th dport @guarded goto door
+add rule inet TABLE gate meta l4proto . th dport != @guarded accept
+add rule inet TABLE gate fib daddr type local goto guard
+add rule inet TABLE gate fib daddr . iif type local goto guard
 
-# Of a connection that conntrack was made to forget, a packet of the server's would begin another, and what answers that is
-# established.
-add rule inet TABLE ended ct state new ip daddr . meta l4proto . th sport @ended4 drop
-add rule inet TABLE ended ct state new ip6 daddr . meta l4proto . th sport @ended6 drop
+# All that has come to this host, by whichever route, VRF or device. A packet may pass `guard` twice and more: it is judged alike.
+add rule inet TABLE host iif lo accept
+add rule inet TABLE host ct status dnat accept
+add rule inet TABLE host meta l4proto . th dport @guarded goto guard
+add rule inet TABLE host tcp dport KNOCK_PORTS ct state != established KNOCK_VERDICT
+
+# A connection begins by a door, whatever conntrack holds. What it holds counts in the direction in which it began: an entry
+# that a packet of ours made, be it a query or the next of a connection that conntrack had forgotten, lets nobody in.
+add rule inet TABLE guard tcp flags & (syn | ack) == syn goto door
+add rule inet TABLE guard tcp flags ack delete @begun4 { ip saddr . ip daddr . meta l4proto . th sport . th dport }
+add rule inet TABLE guard tcp flags ack delete @begun6 { ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport }
+add rule inet TABLE guard meta l4proto . th dport != @kill ct direction original ct state established accept
+add rule inet TABLE guard ip saddr . meta l4proto . th dport @live4 ct direction original ct state established accept
+add rule inet TABLE guard ip6 saddr . meta l4proto . th dport @live6 ct direction original ct state established accept
+add rule inet TABLE guard goto door
 
 add rule inet TABLE door ip saddr @trusted4 accept
 add rule inet TABLE door ip6 saddr @trusted6 accept
-add rule inet TABLE door ip saddr . meta l4proto . th dport @open4 accept
-add rule inet TABLE door ip6 saddr . meta l4proto . th dport @open6 accept
-# The same SYN once more, because its answer was lost or late: it was let in before, or conntrack had not kept it.
-add rule inet TABLE door tcp flags & (fin | syn | rst | ack) == syn ct state new ct status confirmed accept
+add rule inet TABLE door ip saddr . meta l4proto . th dport @open4 goto opened
+add rule inet TABLE door ip6 saddr . meta l4proto . th dport @open6 goto opened
+add rule inet TABLE door meta l4proto . th dport @kill ip saddr . meta l4proto . th dport != @live4 goto refuse
+add rule inet TABLE door meta l4proto . th dport @kill ip6 saddr . meta l4proto . th dport != @live6 goto refuse
+# The same SYN once more, because its answer was lost or late, and what follows a first packet of UDP.
+add rule inet TABLE door tcp flags & (syn | ack) == syn tcp sequence @sequences \
+ip saddr . ip daddr . meta l4proto . th sport . th dport @begun4 accept
+add rule inet TABLE door tcp flags & (syn | ack) == syn tcp sequence @sequences \
+ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport @begun6 accept
+add rule inet TABLE door meta l4proto udp ip saddr . ip daddr . meta l4proto . th sport . th dport @begun4 accept
+add rule inet TABLE door meta l4proto udp ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport @begun6 accept
 add rule inet TABLE door ip saddr . meta l4proto . th dport @once4 \
-delete @once4 { ip saddr . meta l4proto . th dport } accept
+delete @once4 { ip saddr . meta l4proto . th dport } goto let_in
 add rule inet TABLE door ip6 saddr . meta l4proto . th dport @once6 \
-delete @once6 { ip6 saddr . meta l4proto . th dport } accept
+delete @once6 { ip6 saddr . meta l4proto . th dport } goto let_in
+add rule inet TABLE door goto refuse
+
+# Of a connection that conntrack was made to forget, the server's next packet begins another entry: it needs a door too.
+add rule inet TABLE leave oif lo accept
+add rule inet TABLE leave tcp flags & syn != syn meta l4proto . th sport @guarded ct direction original goto lasts
+
+add rule inet TABLE lasts ip daddr @trusted4 accept
+add rule inet TABLE lasts ip6 daddr @trusted6 accept
+add rule inet TABLE lasts ip daddr . meta l4proto . th sport @open4 accept
+add rule inet TABLE lasts ip6 daddr . meta l4proto . th sport @open6 accept
+add rule inet TABLE lasts ip daddr . meta l4proto . th sport @live4 accept
+add rule inet TABLE lasts ip6 daddr . meta l4proto . th sport @live6 accept
+add rule inet TABLE lasts drop
+
+# A flood through one's own door leaves room in the sets for what others begin.
+add rule inet TABLE opened tcp flags & (syn | ack) == syn limit rate 500/second burst 500 packets goto let_in
+add rule inet TABLE opened accept
+
+add rule inet TABLE let_in tcp flags & (syn | ack) == syn add @sequences { tcp sequence }
+add rule inet TABLE let_in add @begun4 { ip saddr . ip daddr . meta l4proto . th sport . th dport }
+add rule inet TABLE let_in add @begun6 { ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport }
+add rule inet TABLE let_in accept
 ";
 
-/// The end of chain `door`: what is refused is answered like a closed port, or not at all.
-const DROP: &str = "add rule inet TABLE door drop\n";
-const RESET: &str = "\
-add rule inet TABLE door meta l4proto tcp reject with tcp reset
-add rule inet TABLE door reject with icmpx type port-unreachable
+/// Where connections end with their door, what goes out needs it too: a server that only sends would go on.
+const KILL: &str = "\
+add rule inet TABLE leave meta l4proto . th sport @kill goto lasts
+add rule inet TABLE leave_published ct status dnat ct direction reply meta l4proto . th sport @kill goto lasts
+";
+
+/// Chain `refuse`: what is refused is answered like a closed port, or not at all.
+const DROP: &str = "
+add rule inet TABLE refuse drop
+";
+const RESET: &str = "
+add rule inet TABLE refuse meta l4proto tcp reject with tcp reset
+add rule inet TABLE refuse reject with icmpx type port-unreachable
 ";
 
 /// Whether an include file goes to its end. A part of it, or an empty file, would load too, and let all in.
 pub fn is_whole(include_file: &str) -> bool {
-    let refuses = |refusal: &str| include_file.contains(&refusal.replace("TABLE", super::TABLE));
-    [DROP, RESET].into_iter().any(refuses)
+    // The last two are those of files that were made before there was a chain `refuse`.
+    let refusals = ["refuse drop", "refuse reject", "door drop", "door reject"];
+    refusals.into_iter().any(|refusal| include_file.contains(&format!("add rule inet {} {refusal}", super::TABLE)))
 }
 
 impl Ruleset {
@@ -139,14 +225,17 @@ impl Ruleset {
         let elements: String = elements
             .map(|(set, elements)| format!("add element inet {table} {set} {{ {} }}\n", elements.join(", ")))
             .collect();
-        format!("#!/usr/sbin/nft -f\n{}{elements}{}{}", fill(FRAME), fill(RULES), fill(refusal))
+        let kill = if self.kill.is_empty() { String::new() } else { fill(KILL) };
+        format!("#!/usr/sbin/nft -f\n{}{elements}{}{kill}{}", fill(FRAME), fill(RULES), fill(refusal))
     }
 
-    fn elements(&self) -> [(&'static str, Vec<String>); 3] {
+    fn elements(&self) -> [(&'static str, Vec<String>); 4] {
         let trusted = IpNet::aggregate(&self.trusted);
         let (v4, v6): (Vec<&IpNet>, Vec<&IpNet>) = trusted.iter().partition(|net| matches!(net.addr(), IpAddr::V4(_)));
+        let ports = |ports: &[Port]| ports.iter().map(|port| format!("{} . {}", port.transport, port.number)).collect();
         [
-            ("guarded", self.guarded.iter().map(|port| format!("{} . {}", port.transport, port.number)).collect()),
+            ("guarded", ports(&self.guarded)),
+            ("kill", ports(&self.kill)),
             ("trusted4", v4.iter().map(ToString::to_string).collect()),
             ("trusted6", v6.iter().map(ToString::to_string).collect()),
         ]

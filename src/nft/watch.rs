@@ -13,7 +13,7 @@ use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::TABLE;
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, attributes, messages, number};
-use super::elements::{Door, ENDED, SETS};
+use super::elements::{Door, SETS};
 use super::sets::SetName;
 
 /// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
@@ -253,7 +253,6 @@ impl<'a> Change<'a> {
 
     fn is_of_doors(&self) -> bool {
         self.set_of_doors().is_some()
-            || self.name(SET_NAME).is_some_and(|name| ENDED.iter().any(|set| name == set.as_bytes()))
     }
 
     /// Whether the doors of the set that it is about are for one connection, if it is about a set of doors.

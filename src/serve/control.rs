@@ -39,21 +39,12 @@ const WORK: Duration = Duration::from_secs(150);
 pub enum Request {
     /// Read the configuration again.
     Reload,
-    /// Shut doors.
-    Revoke(Revocation),
+    /// Shut doors, and hand over which were whose.
+    Revoke(Selection),
     /// Keep the gate that `serve --try` set up.
     Confirm,
     /// Hand over what the verifier knows of the packets that were refused last.
     Explain,
-}
-
-/// Which doors are shut, and how.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Revocation {
-    /// Whose.
-    pub selection: Selection,
-    /// Connections that came in by them end too.
-    pub kill: bool,
 }
 
 /// Which doors.

@@ -74,7 +74,11 @@ impl Gate {
         match self.mode {
             RulesetMode::External => self.expect_live(&self.ruleset),
             RulesetMode::Managed => {
-                self.is_ours_alone = self.install()?;
+                let (is_ours_alone, tracked) = nft::install_first(&self.ruleset)?;
+                self.is_ours_alone = is_ours_alone;
+                if let Err(error) = tracked {
+                    warn!("connections from before the gate may be cut: {error}");
+                }
                 self.keep();
                 Ok(())
             }

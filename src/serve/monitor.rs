@@ -16,14 +16,14 @@ use tracing::{debug, error, info, warn};
 use super::book::{Book, Grant, MAX_DOORS};
 use super::channel::{Channel, Message, has_hung_up};
 use super::clock::unix_now;
-use super::connections::Connections;
-use super::control::Revocation;
+use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
 use super::members::{self, Members};
+use super::past::Past;
 use super::policy::Policy;
 use super::rate::Rate;
 use super::repeats::Tally;
-use super::report::{self, LiveDoor, MonitorPart};
+use super::report::{self, LiveDoor, MonitorPart, RevokedPart};
 use super::sandbox::{self, SandboxError};
 use super::watchers::{self, CLOSING};
 use super::{calls, handover, terminal};
@@ -114,12 +114,10 @@ pub fn run() -> Result<(), MonitorError> {
         doors,
         book: Book::default(),
         members: Members::default(),
-        connections: Connections::default(),
-        closed: Vec::new(),
+        past: Past::default(),
         unsettled: BTreeSet::new(),
         figures: Figures::default(),
     };
-    monitor.connections.spare(&monitor.policy.trusted);
     if !monitor.own_table()? {
         return Err(MonitorError::NoTable);
     }
@@ -157,9 +155,7 @@ struct Monitor {
     book: Book,
     /// Who is in the administrator's sets.
     members: Members,
-    connections: Connections,
-    /// What the verifier has taken back, until all of its frames are read.
-    closed: Vec<(Door, Grant)>,
+    past: Past,
     /// Doors whose elements are to be made what the book says when the table is loaded.
     unsettled: BTreeSet<Door>,
     figures: Figures,
@@ -203,7 +199,6 @@ impl Monitor {
             if last_tick.0.elapsed() >= TICK {
                 last_tick = self.tick(last_tick)?;
             }
-            self.connections.end_due(&self.book, &mut self.doors);
             if last_telling.elapsed() >= TELLING {
                 last_telling = Instant::now();
                 self.tell();
@@ -275,7 +270,6 @@ impl Monitor {
         if !made.is_empty() {
             self.members.restore(&made, now, &mut self.doors);
         }
-        let mut closed = Vec::new();
         for door in self.watch.take_deleted() {
             let Door { source, port, .. } = door;
             let struck = self.book.strike_door(&door);
@@ -283,9 +277,11 @@ impl Monitor {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
             struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
-            closed.extend(struck.into_iter().map(|grant| (door, grant)));
+            if door.once && !struck.is_empty() {
+                let _ = self.doors.close(&door); // one of its two elements may be there still
+            }
+            self.past.add(&struck.into_iter().map(|grant| (door, grant)).collect::<Vec<_>>(), now);
         }
-        self.connections.after(&closed, now);
         Ok(())
     }
 
@@ -296,10 +292,7 @@ impl Monitor {
             return Ok(false);
         };
         match (message, descriptors.pop()) {
-            (Message::Stop, _) => {
-                self.connections.end_all_due(&self.book, &mut self.doors);
-                return Ok(false);
-            }
+            (Message::Stop, _) => return Ok(false),
             (Message::Loaded, _) => return self.take_table_back().map(|()| true),
             (Message::Settings, Some(policy)) => self.next_policy = Some(handover::unseal(policy)?),
             (Message::Enforce, _) => self.enforce()?,
@@ -321,16 +314,12 @@ impl Monitor {
             }
             (Message::Revoke, Some(selection)) => {
                 let memory = descriptors.pop().ok_or(io::ErrorKind::InvalidData).map_err(io::Error::from)?;
-                let Revocation { selection, kill } = handover::unseal(selection)?;
-                let struck = self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
-                let covers = |member: &Member, grant: &Grant| selection.covers(member.source, &grant.user);
-                self.members.strike(covers, Instant::now(), &mut self.doors);
-                let ending = if kill {
-                    self.connections.of(&selection, &struck, &self.policy.ports(), &self.book, &mut self.doors)
-                } else {
-                    self.connections.end_all_due(&self.book, &mut self.doors)
-                };
-                report::write(memory, ending)?;
+                let selection: Selection = handover::unseal(selection)?;
+                self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
+                let (covers, now) =
+                    (|member: &Member, grant: &Grant| selection.covers(member.source, &grant.user), Instant::now());
+                self.members.strike(covers, now, &mut self.doors);
+                report::write(memory, self.revoked(&selection, now))?;
             }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
@@ -355,6 +344,7 @@ impl Monitor {
         self.loss = Loss::Nothing;
         if loss == Loss::Doors {
             self.unsettled.extend(self.book.to_restore(Instant::now()));
+            self.let_connections_last();
         }
         while let Some(door) = self.unsettled.pop_first() {
             // Each by the time that it is by then: there may be many.
@@ -371,6 +361,19 @@ impl Monitor {
             }
         }
         self.watch_table()
+    }
+
+    /// Connections that doors for one have let in, and that end with these, need their time again too.
+    fn let_connections_last(&mut self) {
+        let Self { book, doors, not_opened, .. } = self;
+        let lasting = book.live(Instant::now()).filter(|(door, grant, _)| door.once && grant.kill);
+        for (door, Grant { user, service, bound, .. }, left) in lasting {
+            if let Err(error) = doors.let_last(door, left, &comment(user, service, *bound))
+                && not_opened.is_first()
+            {
+                warn!(source = %door.source, port = %door.port, "its connection ends: {error}");
+            }
+        }
     }
 
     /// Owns the table, where the kernel allows it; `false` if it is not there.
@@ -428,7 +431,6 @@ impl Monitor {
         if let Some(policy) = self.next_policy.take() {
             self.rate.change(policy.grants_per_minute);
             self.policy = policy;
-            self.connections.spare(&self.policy.trusted);
             self.shut_what_policy_forbids()?;
             members::check(&self.policy, &mut self.doors);
         }
@@ -438,7 +440,7 @@ impl Monitor {
     /// Takes grants back; what others hold open stays open. Doors that nobody holds any more shut together, for a transaction
     /// each takes a slow machine minutes where there are thousands. The kernel tells of each door, so what it says is read in
     /// between, or it would run over.
-    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<Vec<(Door, Grant)>> {
+    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<()> {
         let all = self.book.strike_all(is_meant);
         for struck in all.chunks(BURST) {
             let now = Instant::now();
@@ -457,8 +459,18 @@ impl Monitor {
             }
             self.hear_of_changes()?;
         }
-        self.connections.after(&all, Instant::now());
-        Ok(all)
+        self.past.add(&all, Instant::now());
+        Ok(())
+    }
+
+    /// Doors of those who were revoked, but for what others hold open, and all that it takes to end what began there.
+    fn revoked(&mut self, selection: &Selection, now: Instant) -> RevokedPart {
+        let book = &self.book;
+        let is_held =
+            |door: &Door| [false, true].iter().any(|&once| book.longest(&Door { once, ..*door }, now).is_some());
+        let doors = self.past.of(selection, now).filter(|door| !is_held(door)).collect();
+        let Policy { trusted, .. } = &self.policy;
+        RevokedPart { doors, guarded: self.policy.ports(), trusted: trusted.clone(), is_cut: false }
     }
 
     /// Whether connections to this service end with their door.
@@ -500,7 +512,6 @@ impl Monitor {
             }
             self.answer(frame);
         }
-        self.connections.after(&std::mem::take(&mut self.closed), Instant::now());
         Ok(())
     }
 
@@ -535,7 +546,7 @@ impl Monitor {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
                     struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
-                    self.closed.extend(struck.into_iter().map(|grant| (door, grant)));
+                    self.past.add(&struck.into_iter().map(|grant| (door, grant)).collect::<Vec<_>>(), now);
                 }
             }
         }
@@ -565,7 +576,6 @@ impl Monitor {
                 return;
             }
         }
-        self.connections.begin(&door, &mut self.doors);
         self.members.join(&door, &grant, now, &mut self.doors);
     }
 
@@ -584,8 +594,8 @@ impl Monitor {
     /// Makes the kernel's element what the book says.
     fn put(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
         match self.book.longest(door, now) {
-            Some((Grant { user, service, bound, .. }, left)) => {
-                self.doors.open(door, left, &comment(user, service, *bound))
+            Some((Grant { user, service, bound, kill, .. }, left)) => {
+                self.doors.open(door, *kill, left, &comment(user, service, *bound))
             }
             None => self.doors.close(door),
         }
@@ -602,8 +612,8 @@ impl Monitor {
         };
         let Figures { seen, opened, not_opened, over_rate } = self.figures;
         let doors = self.book.live(Instant::now()).map(door).collect();
-        let (lost, not_ended) = (self.relay.lost_in_all(), self.connections.failed());
-        MonitorPart { seen, lost, opened, not_opened, over_rate, not_ended, doors, is_cut: false }
+        let lost = self.relay.lost_in_all();
+        MonitorPart { seen, lost, opened, not_opened, over_rate, doors, is_cut: false }
     }
 
     /// Looks after what runs out by itself; tells when it did so, by both clocks.
@@ -618,7 +628,7 @@ impl Monitor {
                 debug!(target: CLOSING, %user, %service, %source, %port, "closed");
             }
         }
-        self.connections.after(&closed, now);
+        self.past.add(&closed, now);
         // Doors were opened until their users expire, by a clock that has been set since.
         let expected = last.1.saturating_add(now.duration_since(last.0).as_secs()).saturating_add(CLOCK_STEP);
         if unix_now > expected {
@@ -637,7 +647,6 @@ impl Monitor {
             (&mut self.not_opened, "opened"),
             (&mut self.not_shut, "shut"),
             (self.members.not_added(), "added to sets"),
-            (self.connections.not_ended(), "ended"),
         ];
         for (tally, what) in tallies {
             match tally.take_untold() {

@@ -1,6 +1,6 @@
 //! What the monitor lets the verifier ask for: its own copy, checked again.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -106,7 +106,7 @@ impl Policy {
     }
 
     /// The guarded ports.
-    pub fn ports(&self) -> HashSet<Port> {
+    pub fn ports(&self) -> Vec<Port> {
         self.services.values().flat_map(|opening| opening.ports.iter().copied()).collect()
     }
 

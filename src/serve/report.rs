@@ -9,11 +9,12 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
+use ipnet::IpNet;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::nft::Ending;
+use crate::nft::Door;
 use crate::service::{Name, Port};
 use crate::verify::explain::Record;
 use crate::verify::{Floor, Reason};
@@ -134,8 +135,6 @@ pub struct MonitorPart {
     pub not_opened: u64,
     /// Doors that `grants_per_minute` forbade.
     pub over_rate: u64,
-    /// Doors whose connections could not be ended for good.
-    pub not_ended: u64,
     /// Doors that are open by now.
     pub doors: Vec<LiveDoor>,
     /// More are open than there is room for.
@@ -174,6 +173,19 @@ pub struct RefusedPart {
     pub is_cut: bool,
 }
 
+/// What the monitor knows of those who were revoked.
+#[derive(Default, Serialize, Deserialize)]
+pub struct RevokedPart {
+    /// Doors that they held, now or in the last week, and that nobody else holds open.
+    pub doors: Vec<Door>,
+    /// The guarded ports.
+    pub guarded: Vec<Port>,
+    /// Networks that the gate lets in, door or not.
+    pub trusted: Vec<IpNet>,
+    /// There was no room for all of it.
+    pub is_cut: bool,
+}
+
 /// A part that can be made shorter.
 pub trait Part: Serialize + DeserializeOwned {
     /// Leaves half of it out, and says so.
@@ -202,9 +214,9 @@ impl Part for MonitorPart {
     }
 }
 
-impl Part for Ending {
+impl Part for RevokedPart {
     fn halve(&mut self) {
-        self.failed.truncate(self.failed.len() / 2);
+        self.doors.truncate(self.doors.len() / 2);
         self.is_cut = true;
     }
 }

@@ -239,7 +239,7 @@ fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
     for family in FAMILIES {
         let port = "tcp/22".parse().unwrap();
         let door = Door { source: family.alice(), port, once: false };
-        lab.server.enter(|| Doors::new().unwrap().open(&door, Duration::from_micros(999), "alice ssh").unwrap());
+        lab.server.enter(|| Doors::new().unwrap().open(&door, false, Duration::from_micros(999), "alice ssh").unwrap());
         eventually("closing", || {
             !lab.server.nft(&["list", "table", "inet", "knockq"]).contains(&family.alice().to_string())
         });

@@ -14,10 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use knockq::nft::Ending;
 use knockq::serve::channel::{Channel, Message};
 use knockq::serve::frames::{FRAME_LEN, Frame};
-use knockq::serve::report;
+use knockq::serve::report::{self, RevokedPart};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -620,7 +619,7 @@ fn a_monitor_that_loses_the_table_for_ever_holds_up_neither_root_nor_the_clock()
                 match told {
                     Message::Loaded => losses += 1,
                     Message::Revoke => {
-                        report::write(descriptors.remove(0), Ending::default()).unwrap();
+                        report::write(descriptors.remove(0), RevokedPart::default()).unwrap();
                         channel.send(Message::Ready, &[]).unwrap();
                     }
                     _ => return losses,

@@ -270,7 +270,7 @@ fn connections_end_with_a_revocation_that_says_so() {
         lab.wait_for_door(family.alice(), 7000);
         left.push((family, ends(&lab, family, &service)));
     }
-    assert!(daemon.stop().contains("ended connections=2"));
+    daemon.stop();
     for (family, (server, client)) in left {
         lab.revoke(&[&family.alice().to_string(), "--kill"]);
         assert!(!is_heard(&server, &client), "without the daemon too");
@@ -325,49 +325,6 @@ fn connections_to_a_service_that_says_so_end_when_the_door_shuts() {
     drop(daemon);
 }
 
-/// As many have ended already as can be kept from beginning again. The table has no owner, for it was there before the daemon.
-#[test]
-fn connections_that_cannot_be_ended_for_good_are_told_and_keep_no_others() {
-    let lab = Lab::network();
-    lab.configure(TALK);
-    lab.add_user("alice", &["ssh"]);
-    lab.load_include_file();
-    let full = lab.directory.path.join("full.nft");
-    let elements = |set: &str, prefix: &str| {
-        let elements: Vec<String> = (0..65_535).map(|n| format!("{prefix} . tcp . {}", n + 1)).collect();
-        format!("add element inet knockq {set} {{ {} }}\n", elements.join(", "))
-    };
-    fs::write(&full, elements("ended4", "192.0.2.1") + &elements("ended6", "2001:db8::1")).unwrap();
-    lab.server.nft(&["-f", full.to_str().unwrap()]);
-    let (service, mut daemon) = (talk(&lab), lab.start());
-    let config = lab.config().display().to_string();
-    for (round, family) in (1..).zip(FAMILIES) {
-        let source = family.alice().to_string();
-        let connect = || {
-            lab.knock_as("alice", family, "ssh");
-            lab.wait_for_door(family.alice(), 7000);
-            ends(&lab, family, &service)
-        };
-        let (server, client) = connect();
-        let refused = lab.knockq(&lab.server, &["revoke", &source, "--kill", "--config", &config]);
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        let message = "revoke: not all connections are ended for good: netlink: a set of table inet knockq is full";
-        assert!(refused.status.code() == Some(1) && said.contains(message) && said.contains("\nHint: "), "{said}");
-        let shown = String::from_utf8_lossy(&refused.stdout).into_owned();
-        assert!(shown.contains(&format!("{source} tcp/7000: connections are not ended for good: ")), "{shown}");
-        assert!(!is_heard(&client, &server), "the gate takes the user's packets for a stranger's all the same");
-        let status = lab.status();
-        assert_eq!(status["doors"]["not_ended"], round, "{status}");
-        lab.server.nft(&["flush", "set", "inet", "knockq", if family == Family::V4 { "ended4" } else { "ended6" }]);
-        let (server, client) = connect();
-        lab.revoke(&[&source, "--kill"]);
-        assert!(!is_heard(&server, &client), "there is room again");
-    }
-    daemon.wait_for("warning: connections are not ended for good: netlink: a set of table inet knockq is full");
-    let text = lab.control(&["status", "--runtime", &lab.runtime().display().to_string()]);
-    assert!(text.contains("connections of 2 could NOT be ended for good"), "{text}");
-}
-
 /// Whoever may knock could knock with the administrator's address.
 #[test]
 fn connections_of_a_trusted_network_never_end_with_a_door() {
@@ -387,10 +344,6 @@ fn connections_of_a_trusted_network_never_end_with_a_door() {
         eventually("closing", || lab.door(family.mallory(), 7000).is_none());
         eventually("the end", || !is_heard(&server, &client));
         lab.revoke(&["--all", "--kill"]);
-        let ended =
-            lab.server.nft(&["list", "set", "inet", "knockq", if family == Family::V4 { "ended4" } else { "ended6" }]);
-        assert!(ended.contains(&family.alice().to_string()), "{ended}");
-        assert!(!ended.contains(&family.mallory().to_string()), "{ended}");
         let config = lab.config().display().to_string();
         let refused =
             lab.knockq(&lab.server, &["revoke", &family.mallory().to_string(), "--kill", "--config", &config]);

@@ -404,8 +404,7 @@ impl Lab {
     pub fn door(&self, source: IpAddr, port: u16) -> Option<String> {
         let listing = self.server.nft(&["list", "table", "inet", "knockq"]);
         let key = format!("{source} . tcp . {port} ");
-        let sets = listing.split("\tset ").filter(|set| !set.starts_with("ended"));
-        let elements = sets.flat_map(|set| set.split(['{', ',', '}'])).map(str::trim);
+        let elements = listing.split(['{', ',', '}']).map(str::trim);
         elements.filter(|element| element.starts_with(&key)).map(str::to_owned).next()
     }
 }
