@@ -1,9 +1,11 @@
 //! `knockq check`
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::mpsc;
@@ -17,7 +19,7 @@ use super::{ConfigArg, note, print};
 use crate::client::clock::unix_now;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::nft::{Doors, ElementError, SetError, SetName};
+use crate::nft::{self, Doors, ElementError, SetError, SetName};
 use crate::serve::configuration::accounts;
 use crate::serve::ending::ServeError;
 use crate::serve::observers::{self, Status};
@@ -45,6 +47,7 @@ impl Check {
             Trust::Shut(said) | Trust::Doubt(said) | Trust::Unknown(said) => note(&format!("warning: {said}")),
         }
         warn_of_ephemeral_ports(&config);
+        warn_of_cuts(&config);
         for set in unseen_sets(&config)? {
             note(&format!("warning: only root can see whether set {set} is there"));
         }
@@ -147,6 +150,22 @@ fn set_hint(set: &SetName, error: &SetError) -> String {
             format!("delete it, and the rules that look there, first; then: {add}")
         }
         SetError::Missing(_) | SetError::Kernel(..) => add,
+    }
+}
+
+/// Who would be cut off by the gate of this configuration, and whoever looks at it above all.
+fn warn_of_cuts(config: &ServerConfig) {
+    const TOLD: usize = 8;
+    let ruleset = config.ruleset();
+    let own = env::var("SSH_CONNECTION").unwrap_or_default();
+    let own: Option<IpAddr> = own.split(' ').next().and_then(|source| source.parse().ok());
+    let cut = nft::without_door(&ruleset.kill, &ruleset.trusted);
+    let (yours, others): (Vec<_>, Vec<_>) = cut.into_iter().partition(|(source, _)| Some(*source) == own);
+    for (source, port) in yours.iter().chain(&others).take(TOLD) {
+        let who = if Some(*source) == own { "you are" } else { "is" };
+        note(&format!(
+            "warning: {source} {who} connected to {port} without a door, and would be cut: on_close = \"kill\""
+        ));
     }
 }
 

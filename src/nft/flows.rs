@@ -1,8 +1,8 @@
 //! Connections that came in by a door, as conntrack knows them: they end when conntrack forgets them, for the gate takes their
 //! next packet for that of a stranger. Commands use this, the daemon never.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::{fs, io};
 
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
@@ -35,6 +35,12 @@ const SOURCE6: u16 = 3;
 /// Attributes of its protocol.
 const NUMBER: u16 = 1;
 const DESTINATION_PORT: u16 = 3;
+
+/// Attributes of what its protocol knows, and the state of an established connection (`TCP_CONNTRACK_ESTABLISHED`).
+const PROTOCOL_STATE: u16 = 4;
+const TCP: u16 = 1;
+const TCP_STATE: u16 = 1;
+const ESTABLISHED: u8 = 3;
 
 /// An attribute holds others (`NLA_F_NESTED`).
 const NESTED: u16 = 0x8000;
@@ -82,75 +88,24 @@ pub fn end(is_meant: impl Fn(&Door) -> bool, is_trusted: impl Fn(&Door) -> bool)
     ending
 }
 
-/// Has conntrack know the TCP connections that this host's sockets have at these ports already, each as begun by its client: on
-/// a host that tracks none until the gate is loaded, they would be cut, and the administrator's session among them. For when
-/// there is no gate yet: what `revoke --kill` has ended must not come back.
-///
-/// # Errors
-/// When the sockets cannot be listed, or an entry cannot be made.
-pub fn track_sessions(guarded: &[Port]) -> Result<(), ElementError> {
-    let mut flows = Flows::new()?;
-    for (client, server) in sessions()? {
-        let port = Port { transport: Transport::Tcp, number: server.port() };
-        if guarded.contains(&port) && !server.ip().is_loopback() {
-            flows.make(client, server)?;
-        }
-    }
-    Ok(())
-}
-
-/// TCP connections of this host's sockets: the other end, and ours.
-fn sessions() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
-    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
-    let mut sessions = Vec::new();
-    for table in tables {
-        match table {
-            Ok(table) => sessions.extend(table.lines().filter_map(session)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {} // no IPv6
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(sessions)
-}
-
-/// A line of these tables: number, our address, the other's, state, and more (proc_net_tcp.rst of the kernel).
-fn session(line: &str) -> Option<(SocketAddr, SocketAddr)> {
-    const ESTABLISHED: &str = "01";
-    let mut words = line.split_ascii_whitespace().skip(1);
-    let (ours, other) = (words.next().and_then(end_of_session)?, words.next().and_then(end_of_session)?);
-    (words.next()? == ESTABLISHED).then_some((other, ours))
-}
-
-/// An address in words of 32 bits as this machine orders their bytes, and a port, all in hexadecimal.
-fn end_of_session(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let word = |at: usize| Some(u32::from_str_radix(address.get(at..at.checked_add(8)?)?, 16).ok()?.to_ne_bytes());
-    let address = if address.len() == 8 {
-        IpAddr::from(word(0)?)
-    } else {
-        let words = [word(0)?, word(8)?, word(16)?, word(24)?];
-        IpAddr::from(<[u8; 16]>::try_from(words.concat()).ok()?)
-    };
-    Some(SocketAddr::new(address.to_canonical(), port))
-}
-
 /// The socket that tells of connections and ends them. It needs CAP_NET_ADMIN at each use.
-struct Flows {
+pub(super) struct Flows {
     socket: Socket,
     sequence: u32,
 }
 
 /// One connection.
-struct Flow {
+pub(super) struct Flow {
     /// The door that it came in by, as one that is not `once`.
-    door: Door,
+    pub(super) door: Door,
+    /// Both ends speak.
+    pub(super) is_established: bool,
     family: NetfilterProtoFamily,
     entry: Vec<ConntrackAttribute>,
 }
 
 impl Flows {
-    fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         socket.connect(&NetlinkAddress::new(0, 0))?;
@@ -159,7 +114,7 @@ impl Flows {
     }
 
     /// Adds the connections that came in by such doors, `once` or not.
-    fn find(
+    pub(super) fn find(
         &mut self,
         family: NetfilterProtoFamily,
         is_meant: impl Fn(&Door) -> bool,
@@ -167,7 +122,7 @@ impl Flows {
     ) -> Result<(), ElementError> {
         self.list(family, |entry| {
             if let Some(door) = through(entry).filter(&is_meant) {
-                found.push(Flow { door, family, entry: only_itself(entry) });
+                found.push(Flow { door, is_established: is_established(entry), family, entry: only_itself(entry) });
             }
         })
     }
@@ -184,8 +139,7 @@ impl Flows {
     }
 
     /// Has conntrack know an established connection; it may already.
-    fn make(&mut self, client: SocketAddr, server: SocketAddr) -> Result<(), ElementError> {
-        const ESTABLISHED: u8 = 3; // `TCP_CONNTRACK_ESTABLISHED`
+    pub(super) fn make(&mut self, client: SocketAddr, server: SocketAddr) -> Result<(), ElementError> {
         const SECONDS: u32 = 5 * 24 * 60 * 60; // until its next packet, as by default
         let tuple = |from: SocketAddr, to: SocketAddr| {
             let ports = [ProtoTuple::SourcePort(from.port()), ProtoTuple::DestinationPort(to.port())];
@@ -262,6 +216,12 @@ fn through(entry: &[u8]) -> Option<Door> {
     Some(Door { source: v4.or_else(v6)?, port, once: false })
 }
 
+/// Whether a connection of TCP is past its handshake, and not at its end; an exchange of UDP always is.
+fn is_established(entry: &[u8]) -> bool {
+    let state = attribute(entry, PROTOCOL_STATE).and_then(|info| attribute(attribute(info, TCP)?, TCP_STATE));
+    state.is_none_or(|state| state == [ESTABLISHED])
+}
+
 /// What names this entry and no other.
 fn only_itself(entry: &[u8]) -> Vec<ConntrackAttribute> {
     let part = |kind: u16, flag: u16| {
@@ -272,26 +232,7 @@ fn only_itself(entry: &[u8]) -> Vec<ConntrackAttribute> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Door, session, through};
-
-    #[test]
-    fn an_established_connection_is_read_from_the_kernels_tables() {
-        // As a little-endian machine shows them.
-        let [v4, v6] = [
-            "   1: 0A00000A:0016 01021FAC:C3A1 01 00000000:00000000 02:000A7214 00000000     0        0 17 2 0 20 4 30 10 -1",
-            "   0: 0000000000000000FFFF00000100000A:0016 0000000000000000FFFF00000200000A:9C40 01 00000000:00000000 00:0 0",
-        ];
-        if cfg!(target_endian = "little") {
-            let ends = |client: &str, server: &str| Some((client.parse().unwrap(), server.parse().unwrap()));
-            assert_eq!(session(v4), ends("172.31.2.1:50081", "10.0.0.10:22"));
-            assert_eq!(session(v6), ends("10.0.0.2:40000", "10.0.0.1:22"), "of a socket of both families");
-        }
-        assert_eq!(session(&v4.replace(" 01 ", " 06 ")), None, "waits to be forgotten");
-        assert_eq!(session("  sl  local_address rem_address   st tx_queue"), None);
-        for end in 0..50 {
-            assert_eq!(session(&v4[..end.min(33)]), None);
-        }
-    }
+    use super::{Door, through};
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
         let length = u16::try_from(4 + value.len()).unwrap();

@@ -6,15 +6,17 @@ pub mod flows;
 pub mod list;
 pub mod load;
 pub mod ruleset;
+pub mod sessions;
 pub mod sets;
 pub mod table;
 pub mod watch;
 
 pub use elements::{Door, Doors, ElementError, Ownership};
-pub use flows::{Ending, end, track_sessions};
+pub use flows::{Ending, end};
 pub use list::{OpenDoor, comment, open_doors};
 pub use load::{NftError, check, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};
+pub use sessions::{track_sessions, without_door};
 pub use sets::{Member, SetError, SetName};
 pub use table::{TableError, exists, install, install_first, is_live, remove};
 pub use watch::{Loss, Watch};

@@ -9,10 +9,14 @@ use tracing::{error, info, warn};
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
 use crate::nft::{self, Ruleset, TableError};
+use crate::service::Port;
 
 /// Times that the table is loaded again before giving up, and the time between.
 const RESTORE_TRIES: u32 = 100;
 const RESTORE_PAUSE: Duration = Duration::from_millis(10);
+
+/// Connections that are told of when they are cut.
+const CUTS_TOLD: usize = 8;
 
 /// Why the gate does not stand.
 #[derive(Debug, Error)]
@@ -74,6 +78,7 @@ impl Gate {
         match self.mode {
             RulesetMode::External => self.expect_live(&self.ruleset),
             RulesetMode::Managed => {
+                warn_of_cuts(&self.ruleset, |_| true);
                 let (is_ours_alone, tracked) = nft::install_first(&self.ruleset)?;
                 self.is_ours_alone = is_ours_alone;
                 if let Err(error) = tracked {
@@ -108,6 +113,7 @@ impl Gate {
     pub(super) fn replace(&mut self, ruleset: Ruleset) -> Result<(), GateError> {
         let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
         if self.mode == RulesetMode::Managed {
+            warn_of_cuts(&next.ruleset, |port| !self.ruleset.kill.contains(port));
             next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
         }
         *self = next;
@@ -177,5 +183,13 @@ impl Gate {
         if !is_kept && let Err(error) = secure_file::replace(&self.include_file, &text, Privacy::Public) {
             warn!("the next boot begins with the gate of before: {error}");
         }
+    }
+}
+
+/// Says who is cut off when connections to these ports end with their door.
+fn warn_of_cuts(ruleset: &Ruleset, is_new: impl Fn(&Port) -> bool) {
+    let ports: Vec<Port> = ruleset.kill.iter().copied().filter(is_new).collect();
+    for (source, port) in nft::without_door(&ports, &ruleset.trusted).iter().take(CUTS_TOLD) {
+        warn!(%source, %port, "is connected without a door, and cut: on_close = \"kill\"");
     }
 }

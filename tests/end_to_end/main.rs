@@ -14,6 +14,7 @@ mod faults;
 mod guides;
 mod hostile;
 mod invitation;
+mod kill;
 mod knockknock;
 #[path = "../support/lab.rs"]
 mod lab;

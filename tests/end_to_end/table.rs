@@ -248,9 +248,9 @@ fn a_table_that_was_edited_is_not_taken_for_that_of_the_configuration() {
         edited("queue num 4097", "queue num 4097 bypass"),
         edited("1/week burst 1 packets", "1/second burst 100 packets"),
         edited("priority dstnat - 10", "priority dstnat + 10"),
-        edited("add rule inet knockq door drop\n", ""),
+        edited("add rule inet knockq refuse drop\n", ""),
         edited("gate iif lo accept", "gate iif != lo accept"),
-        edited("ct status confirmed accept", "accept"),
+        edited("tcp sequence @sequences ", ""),
         format!("{text}insert rule inet knockq gate accept\n"),
         format!("{text}add element inet knockq trusted6 {{ ::/0 }}\n"),
         format!("{text}delete element inet knockq guarded {{ tcp . 25 }}\n"),
@@ -332,7 +332,7 @@ fn a_part_of_an_include_file_is_not_loaded_at_the_boot() {
     let file = lab.config().with_file_name("knockq.nft");
     let whole = fs::read_to_string(&file).unwrap();
     let (half, _) = whole.split_once("add rule inet knockq door").unwrap();
-    let without_last = whole.replace("add rule inet knockq door drop\n", "");
+    let without_last = whole.replace("add rule inet knockq refuse drop\n", "");
     let not_whole = ["# nothing\n", half, &without_last].map(|part| (part, "knockq.nft: is not whole"));
     for (part, line) in [("", "knockq.nft: is empty")].into_iter().chain(not_whole) {
         fs::write(&file, part).unwrap();
