@@ -10,6 +10,7 @@ mod index;
 mod lab;
 mod latency;
 mod machine;
+mod passing;
 mod peer;
 #[path = "../../tests/support/prober.rs"]
 mod prober;
@@ -81,12 +82,13 @@ pub struct Row(pub String, pub &'static str, pub String);
 type Measure = fn(&Scale) -> Vec<Row>;
 
 /// What is measured, by name, in the order of the table.
-const FIGURES: [(&str, Measure); 9] = [
+const FIGURES: [(&str, Measure); 10] = [
     ("latency", latency::rows),
     ("cpu", cpu::rows),
     ("stopped", stopped::rows),
     ("connect", connect::rows),
     ("restore", restore::rows),
+    ("passing", passing::rows),
     ("decision", index::decisions),
     ("advance", index::slices),
     ("users", users::rows),
