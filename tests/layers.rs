@@ -24,7 +24,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::calls",
             "super::channel",
             "super::clock",
-            "super::connections",
+            "super::past",
             "super::control",
             "super::frames",
             "super::handover",
@@ -43,7 +43,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/control.rs", &["service", "nft", "super::book"]),
     ("serve/book.rs", &["service", "nft"]),
     ("serve/members.rs", &["service", "nft", "super::book", "super::policy", "super::repeats"]),
-    ("serve/connections.rs", &["service", "nft", "super::book", "super::control", "super::repeats"]),
+    ("serve/past.rs", &["service", "nft", "super::book", "super::control"]),
     ("serve/rate.rs", &[]),
     ("serve/report.rs", &["service", "nft", "verify"]),
     ("serve/observers.rs", &["super::control", "super::report", "super::watchers"]),
@@ -139,7 +139,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("serve/calls.rs", &[]),
     ("serve/sandbox.rs", &["super::calls"]),
     ("serve/ending.rs", &["config", "nft", "super::control", "super::gate", "super::sandbox", "super::vocabulary"]),
-    ("serve/gate.rs", &["config", "nft"]),
+    ("serve/gate.rs", &["config", "nft", "service"]),
     // Runs as root, reads files, and has ended before anything comes of them.
     (
         "serve/configuration.rs",

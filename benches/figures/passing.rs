@@ -44,7 +44,8 @@ fn rate(family: Family, on_close: Option<&str>, time: Duration) -> f64 {
     client.connect(SocketAddr::new(family.server(), 7001)).unwrap();
     if daemon.is_some() {
         lab.knock(family, &["talk"]);
-        eventually("the door", || lab.control(&["grants"]).contains(&family.alice().to_string()));
+        let is_open = || lab.server.nft(&["list", "table", "inet", "knockq"]).contains(&family.alice().to_string());
+        eventually("the door", is_open);
     }
     client.send(b"hello").unwrap();
     let (_, peer) = server.recv_from(&mut [0; 5]).unwrap();

@@ -159,7 +159,7 @@ fn warn_of_cuts(config: &ServerConfig) {
     let ruleset = config.ruleset();
     let own = env::var("SSH_CONNECTION").unwrap_or_default();
     let own: Option<IpAddr> = own.split(' ').next().and_then(|source| source.parse().ok());
-    let cut = nft::without_door(&ruleset.kill, &ruleset.trusted);
+    let cut = nft::without_door(&ruleset.kill, &ruleset.trusted, nft::established());
     let (yours, others): (Vec<_>, Vec<_>) = cut.into_iter().partition(|(source, _)| Some(*source) == own);
     for (source, port) in yours.iter().chain(&others).take(TOLD) {
         let who = if Some(*source) == own { "you are" } else { "is" };

@@ -2,19 +2,14 @@
 //! next packet for that of a stranger. Commands use this, the daemon never.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
-use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
-use netlink_packet_netfilter::conntrack::{
-    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Protocol, Status, Tuple,
-};
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
-use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_NETFILTER};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer};
+use netlink_packet_netfilter::NetfilterProtoFamily;
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage};
 
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages};
+use super::conntrack::{Conntrack, ESTABLISHED};
 use super::elements::{Door, ElementError, read};
 use crate::service::{Port, Transport};
 
@@ -36,11 +31,10 @@ const SOURCE6: u16 = 3;
 const NUMBER: u16 = 1;
 const DESTINATION_PORT: u16 = 3;
 
-/// Attributes of what its protocol knows, and the state of an established connection (`TCP_CONNTRACK_ESTABLISHED`).
+/// Attributes of what its protocol knows: the state of TCP.
 const PROTOCOL_STATE: u16 = 4;
 const TCP: u16 = 1;
 const TCP_STATE: u16 = 1;
-const ESTABLISHED: u8 = 3;
 
 /// An attribute holds others (`NLA_F_NESTED`).
 const NESTED: u16 = 0x8000;
@@ -66,12 +60,12 @@ pub fn end(is_meant: impl Fn(&Door) -> bool, is_trusted: impl Fn(&Door) -> bool)
     let (mut socket, mut found) = (None, Vec::new());
     for family in [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6] {
         // A socket of its own for each: what is left of a list that broke off is no answer to what is asked next.
-        let listed = Flows::new().map_err(ElementError::from).and_then(|mut flows| {
-            flows.find(family, &is_meant, &mut found)?;
-            Ok(flows)
+        let listed = Conntrack::new().map_err(ElementError::from).and_then(|mut conntrack| {
+            conntrack.find(family, &is_meant, &mut found)?;
+            Ok(conntrack)
         });
         match listed {
-            Ok(flows) => socket = Some(flows),
+            Ok(conntrack) => socket = Some(conntrack),
             Err(error) => ending.unlisted = Some(error.to_string()),
         }
     }
@@ -88,33 +82,28 @@ pub fn end(is_meant: impl Fn(&Door) -> bool, is_trusted: impl Fn(&Door) -> bool)
     ending
 }
 
-/// The socket that tells of connections and ends them. It needs CAP_NET_ADMIN at each use.
-pub(super) struct Flows {
-    socket: Socket,
-    sequence: u32,
+/// Where connections began that are established now, and the ports that they came to. What cannot be listed is left out.
+pub fn established() -> impl Iterator<Item = (IpAddr, Port)> {
+    let mut flows = Vec::new();
+    for family in [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6] {
+        let _ = Conntrack::new().map_err(ElementError::from).and_then(|mut it| it.find(family, |_| true, &mut flows));
+    }
+    flows.into_iter().filter(|flow| flow.is_established).map(|flow| (flow.door.source, flow.door.port))
 }
 
 /// One connection.
-pub(super) struct Flow {
+struct Flow {
     /// The door that it came in by, as one that is not `once`.
-    pub(super) door: Door,
+    door: Door,
     /// Both ends speak.
-    pub(super) is_established: bool,
+    is_established: bool,
     family: NetfilterProtoFamily,
     entry: Vec<ConntrackAttribute>,
 }
 
-impl Flows {
-    pub(super) fn new() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&NetlinkAddress::new(0, 0))?;
-        socket.set_non_blocking(true)?;
-        Ok(Self { socket, sequence: 0 })
-    }
-
+impl Conntrack {
     /// Adds the connections that came in by such doors, `once` or not.
-    pub(super) fn find(
+    fn find(
         &mut self,
         family: NetfilterProtoFamily,
         is_meant: impl Fn(&Door) -> bool,
@@ -138,32 +127,6 @@ impl Flows {
         }
     }
 
-    /// Has conntrack know an established connection; it may already.
-    pub(super) fn make(&mut self, client: SocketAddr, server: SocketAddr) -> Result<(), ElementError> {
-        const SECONDS: u32 = 5 * 24 * 60 * 60; // until its next packet, as by default
-        let tuple = |from: SocketAddr, to: SocketAddr| {
-            let ports = [ProtoTuple::SourcePort(from.port()), ProtoTuple::DestinationPort(to.port())];
-            let addresses = [IPTuple::SourceAddress(from.ip()), IPTuple::DestinationAddress(to.ip())];
-            let protocol = [vec![ProtoTuple::Protocol(Protocol::Tcp)], ports.to_vec()].concat();
-            vec![Tuple::Ip(addresses.to_vec()), Tuple::Proto(protocol)]
-        };
-        let entry = vec![
-            ConntrackAttribute::CtaTupleOrig(tuple(client, server)),
-            ConntrackAttribute::CtaTupleReply(tuple(server, client)),
-            ConntrackAttribute::CtaStatus(Status::SeenReply | Status::Assured | Status::Confirmed),
-            ConntrackAttribute::CtaTimeout(SECONDS),
-            ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(vec![ProtoInfoTCP::State(ESTABLISHED)])]),
-        ];
-        let is_ipv4 = client.is_ipv4();
-        let family = if is_ipv4 { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
-        self.send(family, ConntrackMessage::New(entry), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK)?;
-        let datagram = self.receive()?;
-        match messages(&datagram).find_map(read).ok_or(ElementError::NoAnswer)? {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(ElementError::Connections(error)),
-            _ => Ok(()),
-        }
-    }
-
     /// Shows each entry's attributes.
     fn list(&mut self, family: NetfilterProtoFamily, mut show: impl FnMut(&[u8])) -> Result<(), ElementError> {
         self.send(family, ConntrackMessage::Get(Vec::new()), NLM_F_DUMP)?;
@@ -178,28 +141,6 @@ impl Flows {
                     _ => show(message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default()),
                 }
             }
-        }
-    }
-
-    fn send(&mut self, family: NetfilterProtoFamily, inner: ConntrackMessage, flags: u16) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        header.sequence_number = self.sequence;
-        let payload = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner);
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
-        self.socket.send(&bytes, 0).map(|_| ())
-    }
-
-    fn receive(&self) -> Result<Vec<u8>, ElementError> {
-        let mut datagram = Vec::with_capacity(64 << 10);
-        match self.socket.recv(&mut datagram, 0) {
-            Ok(_) => Ok(datagram),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ElementError::NoAnswer),
-            Err(error) => Err(error.into()),
         }
     }
 }

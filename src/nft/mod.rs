@@ -1,6 +1,7 @@
 //! The kernel's side: the table, and the elements of its sets.
 
 mod attributes;
+mod conntrack;
 pub mod elements;
 pub mod flows;
 pub mod list;
@@ -12,7 +13,7 @@ pub mod table;
 pub mod watch;
 
 pub use elements::{Door, Doors, ElementError, Ownership};
-pub use flows::{Ending, end};
+pub use flows::{Ending, end, established};
 pub use list::{OpenDoor, comment, open_doors};
 pub use load::{NftError, check, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};

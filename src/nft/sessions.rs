@@ -5,9 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::{fs, io};
 
 use ipnet::IpNet;
-use netlink_packet_netfilter::NetfilterProtoFamily;
 
-use super::flows::Flows;
+use super::conntrack::Conntrack;
 use super::{ElementError, open_doors};
 use crate::service::{Port, Transport};
 
@@ -18,11 +17,11 @@ use crate::service::{Port, Transport};
 /// # Errors
 /// When the sockets cannot be listed, or an entry cannot be made.
 pub fn track_sessions(guarded: &[Port]) -> Result<(), ElementError> {
-    let mut flows = Flows::new()?;
+    let mut conntrack = Conntrack::new()?;
     for (client, server) in sessions()? {
         let port = Port { transport: Transport::Tcp, number: server.port() };
         if guarded.contains(&port) && !server.ip().is_loopback() {
-            flows.make(client, server)?;
+            conntrack.make(client, server)?;
         }
     }
     Ok(())
@@ -65,29 +64,24 @@ fn end_of_session(text: &str) -> Option<SocketAddr> {
 }
 
 /// Who is connected to these ports without a door, and not from a trusted network: what is cut where connections end with their
-/// door. What cannot be looked at is left out.
-pub fn without_door(ports: &[Port], trusted: &[IpNet]) -> BTreeSet<(IpAddr, Port)> {
-    if ports.is_empty() {
-        return BTreeSet::new();
-    }
-    let of_sockets = sessions()
-        .unwrap_or_default()
-        .into_iter()
-        .map(|(client, server)| (client.ip(), Port { transport: Transport::Tcp, number: server.port() }));
-    let mut flows = Vec::new();
-    for family in [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6] {
-        let _ = Flows::new()
-            .map_err(ElementError::from)
-            .and_then(|mut conntrack| conntrack.find(family, |_| true, &mut flows));
-    }
-    let of_conntrack = flows.iter().filter(|flow| flow.is_established).map(|flow| (flow.door.source, flow.door.port));
-    let mut connected: BTreeSet<(IpAddr, Port)> = of_sockets.chain(of_conntrack).collect();
-    let doors: BTreeSet<(IpAddr, Port)> =
-        open_doors().unwrap_or_default().iter().map(|open| (open.door.source, open.door.port)).collect();
-    connected.retain(|end @ (source, port)| {
-        let is_trusted = source.is_loopback() || trusted.iter().any(|network| network.contains(source));
-        ports.contains(port) && !is_trusted && !doors.contains(end)
+/// door. `others` are connections besides those of this host's sockets.
+pub fn without_door(
+    ports: &[Port],
+    trusted: &[IpNet],
+    others: impl Iterator<Item = (IpAddr, Port)>,
+) -> BTreeSet<(IpAddr, Port)> {
+    let of_sockets = sessions().unwrap_or_default().into_iter();
+    let of_sockets =
+        of_sockets.map(|(client, server)| (client.ip(), Port { transport: Transport::Tcp, number: server.port() }));
+    let mut connected: BTreeSet<(IpAddr, Port)> = of_sockets.chain(others).collect();
+    connected.retain(|(source, port)| {
+        ports.contains(port) && !source.is_loopback() && !trusted.iter().any(|network| network.contains(source))
     });
+    if !connected.is_empty() {
+        let doors = open_doors().unwrap_or_default();
+        let doors: BTreeSet<_> = doors.iter().map(|open| (open.door.source, open.door.port)).collect();
+        connected.retain(|end| !doors.contains(end));
+    }
     connected
 }
 

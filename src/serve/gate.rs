@@ -1,5 +1,6 @@
 //! The table, as the keeper tends it: loaded, or only checked where the host's own nftables.conf loads it.
 
+use std::iter;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -189,7 +190,7 @@ impl Gate {
 /// Says who is cut off when connections to these ports end with their door.
 fn warn_of_cuts(ruleset: &Ruleset, is_new: impl Fn(&Port) -> bool) {
     let ports: Vec<Port> = ruleset.kill.iter().copied().filter(is_new).collect();
-    for (source, port) in nft::without_door(&ports, &ruleset.trusted).iter().take(CUTS_TOLD) {
+    for (source, port) in nft::without_door(&ports, &ruleset.trusted, iter::empty()).iter().take(CUTS_TOLD) {
         warn!(%source, %port, "is connected without a door, and cut: on_close = \"kill\"");
     }
 }
