@@ -28,6 +28,7 @@ mod proxy;
 #[path = "../support/persona.rs"]
 mod recorded;
 mod reload;
+mod segments;
 mod sets;
 mod status;
 mod store;
@@ -121,6 +122,11 @@ impl Lab {
             files.flat_map(|text| text.lines().filter_map(|line| line.parse::<u64>().ok()).collect::<Vec<_>>()).max();
         unix_now().max(used.unwrap_or(0) + 1)
     }
+}
+
+/// A number from the environment.
+pub(crate) fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |number| number.parse().unwrap())
 }
 
 /// Until this is dropped, also because something failed, other threads of a test go on.

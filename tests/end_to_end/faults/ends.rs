@@ -12,11 +12,7 @@ use super::count;
 use super::knock::{self, Knock};
 use crate::hostile::Random;
 use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
-
-/// A number from the environment.
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |number| number.parse().unwrap())
-}
+use crate::number;
 
 /// A lab for each twenty times, so that none lasts too long.
 fn labs() -> impl Iterator<Item = (Lab, u64)> {

@@ -30,7 +30,7 @@ use crate::{flow, unix_now};
 const WINDOW: u64 = 600;
 
 /// Knocks of alice's, made as fast as she likes: each has the counter after the one before.
-struct Knocks {
+pub(crate) struct Knocks {
     key: KnockKey,
     ports: KnockPorts,
     next: u64,
@@ -38,13 +38,13 @@ struct Knocks {
 
 impl Knocks {
     /// With the lowest counter that the server takes for some time to come.
-    fn new(lab: &Lab) -> Self {
+    pub(crate) fn new(lab: &Lab) -> Self {
         let ports = KnockPorts::new([20_000..=21_023]).unwrap();
         Self { key: lab.alice_key(), ports, next: unix_now() - WINDOW + 120 }
     }
 
     /// The same SYN from each of these sources.
-    fn next(&mut self, family: Family, binding: Binding, sources: &[IpAddr]) -> Vec<Vec<u8>> {
+    pub(crate) fn next(&mut self, family: Family, binding: Binding, sources: &[IpAddr]) -> Vec<Vec<u8>> {
         let (n, token) = (self.next, self.key.seal(self.next, 22, binding));
         self.next += 1;
         let port = self.key.pad(n).knock_port(&self.ports);
