@@ -108,11 +108,9 @@ delete set inet TABLE ended6
 
 const RULES: &str = "
 # Before conntrack. Nothing but SYNs: a reply to this host's own connection may carry a knock port. No `bypass`: without
-# the daemon the kernel drops them. The second rule is for addresses that only a VRF knows.
+# the daemon the kernel drops them.
 add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport KNOCK_PORTS \
 iif != lo fib daddr type local queue num QUEUE
-add rule inet TABLE knock tcp flags & (fin | syn | rst | ack) == syn tcp dport KNOCK_PORTS \
-iif != lo fib daddr . iif type local queue num QUEUE
 
 # After conntrack, before DNAT: ports that containers publish are guarded as they are addressed.
 add rule inet TABLE gate iif lo accept
@@ -124,6 +122,9 @@ add rule inet TABLE gate fib daddr . iif type local goto guard
 add rule inet TABLE host iif lo accept
 add rule inet TABLE host ct status dnat accept
 add rule inet TABLE host meta l4proto . th dport @guarded goto guard
+# What is this host's in a VRF alone, be it another interface's, is not known to be before it has come here.
+add rule inet TABLE host tcp flags & (fin | syn | rst | ack) == syn tcp dport KNOCK_PORTS \
+fib daddr type != local queue num QUEUE
 add rule inet TABLE host tcp dport KNOCK_PORTS ct state != established KNOCK_VERDICT
 
 # A connection begins by a door, whatever conntrack holds. What it holds counts in the direction in which it began: an entry
