@@ -14,12 +14,13 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::doctor::Host;
 use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
 use crate::client::clock::unix_now;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::nft::{self, Doors, ElementError, SetError, SetName};
+use crate::nft::{self, Doors, ElementError, NftError, SetError, SetName};
 use crate::serve::configuration::accounts;
 use crate::serve::ending::ServeError;
 use crate::serve::observers::{self, Status};
@@ -48,6 +49,7 @@ impl Check {
         }
         warn_of_ephemeral_ports(&config);
         warn_of_cuts(&config);
+        warn_of_what_is_beyond(&config);
         for set in unseen_sets(&config)? {
             note(&format!("warning: only root can see whether set {set} is there"));
         }
@@ -166,6 +168,19 @@ fn warn_of_cuts(config: &ServerConfig) {
         note(&format!(
             "warning: {source} {who} connected to {port} without a door, and would be cut: on_close = \"kill\""
         ));
+    }
+}
+
+/// What the gate cannot guard on this host.
+fn warn_of_what_is_beyond(config: &ServerConfig) {
+    match Host::look() {
+        Ok(host) => {
+            for (said, hint) in host.warnings(config) {
+                note(&format!("warning: {said}\nHint: {hint}"));
+            }
+        }
+        Err(NftError::NotPermitted(_)) => note("warning: only root can see what of this host the gate cannot guard"),
+        Err(error) => note(&format!("warning: what the gate cannot guard is not known: {error}")),
     }
 }
 

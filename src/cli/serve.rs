@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use clap::Args;
+use tracing::warn;
 
 use super::ConfigArg;
+use super::doctor::Host;
 use super::failure::Failure;
 use crate::config::Seconds;
 use crate::serve::log::{self, Style};
@@ -56,7 +58,11 @@ pub(super) struct Configuration {
 impl Configuration {
     pub(super) fn run(self) -> Result<(), Failure> {
         log::start("knockq", self.style());
-        Ok(configuration::run(&self.config.config)?)
+        let host = Host::look(); // with a privilege that goes before any file is opened
+        Ok(configuration::run(&self.config.config, |config| match &host {
+            Ok(host) => host.warnings(config).iter().for_each(|(said, hint)| warn!(hint, "{said}")),
+            Err(error) => warn!("what the gate cannot guard on this host is not known: {error}"),
+        })?)
     }
 
     pub(super) const fn style(&self) -> Style {

@@ -111,6 +111,14 @@ pub fn list_ruleset() -> Result<String, NftError> {
     run(&["-s", "list", "ruleset"], "")
 }
 
+/// The same without the elements of sets, of which there may be many.
+///
+/// # Errors
+/// With what nft said.
+pub fn list_rules() -> Result<String, NftError> {
+    run(&["-s", "-t", "list", "ruleset"], "")
+}
+
 /// A table of family inet, as JSON.
 pub(super) fn list_table(table: &str) -> Result<String, NftError> {
     run(&["-j", "list", "table", "inet", table], "").map_err(missing)

@@ -15,7 +15,7 @@ pub mod watch;
 pub use elements::{Door, Doors, ElementError, Ownership};
 pub use flows::{Ending, end, established};
 pub use list::{OpenDoor, comment, open_doors};
-pub use load::{NftError, check, list_ruleset};
+pub use load::{NftError, check, list_rules, list_ruleset};
 pub use ruleset::{Ruleset, is_whole};
 pub use sessions::{track_sessions, without_door};
 pub use sets::{Member, SetError, SetName};

@@ -88,17 +88,18 @@ impl Fixed {
     }
 }
 
-/// Reads the configuration and hands the keeper three sealed memories: its [`Plan`], the verifier's [`Settings`], the
-/// monitor's [`Policy`].
+/// Reads the configuration, shows it, and hands the keeper three sealed memories: its [`Plan`], the verifier's [`Settings`],
+/// the monitor's [`Policy`].
 ///
 /// # Errors
 /// [`ServeError::Config`] and [`ServeError::Account`] for what is wrong in the files.
-pub fn run(path: &Path) -> Result<(), ServeError> {
+pub fn run(path: &Path, show: impl FnOnce(&ServerConfig)) -> Result<(), ServeError> {
     let keeper = Channel::of_stdin()?;
     sandbox::keep_only(&[])?;
     sandbox::write_only_to(&[])?;
     let config = ServerConfig::load(path)?;
     let (accounts, missing_accounts) = accounts(&config)?;
+    show(&config);
     let [verifier, monitor] = accounts;
     let settings = Settings {
         identity: verifier,

@@ -34,11 +34,16 @@ impl Findings {
     /// There is a line of this check with this state that says all of this; whatever is not right has a hint.
     #[track_caller]
     pub(crate) fn has(&self, check: &str, state: &str, said: &[&str]) {
+        assert!(self.finds(check, state, said), "no {state} {check} {said:?}: {:#?}", self.0);
+    }
+
+    /// Whether there is one.
+    pub(crate) fn finds(&self, check: &str, state: &str, said: &[&str]) -> bool {
         let is_it = |[of, how, message, hint]: &&[String; 4]| {
             of == check && how == state && said.iter().all(|text| format!("{message}\n{hint}").contains(text))
         };
-        let found = self.0.iter().find(is_it).unwrap_or_else(|| panic!("no {state} {check} {said:?}: {:#?}", self.0));
-        assert_eq!(found[3].is_empty(), state == "ok", "{found:?}");
+        let found = self.0.iter().find(is_it);
+        found.inspect(|found| assert_eq!(found[3].is_empty(), state == "ok", "{found:?}")).is_some()
     }
 
     /// All lines of this check are so.

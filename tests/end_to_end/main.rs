@@ -13,6 +13,7 @@ mod explain;
 mod faults;
 mod guides;
 mod hostile;
+mod hosts;
 mod invitation;
 mod kill;
 mod knockknock;

@@ -58,7 +58,7 @@ impl Lab {
     }
 
     /// Another of alice's profiles for the server, with a line of its own.
-    fn add_profile(&self, name: &str, line: &str) {
+    pub(crate) fn add_profile(&self, name: &str, line: &str) {
         let (key, _) = line.split_once(' ').unwrap();
         let text = fs::read_to_string(self.directory.path.join("alice.profile")).unwrap();
         let others = text.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n"));

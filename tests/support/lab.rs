@@ -8,7 +8,8 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -24,7 +25,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, bind, connect, shutdown, socket_with};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, bind, connect, listen, shutdown, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Time that something may take that does happen: an emulated machine is slow.
@@ -181,7 +182,22 @@ impl Host {
     /// Serves a banner, then echoes, on every address of this host.
     pub fn serve(&self, port: u16) {
         let any = if has_ipv6() { "::" } else { "0.0.0.0" };
-        let listener = self.enter(|| TcpListener::bind((any, port)).unwrap());
+        self.accept_from(self.enter(|| TcpListener::bind((any, port)).unwrap()), port);
+    }
+
+    /// The same, with a socket that was made ready for it.
+    pub fn serve_with(&self, port: u16, prepare: impl FnOnce(&OwnedFd) + Send) {
+        let listener = self.enter(|| {
+            let socket = socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+            prepare(&socket);
+            bind(&socket, &SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)).unwrap();
+            listen(&socket, 16).unwrap();
+            TcpListener::from(socket)
+        });
+        self.accept_from(listener, port);
+    }
+
+    fn accept_from(&self, listener: TcpListener, port: u16) {
         self.listeners.lock().unwrap().push(listener.try_clone().unwrap());
         thread::spawn(move || {
             while let Ok((mut stream, _)) = listener.accept() {
@@ -198,15 +214,19 @@ impl Host {
 
     /// A connection to an open port, with its banner read; `None` if the port stays silent.
     pub fn connect(&self, server: IpAddr, port: u16) -> Option<TcpStream> {
-        let address = SocketAddr::new(server, port);
-        Some(welcomed(self.enter(|| TcpStream::connect_timeout(&address, SHUT)).ok()?))
+        self.connect_within(SHUT, server, port)
     }
 
     /// A connection to a port that must be open, however long the way and slow the machine.
     #[track_caller]
     pub fn gets_in(&self, server: IpAddr, port: u16) -> TcpStream {
+        self.connect_within(PATIENCE, server, port).expect("the port is open")
+    }
+
+    /// The same as `connect`, with the time that it may take.
+    pub fn connect_within(&self, time: Duration, server: IpAddr, port: u16) -> Option<TcpStream> {
         let address = SocketAddr::new(server, port);
-        welcomed(self.enter(|| TcpStream::connect_timeout(&address, PATIENCE)).expect("the port is open"))
+        Some(welcomed(self.enter(|| TcpStream::connect_timeout(&address, time)).ok()?))
     }
 
     /// The same as `connect`, from one of this host's addresses.

@@ -115,6 +115,11 @@ impl Table {
         }
     }
 
+    /// All of its rules.
+    pub(super) fn rules(&self) -> impl Iterator<Item = &Rule> {
+        self.chains.values().flat_map(|chain| &chain.rules)
+    }
+
     /// Chains that packets may get to that come in at this hook.
     pub(super) fn reached_from(&self, hook: &str) -> Vec<&Chain> {
         let hooked = self.chains.iter().filter(|(_, chain)| chain.hook.as_deref() == Some(hook));

@@ -1,5 +1,6 @@
 //! `knockq doctor`
 
+mod beyond;
 mod field;
 mod firewall;
 mod follow;
@@ -22,6 +23,8 @@ use crate::client::clock::is_synchronized;
 use crate::config::ServerConfig;
 use crate::nft::list_ruleset;
 use crate::serve::configuration::accounts;
+
+pub(super) use beyond::Host;
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  knockq doctor\n  knockq doctor --json | jq '.[] | select(.state != \"ok\")'\n\n\
@@ -158,6 +161,7 @@ fn examine(path: &Path) -> (Vec<Finding>, bool) {
             findings.extend(ports::all(&config, &tables));
             findings.extend(firewall::all(&config, &tables));
             findings.extend(translation::published(&config, &tables));
+            findings.extend(beyond::all(&config, &tables));
         }
         Err(error) => {
             findings.extend(ports::all(&config, &[]));

@@ -17,6 +17,8 @@ pub(super) struct Translation {
     numbers: RangeInclusive<u16>,
     /// `dnat to 172.17.0.2:80`, `redirect to :8080`
     pub(super) target: String,
+    /// Only for addresses of the interface that a packet comes by: `fib daddr . iif type local`.
+    pub(super) is_at_its_interface: bool,
 }
 
 /// All that the tables say of it with ports. A rule for all ports of an address is none.
@@ -45,21 +47,44 @@ fn of_rule(table: &Table, Rule(words): &Rule) -> Vec<Translation> {
         ("ip6", _) | (_, Some("ip6")) => Some(true),
         _ => None,
     };
-    let word = |after: usize| words.get(dport.saturating_add(after)).map_or("", String::as_str);
-    let is_map = word(1) == "map";
-    let values = if is_map { word(2) } else { word(1) };
-    let values = match values.strip_prefix('@') {
-        Some(set) => table.sets.get(set).cloned().unwrap_or_default(),
-        None => items(values),
-    };
+    let is_map = words.get(dport.saturating_add(1)).is_some_and(|word| word == "map");
+    let is_at_its_interface = words.join(" ").contains("fib daddr . iif type local");
+    let values = values(table, words, dport.saturating_add(if is_map { 2 } else { 1 }));
     let one = |value: String| {
         let (key, to) = value.split_once(" : ").unwrap_or((&value, ""));
         let target = if is_map { format!("dnat to {to}") } else { target.clone() };
-        let key = key.split_whitespace().next()?;
-        let (first, last) = key.split_once('-').unwrap_or((key, key));
-        Some(Translation { is_ipv6, transport, numbers: first.parse().ok()?..=last.parse().ok()?, target })
+        Some(Translation { is_ipv6, transport, numbers: range(key)?, target, is_at_its_interface })
     };
     values.into_iter().filter_map(one).collect()
+}
+
+/// The values that stand at this place, in braces, in a set, or alone.
+fn values(table: &Table, words: &[String], place: usize) -> Vec<String> {
+    let values = words.get(place).map_or("", String::as_str);
+    match values.strip_prefix('@') {
+        Some(set) => table.sets.get(set).cloned().unwrap_or_default(),
+        None => items(values),
+    }
+}
+
+fn range(value: &str) -> Option<RangeInclusive<u16>> {
+    let value = value.split_whitespace().next()?;
+    let (first, last) = value.split_once('-').unwrap_or((value, value));
+    Some(first.parse().ok()?..=last.parse().ok()?)
+}
+
+/// Whether a rule may be about this port: all that it says of ports and transports is that it is not about others.
+pub(super) fn may_be_for(table: &Table, Rule(words): &Rule, port: Port) -> bool {
+    let others = if port.transport == Transport::Tcp { ["udp", "17"] } else { ["tcp", "6"] };
+    let is_others = |pair: &[String]| match pair {
+        [transport, dport] if dport == "dport" => others.contains(&transport.as_str()),
+        [l4proto, transport] if l4proto == "l4proto" || l4proto == "protocol" => others.contains(&transport.as_str()),
+        _ => false,
+    };
+    let Some(dport) = words.iter().position(|word| word == "dport") else { return !words.windows(2).any(is_others) };
+    let values = values(table, words, dport.saturating_add(1));
+    let is_it = |value: &String| range(value).is_none_or(|numbers| numbers.contains(&port.number));
+    !words.windows(2).any(is_others) && (values.is_empty() || values.iter().any(is_it))
 }
 
 fn is_loopback(address: &str) -> bool {
