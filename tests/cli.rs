@@ -12,6 +12,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use knockq::crypto::PrivateKey;
+use knockq::serve::store::{Safe, Store};
 use world::{KNOCKQ, Ran, World, json};
 
 #[test]
@@ -209,6 +211,18 @@ fn a_configuration_that_is_wrong_is_shown_with_its_place() {
 }
 
 #[test]
+fn a_service_with_more_ports_than_open_in_a_minute_is_refused_by_name() {
+    let world = World::new();
+    world.edit("etc/knockq.toml", "[\"tcp/22\"]", "[\"tcp/22\", \"tcp/23\", \"udp/22\"]");
+    world.edit("etc/knockq.toml", "[server]\n", "[server]\ngrants_per_minute = 3\n");
+    world.check().succeeds();
+    world.edit("etc/knockq.toml", "grants_per_minute = 3", "grants_per_minute = 2");
+    let said =
+        ["has 3 ports, which open together or not at all", "grants_per_minute is 2", "Hint: grants_per_minute = 6"];
+    world.check().fails(78, &said);
+}
+
+#[test]
 fn a_user_that_is_wrong_is_shown_with_its_place() {
     let key = |world: &World| world.run(&["keygen", "--show"]).succeeds().trim_end().to_owned();
     let cases: &[(&str, &str, &[&str])] = &[
@@ -296,6 +310,31 @@ fn recover_keeps_the_old_store_and_never_lowers_its_floor() {
         assert_eq!(checked.errors().contains("is a copy of a counter store"), is_kept, "{}", checked.errors());
         checked.succeeds();
     }
+}
+
+#[test]
+fn recover_refuses_a_floor_that_no_clock_comes_to_and_names_the_way_out() {
+    let world = World::new();
+    let store = world.path("state/counters.redb");
+    let key: PrivateKey = fs::read_to_string(world.path("etc/server.key")).unwrap().trim().parse().unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let century = now + 100 * 365 * 86_400;
+    for (floor, is_refused) in
+        [(u64::MAX, true), (u64::MAX - 1, true), (now + 2 * u64::from(u32::MAX), true), (century, false)]
+    {
+        let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(&store).unwrap();
+        Store::create(file, key.public(), Safe { floor, since: now }).unwrap();
+        let before = fs::read(&store).unwrap();
+        let ran = world.recover(&[]);
+        if is_refused {
+            let said = format!("takes no knock up to counter {floor}, and a counter is a Unix time");
+            ran.fails(78, &["counters.redb: ", &said, "Hint: ", "knockq init", "new profiles"]);
+            assert_eq!(fs::read(&store).unwrap(), before);
+        } else {
+            ran.succeeds();
+        }
+    }
+    assert_eq!(world.stores().len(), 2, "only the last was replaced: {:?}", world.stores());
 }
 
 #[test]

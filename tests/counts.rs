@@ -169,17 +169,23 @@ fn every_bit_that_carries_it_must_be_right_and_a_wrong_one_costs_the_user_nothin
         };
         assert_eq!(server.receive(&syn(changed, PORT, [203, 0, 113, 9]), NOW), REFUSED(Reason::WrongTag), "bit {bit}");
     }
-    assert!(!server.verifier.is_narrowed(NOW));
+    assert_eq!(server.verifier.narrowed(NOW).next(), None);
     server.receive(&knock(0), NOW).grant();
 }
 
 #[test]
 fn it_comes_to_its_own_port_from_its_networks_and_over_ipv4_alone() {
     let mut server = server();
-    let token = Key::new(&secrets(0)).seal(0, 22);
+    let key = Key::new(&secrets(0));
+    let token = key.seal(0, 22);
     assert_eq!(server.receive(&syn(token, PORT + 1, [203, 0, 113, 9]), NOW), REFUSED(Reason::WrongKnockPort));
     server.reload(NOW, |registry| registry.users[0].from = vec!["198.51.100.0/24".parse().unwrap()]);
-    assert_eq!(server.receive(&knock(0), NOW), REFUSED(Reason::SourceNotAllowed));
+    assert_eq!(server.receive(&knock(1), NOW), REFUSED(Reason::SourceNotAllowed));
+    for count in [0, 1] {
+        let copy = syn(key.seal(count, 22), PORT, [198, 51, 100, 1]);
+        assert!(matches!(server.receive(&copy, NOW), End::Refused(Reason::Replayed)), "{count} is spent");
+    }
+    let token = key.seal(2, 22);
     let mut ip6 = etherparse::Ipv6Header { payload_length: 20, next_header: IpNumber::TCP, ..Default::default() };
     ip6.hop_limit = 64;
     let tcp = syn(token, PORT, [203, 0, 113, 9])[20..].to_vec();

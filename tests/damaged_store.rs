@@ -50,7 +50,7 @@ impl Subject {
         for n in 1_000..1_000 + COMMITS {
             let token = key.seal(n, 22, Binding::Unbound);
             let opened = key.open(n, 22, token.tsval, Binding::Unbound).unwrap();
-            let reserve = |user| counters.reserve(user, &opened, IpAddr::V4(Ipv4Addr::LOCALHOST), 7).unwrap();
+            let reserve = |user| counters.reserve(user, &opened, IpAddr::V4(Ipv4Addr::LOCALHOST), 7, true).unwrap();
             Fresh::record(users.iter().map(reserve).collect(), &mut store).unwrap();
         }
         let killed = fs::read(&path).unwrap();
@@ -246,7 +246,7 @@ fn raise(subject: &Subject, store: &mut Store, n: u64) {
     let token = key.seal(n, 22, Binding::Unbound);
     let opened = key.open(n, 22, token.tsval, Binding::Unbound).unwrap();
     let reservation =
-        Counters::default().reserve(&subject.users[0], &opened, IpAddr::V4(Ipv4Addr::LOCALHOST), 7).unwrap();
+        Counters::default().reserve(&subject.users[0], &opened, IpAddr::V4(Ipv4Addr::LOCALHOST), 7, true).unwrap();
     Fresh::record(vec![reservation], store).unwrap();
 }
 

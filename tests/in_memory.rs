@@ -5,9 +5,10 @@ mod pair;
 #[path = "support/persona.rs"]
 mod recorded;
 
-use knockq::service::Transport;
-use knockq::verify::{Reason, SourcePolicy};
-use pair::{End, Knock, NOW, WINDOW, address, world};
+use knockq::crypto::Binding;
+use knockq::service::{Name, Transport};
+use knockq::verify::{Decision, Reason, SourcePolicy};
+use pair::{End, Knock, NOW, Server, WINDOW, address, world};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 
 const REFUSED: fn(Reason) -> End = End::Refused;
@@ -155,23 +156,154 @@ fn a_user_who_must_bind_cannot_send_unbound_tokens() {
 }
 
 #[test]
-fn a_knock_from_outside_the_users_networks_is_refused_and_is_no_try() {
+fn a_wrong_tag_from_outside_the_users_networks_or_to_another_knock_port_is_no_try() {
     let (mut server, clients) = world(1, |_, user| user.from = vec!["203.0.113.0/24".parse().unwrap()]);
-    for _ in 0..5 {
-        let knock = Knock::new(&clients[0], NOW).from("198.51.100.1");
-        assert_eq!(server.receive(&knock.packet(), NOW), REFUSED(Reason::SourceNotAllowed));
+    let knock = Knock::new(&clients[0], NOW);
+    for difference in 1..5 {
+        let elsewhere = Knock::new(&clients[0], NOW).from("198.51.100.1").with_tag_off_by(difference);
+        assert_eq!(server.receive(&elsewhere, NOW), REFUSED(Reason::SourceNotAllowed));
+        let token = clients[0].key.seal(NOW, 22, Binding::Unbound);
+        let other_port = knock.syn(20_000, token.sequence, token.tsval ^ difference);
+        assert_eq!(server.receive(&other_port, NOW), REFUSED(Reason::WrongKnockPort));
     }
-    server.receive(&Knock::new(&clients[0], NOW).packet(), NOW).grant();
+    server.receive(&knock.packet(), NOW).grant();
+}
+
+/// Sends a knock that is refused so, and then copies of it from anywhere: before and after a restart.
+fn is_spent(server: &mut Server, refused: &[u8], reason: Reason, copies: &[Vec<u8>], now: u64) {
+    assert_eq!(server.receive(refused, now), REFUSED(reason));
+    let is_taken = |server: &mut Server, copy: &[u8]| match server.receive(copy, now) {
+        End::Refused(Reason::Replayed) => true,
+        End::Refused(other) => other == reason,
+        other => panic!("{reason}: {other:?}"),
+    };
+    assert!(copies.iter().all(|copy| is_taken(server, copy)), "{reason}");
+    server.restart(now);
+    assert!(copies.iter().all(|copy| is_taken(server, copy)), "{reason}, after a restart");
 }
 
 #[test]
-fn a_knock_on_another_knock_port_is_refused_and_is_no_try() {
-    let (mut server, clients) = world(1, |_, _| {});
-    let knock = Knock::new(&clients[0], NOW);
-    for port in [1, 19999, 30000, 65535] {
-        assert_eq!(server.receive(&knock.packet_to(port), NOW), REFUSED(Reason::WrongKnockPort));
+fn a_knock_whose_tag_holds_is_spent_for_good_whatever_it_is_refused_for() {
+    for [home, elsewhere] in [["203.0.113.9", "203.0.113.10"], ["2001:db8::9", "2001:db8::10"]] {
+        let networks = ["203.0.113.0/24", "2001:db8::/32", "fe80::/10"].map(|network| network.parse().unwrap());
+        let server = || world(1, |_, user| user.from = networks.to_vec());
+        let outside = if home.contains(':') { "2001:db9::1" } else { "198.51.100.1" };
+        let (_, clients) = server();
+        let knock = |n| Knock::new(&clients[0], n);
+        let copies = |n| [home, elsewhere].map(|source| knock(n).from(source).packet()).to_vec();
+
+        is_spent(&mut server().0, &knock(NOW).from(outside).packet(), Reason::SourceNotAllowed, &copies(NOW), NOW);
+        is_spent(&mut server().0, &knock(NOW).from("fe80::9").packet(), Reason::LinkLocal, &copies(NOW), NOW);
+        let token = clients[0].key.seal(NOW, 22, Binding::Unbound);
+        let other_port = knock(NOW).from(home).syn(1, token.sequence, token.tsval);
+        is_spent(&mut server().0, &other_port, Reason::WrongKnockPort, &copies(NOW), NOW);
+
+        let (mut exhausted, _) = server();
+        for difference in 1..=3 {
+            exhausted.receive(&knock(NOW).from(elsewhere).with_tag_off_by(difference), NOW);
+        }
+        let refused = knock(NOW).from(home).packet();
+        is_spent(&mut exhausted, &refused, Reason::Exhausted, &copies(NOW), NOW);
+
+        let (mut narrowed, _) = server();
+        (NOW - 25..NOW).for_each(|n| drop(narrowed.receive(&knock(n).with_tag_off_by(1), NOW)));
+        let refused = knock(NOW + 20).from(home).packet();
+        is_spent(&mut narrowed, &refused, Reason::Narrowed, &copies(NOW + 20), NOW);
+
+        let (mut early, _) = server();
+        let n = NOW + WINDOW + 1;
+        let refused = knock(n).from(home).packet();
+        assert_eq!(early.receive(&refused, NOW), REFUSED(Reason::OutsideWindow));
+        assert_eq!(early.receive(&knock(n).from(elsewhere).packet(), NOW + 1), REFUSED(Reason::Replayed));
+
+        let (mut poor, _) = server();
+        poor.reload(NOW, |registry| registry.grants_per_minute = 1);
+        poor.receive(&knock(NOW - 1).from(home).packet(), NOW).grant();
+        is_spent(&mut poor, &knock(NOW).from(home).packet(), Reason::OverRate, &copies(NOW), NOW);
     }
-    server.receive(&knock.packet(), NOW).grant();
+}
+
+#[test]
+fn only_what_a_key_has_made_causes_a_write_and_each_counter_of_it_one() {
+    let (mut server, clients) = world(1, |_, user| user.from = vec!["203.0.113.0/24".parse().unwrap()]);
+    let mut writes = 0;
+    for difference in 0..50 {
+        let token = clients[0].key.seal(NOW, 22, Binding::Unbound);
+        for source in ["203.0.113.9", "198.51.100.1", "fe80::9"] {
+            let knock = || Knock::new(&clients[0], NOW).from(source);
+            let to_other_port = knock().syn(1, token.sequence, token.tsval ^ difference);
+            for packet in [knock().with_tag_off_by(difference), to_other_port] {
+                server.verifier.advance(NOW, usize::MAX);
+                writes += usize::from(server.claim(&packet, NOW).is_ok());
+            }
+        }
+        assert_eq!(writes, 1, "the first is the only one whose tag holds");
+    }
+}
+
+#[test]
+fn a_copy_of_what_was_refused_withdraws_nothing_and_a_copy_that_is_refused_does_not_either() {
+    for [home, elsewhere, outside] in
+        [["203.0.113.9", "203.0.113.10", "198.51.100.1"], ["2001:db8::9", "2001:db8::10", "2001:db9::1"]]
+    {
+        let networks = ["203.0.113.0/24", "2001:db8::/32"].map(|network| network.parse().unwrap());
+        let (mut server, clients) = world(1, |_, user| user.from = networks.to_vec());
+        let knock = |n| Knock::new(&clients[0], n);
+        server.receive(&knock(NOW).from(outside).packet(), NOW);
+        assert_eq!(server.receive(&knock(NOW).from(home).packet(), NOW), REFUSED(Reason::Replayed));
+        server.receive(&knock(NOW + 1).from(home).packet(), NOW).grant();
+        let copy = server.receive(&knock(NOW + 1).from(outside).packet(), NOW);
+        assert_eq!(copy, REFUSED(Reason::SourceNotAllowed));
+        let copy = server.receive(&knock(NOW + 1).from(elsewhere).packet(), NOW);
+        assert!(matches!(copy, End::Withdrawn { .. }), "{copy:?}");
+    }
+}
+
+#[test]
+fn a_withdrawal_means_the_token_that_was_copied_and_no_other() {
+    let (mut server, clients) = world(2, |_, _| {});
+    let mut numbers = Vec::new();
+    for n in NOW..NOW + 3 {
+        numbers.push(server.receive(&Knock::new(&clients[0], n).packet(), NOW).grant().token);
+    }
+    let copy = Knock::new(&clients[0], NOW + 1).from("198.51.100.1").packet();
+    let Decision::Withdrawn(withdrawal) = server.verifier.handle(&copy, NOW) else { panic!("not withdrawn") };
+    assert_eq!((withdrawal.user.as_str(), withdrawal.service.unwrap().as_str()), ("u0", "ssh"));
+    assert_eq!(numbers.iter().position(|number| *number == withdrawal.token), Some(1));
+    assert_eq!(numbers.iter().filter(|number| **number == withdrawal.token).count(), 1);
+}
+
+#[test]
+fn no_door_opens_for_an_ipv6_link_local_source() {
+    for (source, is_refused) in [
+        ("fe80::1", true),
+        ("febf:ffff::1", true),
+        ("fec0::1", false),
+        ("fe7f::1", false),
+        ("fd00::1", false),
+        ("169.254.1.1", false),
+    ] {
+        let (mut server, clients) = world(1, |_, _| {});
+        let end = server.receive(&Knock::new(&clients[0], NOW).bound_to(source).from(source).packet(), NOW);
+        assert_eq!(end == REFUSED(Reason::LinkLocal), is_refused, "{source}: {end:?}");
+        assert_eq!(matches!(end, End::Granted(_)), !is_refused, "{source}: {end:?}");
+    }
+}
+
+#[test]
+fn a_user_with_many_ports_leaves_the_others_their_share_of_the_rate() {
+    let (mut server, clients) = world(2, |_, _| {});
+    server.reload(NOW, |registry| {
+        registry.grants_per_minute = 100;
+        registry.services[0].ports = (1..=20).map(|port| format!("tcp/{port}").parse().unwrap()).collect();
+    });
+    let mut ends: Vec<End> =
+        (NOW - 50..NOW).map(|n| server.receive(&Knock::new(&clients[0], n).packet(), NOW)).collect();
+    let refused = ends.split_off(2);
+    assert!(ends.into_iter().all(|end| end.grant().ports.len() == 20), "whole");
+    assert!(refused.into_iter().all(|end| end == REFUSED(Reason::OverRate)), "or not at all");
+    assert_eq!(server.receive(&Knock::new(&clients[1], NOW).packet(), NOW).grant().ports.len(), 20);
+    server.receive(&Knock::new(&clients[0], NOW + 120).packet(), NOW + 120).grant();
 }
 
 #[test]
@@ -222,24 +354,30 @@ fn wrong_tags_for_spent_counters_are_no_tries() {
         let packet = Knock::new(&clients[0], NOW).with_tag_off_by(difference);
         assert_eq!(server.receive(&packet, NOW), REFUSED(Reason::WrongTag));
     }
-    assert!(!server.verifier.is_narrowed(NOW), "a copied knock cannot narrow the window for others");
+    assert_eq!(server.verifier.narrowed(NOW).next(), None, "a copied knock cannot narrow its user's window");
 }
 
 #[test]
-fn many_wrong_tags_narrow_the_window_for_a_minute() {
+fn many_wrong_tags_narrow_the_window_of_their_key_for_a_minute_and_of_no_other() {
     let (mut server, clients) = world(2, |_, _| {});
+    let narrowed = |server: &Server, now| server.verifier.narrowed(now).map(Name::to_string).collect::<Vec<_>>();
     for n in NOW..NOW + 21 {
-        assert!(!server.verifier.is_narrowed(NOW));
+        assert!(narrowed(&server, NOW).is_empty());
         server.receive(&Knock::new(&clients[0], n).with_tag_off_by(1), NOW);
     }
-    assert!(server.verifier.is_narrowed(NOW));
-    for off in [NOW - 6, NOW + 6] {
-        assert_eq!(server.receive(&Knock::new(&clients[1], off).packet(), NOW), REFUSED(Reason::Narrowed));
+    assert_eq!(narrowed(&server, NOW), ["u0"]);
+    server.reload(NOW, |registry| registry.users.swap(0, 1));
+    server.verifier.forget(NOW);
+    assert_eq!(narrowed(&server, NOW), ["u0"]);
+    for off in [NOW - 20, NOW + 20] {
+        server.receive(&Knock::new(&clients[1], off).packet(), NOW).grant();
     }
-    server.receive(&Knock::new(&clients[1], NOW - 5).packet(), NOW).grant();
-    server.receive(&Knock::new(&clients[1], NOW + 5).packet(), NOW).grant();
-    assert!(!server.verifier.is_narrowed(NOW + 60));
-    server.receive(&Knock::new(&clients[1], NOW + 60 + 30).packet(), NOW + 60).grant();
+    assert_eq!(server.receive(&Knock::new(&clients[0], NOW - 6).packet(), NOW), REFUSED(Reason::Narrowed));
+    server.receive(&Knock::new(&clients[0], NOW - 5).packet(), NOW).grant();
+    server.receive(&Knock::new(&clients[0], NOW + 5).packet(), NOW).grant();
+    assert_eq!(server.receive(&Knock::new(&clients[0], NOW + 6).packet(), NOW), REFUSED(Reason::Narrowed));
+    assert!(narrowed(&server, NOW + 60).is_empty());
+    server.receive(&Knock::new(&clients[0], NOW + 60 + 30).packet(), NOW + 60).grant();
 }
 
 #[test]

@@ -91,6 +91,7 @@ fn verifier(users: usize, window: u64) -> Verifier {
     let registry = Registry {
         window,
         knock_ports: KnockPorts::new([20_000..=21_023]).unwrap(),
+        grants_per_minute: 600,
         services: vec![Service {
             name: "ssh".parse().unwrap(),
             selector: 22,

@@ -135,11 +135,13 @@ fn frames() {
         seconds,
         user: name(user),
         service: name(service),
+        token: 1_790_000_000,
     };
     let close = |source: &str, user: &str, port: &str| Frame::Close {
         source: source.parse().unwrap(),
         port: port.parse().unwrap(),
         user: name(user),
+        token: 1_790_000_000,
     };
     write("frame", "open-v4", open("192.0.2.1", "alice", "ssh", "tcp/22", false, 30).encode());
     write("frame", "open-once-v6", open("2001:db8::1", "bob", "vpn", "udp/51820", true, 43_200).encode());
@@ -242,6 +244,7 @@ fn handed_over() {
     let registry = Registry {
         window: 60,
         knock_ports: KnockPorts::new([20_000..=21_023]).unwrap(),
+        grants_per_minute: 600,
         services: vec![Service { name: ssh, selector: 22, ports: vec![port], open_for: 30, once: false, kill: false }],
         users: vec![user],
     };

@@ -52,6 +52,8 @@ struct Sealed {
 struct Spent {
     token: Sealed,
     source: IpAddr,
+    /// It came to its own port, within the window.
+    may_open: bool,
 }
 
 #[derive(Default)]
@@ -228,11 +230,11 @@ impl World {
 
     fn claimed(&mut self, claim: Claim, syn: &Syn) {
         let token = self.token_in(syn).expect("a claim without a token that was sealed with a registered key");
-        let spent = Spent { token: token.clone(), source: syn.source };
+        let may_open = token.knock_port == syn.destination_port && token.n.abs_diff(self.now) <= WINDOW;
+        let spent = Spent { token: token.clone(), source: syn.source, may_open };
         assert!(self.claimed.insert((token.user, token.n), spent.clone()).is_none(), "a counter was claimed twice");
         let before = self.last.insert(token.user, token.n);
         assert!(before < Some(token.n), "counter {} after {before:?}", token.n);
-        assert!(token.n.abs_diff(self.now) <= WINDOW, "a counter outside the window");
         self.waiting.push((claim, spent));
     }
 
@@ -240,14 +242,15 @@ impl World {
         let token = self.token_in(syn).expect("a withdrawal by a token that nobody sealed");
         let first = &self.claimed[&(token.user, token.n)];
         assert!(first.token.binding == Binding::Unbound && first.source == withdrawal.source);
+        assert!(first.may_open && token.knock_port == syn.destination_port);
         assert!(withdrawal.elsewhere == syn.source && withdrawal.source != syn.source);
         assert!(self.withdrawn.insert((token.user, token.n)), "withdrawn twice");
     }
 
-    /// The token of this SYN, if it was sealed with a registered key, for this source and knock port.
+    /// The token of this SYN, if it was sealed with a registered key, for this source.
     fn token_in(&self, syn: &Syn) -> Option<Sealed> {
         let is_it = |token: &&Sealed| {
-            (token.sequence, Some(token.tsval), token.knock_port) == (syn.sequence, syn.tsval, syn.destination_port)
+            (token.sequence, Some(token.tsval)) == (syn.sequence, syn.tsval)
                 && (token.binding == Binding::Unbound || token.binding == Binding::Bound(syn.source))
         };
         self.sealed.iter().find(is_it).cloned()
@@ -264,7 +267,8 @@ impl World {
 
     fn settle(&mut self, recorded: &Recorded, spent: &Spent) {
         let Ok(grant) = self.verifier.settle(recorded, self.now) else { return };
-        let Spent { token, source } = spent;
+        let Spent { token, source, may_open } = spent;
+        assert!(*may_open, "granted though it came to another port or outside of the window");
         self.check(&grant, token, *source);
         assert!(self.ledger.last.get(&token.user) >= Some(&token.n), "granted before it was durable");
         assert!(!self.withdrawn.contains(&(token.user, token.n)), "granted though it came from two addresses");
@@ -369,6 +373,7 @@ fn keys() -> (Registry, Vec<KnockKey>) {
     let registry = Registry {
         window: WINDOW,
         knock_ports: KnockPorts::new([20_000..=20_063]).unwrap(),
+        grants_per_minute: 60_000,
         services: vec![
             service("ssh", &["tcp/22"], false),
             service("vpn", &["udp/51820", "tcp/51820"], true),

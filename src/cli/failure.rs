@@ -385,6 +385,9 @@ impl From<AimError> for Failure {
             AimError::Resolve { .. } => {
                 failure.hint("check the name and the resolver, or put an address into the profile")
             }
+            AimError::LinkLocal(_) => {
+                failure.hint("name another address of the server, and put it into the profile: `address`")
+            }
             AimError::NoAddress { .. } => failure.hint("leave out -4 or -6, or add an address to the profile"),
             AimError::OnlyV4(_) => failure.hint("leave out -6, and --source with an IPv6 address").code(USAGE),
             AimError::NoV4(_) => failure.hint(
@@ -413,7 +416,8 @@ impl From<ConnectError> for Failure {
             }
             ConnectError::Refused { .. } => failure.hint(
                 "start the service on the server, if it does not run; else the server answers with resets where it has \
-                 taken no knock, and its log says why",
+                 taken no knock, or has taken back what an unbound one opened because a copy came from elsewhere, and its \
+                 log says why: then bind the knock (--source ADDRESS), or take another path",
             ),
             ConnectError::StillShut { checks, .. } => {
                 failure.hint(format!("check, in this order:\n  - {}", checks.join("\n  - ")))

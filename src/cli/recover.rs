@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::failure::Failure;
+use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, note, print};
 use crate::client::clock::{is_synchronized, unix_now};
 use crate::config::secure_file::{self, Draft, Privacy};
@@ -15,6 +15,10 @@ use crate::config::{Seconds, ServerConfig};
 use crate::serve::start;
 use crate::serve::store::{Remains, Safe, Store, StoreError};
 use crate::serve::verifier::VerifierError;
+
+/// What is left where a store holds what knockq has not written.
+const WAY_OUT: &str = "knockq has not written that, so trust neither this store nor the keys: make both anew with `knockq init` in \
+                       new directories, copy the services and users.d, and give all users new profiles";
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  systemctl stop knockq && knockq recover && systemctl start knockq\n\n\
@@ -38,6 +42,7 @@ impl Recover {
         let path = config.store_path();
         let old = Old::find(&path)?;
         let now = unix_now();
+        old.refuse_absurd_floor(&path, now, &config)?;
         warn_of_clock(now, &old, &config);
 
         secure_file::create_directory(&config.state)?;
@@ -78,6 +83,19 @@ impl Old {
         }
     }
 
+    /// A floor is never lowered, so with one that no clock comes to nobody could ever knock again.
+    fn refuse_absurd_floor(&self, path: &Path, now: u64, config: &ServerConfig) -> Result<(), Failure> {
+        let floor = self.remains.floor();
+        if !is_no_time(floor, now, config) {
+            return Ok(());
+        }
+        let message = format!(
+            "{}: takes no knock up to counter {floor}, and a counter is a Unix time: no clock comes to that",
+            path.display()
+        );
+        Err(Failure::new(message).hint(WAY_OUT).code(CONFIGURATION))
+    }
+
     /// A copy of it, so that there is a store at every moment until the new one takes its place. A second name would do
     /// for that, but not let it be told for what it is when it is put back: one that has forgotten what came after it.
     fn keep_aside(&self, path: &Path, now: u64) -> Result<Option<PathBuf>, Failure> {
@@ -94,6 +112,12 @@ impl Old {
         draft.install()?;
         Ok(Some(free))
     }
+}
+
+/// Whether no clock comes to this counter. Whatever took it was ahead by more than a clock can have been, as `--ahead` has it.
+fn is_no_time(n: u64, now: u64, config: &ServerConfig) -> bool {
+    let [window, ahead] = [config.window, Seconds(u32::MAX)].map(|seconds| u64::from(seconds.0));
+    n > now.saturating_add(window).saturating_add(ahead)
 }
 
 fn is_running(cause: &str) -> Failure {
@@ -147,8 +171,16 @@ fn waiting(now: u64, floor: u64, remains: &Remains, config: &ServerConfig) -> St
         } else if let Some(last) =
             remains.last(&user.public_key, config.private_key.public()).filter(|last| *last > floor)
         {
-            let wait = last.saturating_sub(now).saturating_add(1);
-            let _ = writeln!(text, "{} has spent a counter ahead of that, and can knock again in {wait} s", user.name);
+            let name = &user.name;
+            let _ = if is_no_time(last, now, config) {
+                writeln!(
+                    text,
+                    "{name} can knock no more, for no clock comes to counter {last}, which is spent. {WAY_OUT}"
+                )
+            } else {
+                let wait = last.saturating_sub(now).saturating_add(1);
+                writeln!(text, "{name} has spent a counter ahead of that, and can knock again in {wait} s")
+            };
         }
     }
     text.push_str("Next: start the daemon, for example with `systemctl start knockq`\n");

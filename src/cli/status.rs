@@ -151,7 +151,8 @@ struct Clock {
     synchronized: bool,
     jumps: u64,
     last_jump: Option<Jump>,
-    narrowed: bool,
+    /// For whom.
+    narrowed: Vec<Name>,
 }
 
 #[derive(Serialize)]
@@ -202,14 +203,16 @@ impl Shown {
     fn of(status: observers::Status, now: u64) -> Self {
         let observers::Status { keeper, verifier, monitor } = status;
         let KeeperPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = keeper;
-        let MonitorPart { seen, lost, opened, not_opened, over_rate, doors, is_cut } = monitor;
+        let MonitorPart { seen, lost, opened, not_opened, doors, is_cut } = monitor;
         let is_cut = is_cut || verifier.is_cut;
-        let packets = verifier.counts().map(|(reason, count)| Count { reason: reason.as_str(), count }).collect();
+        let packets = verifier.counts().map(|(reason, count)| Count { reason: reason.as_str(), count });
+        let packets: Vec<Count> = packets.collect();
+        let over_rate = packets.iter().find(|count| count.reason == "over_rate").map_or(0, |count| count.count);
         let clock = Clock {
             synchronized: clock::is_synchronized(),
             jumps: verifier.jumps,
             last_jump: verifier.last_jump.map(|(at, seconds)| Jump { at, seconds }),
-            narrowed: verifier.is_narrowed,
+            narrowed: verifier.narrowed.clone(),
         };
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -392,7 +395,11 @@ impl Clock {
             let by = time_left(jump.seconds.unsigned_abs());
             format!("; jumped {} times, the last {} by {by}, {way}", self.jumps, ago(jump.at, now))
         });
-        let narrowed = if self.narrowed { "; many wrong tags: only clocks within 5 s are looked up" } else { "" };
+        let narrowed = match self.narrowed.as_slice() {
+            [] => String::new(),
+            [user] => format!("; many wrong tags for {user}: only clocks within 5 s count"),
+            users => format!("; many wrong tags for {} users: only clocks within 5 s count for them", users.len()),
+        };
         format!("{state}{}{narrowed}", jump.unwrap_or_default())
     }
 }
@@ -454,7 +461,7 @@ impl Shown {
             (
                 "knockq_doors_over_rate_total",
                 "counter",
-                "Doors that grants_per_minute forbade",
+                "Knocks that grants_per_minute forbade",
                 one(self.doors.over_rate),
             ),
             (
@@ -483,7 +490,12 @@ impl Shown {
                 one(self.clock.synchronized.into()),
             ),
             ("knockq_clock_jumps_total", "counter", "Times that the clock jumped", one(self.clock.jumps)),
-            ("knockq_window_narrowed", "gauge", "Whether wrong tags abound", one(self.clock.narrowed.into())),
+            (
+                "knockq_window_narrowed",
+                "gauge",
+                "Users for whom wrong tags abound",
+                one(self.clock.narrowed.len() as u64),
+            ),
             ("knockq_user_granted_timestamp_seconds", "gauge", "When a user last opened something", granted),
             ("knockq_user_refused_timestamp_seconds", "gauge", "When a knock of a user's was last refused", refused),
         ];

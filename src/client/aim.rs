@@ -133,6 +133,11 @@ pub enum AimError {
     /// `--strict`: a knockknock token always stands out.
     #[error("host {0}: a knockknock token comes in a SYN that no kernel sends, so an observer can tell it")]
     StandsOut(Name),
+    /// The server opens no door for where the knock would come from.
+    #[error(
+        "{0}: is link-local, and a door for a link-local source would hold on every link, so the server opens none"
+    )]
+    LinkLocal(IpAddr),
     /// No way leads to any address.
     #[error(transparent)]
     Port(#[from] PortError),
@@ -164,12 +169,23 @@ impl Aim {
     pub fn server(&self) -> Result<SocketAddr, AimError> {
         let mut failure = None;
         for &server in &self.servers {
-            match source_address(server, self.own_source()) {
-                Ok(_) => return Ok(server),
-                Err(error) => failure = Some(error.into()),
+            match self.check_way(server) {
+                Ok(()) => return Ok(server),
+                Err(error) => failure = Some(error),
             }
         }
         Err(failure.unwrap_or_else(|| AimError::NoAddress { host: self.host.clone(), family: "usable" }))
+    }
+
+    /// Whether a knock that goes to this address comes from one that the server opens a door for.
+    ///
+    /// # Errors
+    /// [`AimError::LinkLocal`] if not, and the kernel's if no way leads there.
+    pub fn check_way(&self, server: SocketAddr) -> Result<(), AimError> {
+        match source_address(server, self.own_source())? {
+            IpAddr::V6(source) if source.is_unicast_link_local() => Err(AimError::LinkLocal(server.ip())),
+            _ => Ok(()),
+        }
     }
 
     /// `--source`, or else the profile's, also chooses among own addresses; another one is a NAT's and only goes into the

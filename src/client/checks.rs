@@ -94,7 +94,9 @@ fn address(aim: &Aim, sent: &Sent, bound_to: Option<IpAddr>) -> (bool, String) {
         None => (
             false,
             "the knock holds for no address: the server may demand one (--source), or a NAT may have given the connection \
-             another address than the knock"
+             another address than the knock; or somebody on the way copies each knock to another address, at which the server \
+             takes back what it opened (`withdrawn` in its log): bind the knock with --source ADDRESS, the one that the server \
+             sees, or take another path"
                 .to_owned(),
         ),
     }

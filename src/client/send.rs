@@ -218,6 +218,7 @@ impl Knock {
     /// # Errors
     /// [`SendError`]. What was issued stays issued.
     pub fn prepare(home: &Home, aim: &Aim, server: SocketAddr, tell: impl Fn(Notice)) -> Result<Self, SendError> {
+        aim.check_way(server)?;
         match &aim.profile {
             Profile::Token(profile) => Self::of_token(home, aim, profile, server, tell),
             Profile::Knockknock(profile) => Self::of_knockknock(home, aim, profile, server, tell),

@@ -152,7 +152,7 @@ impl ServerConfig {
             .into_iter()
             .map(|(name, table)| service(name, table, &at))
             .collect::<Result<Vec<(Service, Range<usize>)>, Diagnostic>>()?;
-        check_services(&services, &server.knock_ports, &at)?;
+        check_services(&services, &server.knock_ports, grants_per_minute, &at)?;
         let services: Vec<Service> = services.into_iter().map(|(service, _)| service).collect();
 
         let directory = path.parent().unwrap_or(Path::new("."));
@@ -204,6 +204,7 @@ impl ServerConfig {
         Ok(Registry {
             window: self.window.0.into(),
             knock_ports: self.knock_ports.clone(),
+            grants_per_minute: self.grants_per_minute,
             services: self.services.clone(),
             users: self.users.iter().map(user).collect::<Result<_, ConfigError>>()?,
         })
@@ -281,6 +282,7 @@ fn service(name: Name, table: Spanned<ServiceTable>, at: &At<'_>) -> Result<(Ser
 fn check_services(
     services: &[(Service, Range<usize>)],
     knock_ports: &Spanned<KnockPorts>,
+    grants_per_minute: u32,
     at: &At<'_>,
 ) -> Result<(), Diagnostic> {
     if services.is_empty() {
@@ -293,6 +295,14 @@ fn check_services(
         if let Some(other) = owners.insert(service.selector, &service.name) {
             let message = format!("services {other} and {} have the same selector {}", service.name, service.selector);
             return Err(at(span.clone(), message).with_hint("give one of them `selector = N`, a number of its own"));
+        }
+        let doors = service.ports.len();
+        if u32::try_from(doors).map_or(true, |doors| doors > grants_per_minute) {
+            let message = format!(
+                "service {} has {doors} ports, which open together or not at all, and grants_per_minute is {grants_per_minute}",
+                service.name
+            );
+            return Err(at(span.clone(), message).with_hint(format!("grants_per_minute = {}", 2 * doors)));
         }
         let is_knocked_at =
             |port: &&Port| port.transport == Transport::Tcp && knock_ports.get_ref().contains(port.number);

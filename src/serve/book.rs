@@ -1,7 +1,8 @@
 //! Who opened which door until when.
 //!
 //! One element may stand for the knocks of several users behind one address: it has the longest time left, and taking one
-//! user's grant back leaves the others'.
+//! user's grant back leaves the others'. A user's later knock for the same service renews their grant, and taking one of the
+//! two back leaves what the other gave.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -15,6 +16,9 @@ pub const MAX_DOORS: usize = 4 * 65_535;
 
 /// Users who hold one door open at most.
 const MAX_GRANTS: usize = 1024;
+
+/// Knocks before the last that a grant rests on at most.
+const MAX_EARLIER: usize = 16;
 
 /// The live grants of every door, or of whatever else the kernel has an element for as long as they last.
 pub struct Book<K = Door> {
@@ -32,8 +36,12 @@ pub struct Grant {
     pub service: Name,
     /// When it ends.
     pub until: Instant,
-    /// By a token that was bound to the source.
+    /// By a token that was bound to the source, so that it is never taken back.
     pub bound: bool,
+    /// The number of that token; `None` for a grant that was found.
+    pub token: Option<u32>,
+    /// What is left of the grant if that token is taken back: until when, bound or not, by which. The latest comes first.
+    pub earlier: Vec<(Instant, bool, Option<u32>)>,
     /// Connections end with it.
     pub kill: bool,
     /// Elements of the administrator's sets that it has part in.
@@ -56,13 +64,18 @@ impl<K> Default for Book<K> {
 impl<K: Clone + Eq + Hash> Book<K> {
     /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. A door that holds one
     /// grant `alone`, for it is open to one connection, loses those before it: they may be spent.
-    pub fn note(&mut self, door: K, grant: Grant, alone: bool, now: Instant) -> Option<Vec<Grant>> {
+    pub fn note(&mut self, door: K, mut grant: Grant, alone: bool, now: Instant) -> Option<Vec<Grant>> {
         if self.doors.len() >= MAX_DOORS && !self.doors.contains_key(&door) {
             return None;
         }
         let grants = self.doors.entry(door).or_default();
         let is_over = |other: &mut Grant| alone || other.until <= now || other.is_renewed_by(&grant);
         let replaced: Vec<Grant> = grants.extract_if(.., is_over).collect();
+        let renewed = replaced.iter().find(|other| other.until > now && other.is_renewed_by(&grant));
+        if let Some(renewed) = renewed.filter(|_| !alone && !grant.bound) {
+            let last = [(renewed.until, renewed.bound, renewed.token)];
+            grant.earlier = last.into_iter().chain(renewed.earlier.iter().copied()).take(MAX_EARLIER).collect();
+        }
         let has_room = grants.len() < MAX_GRANTS;
         if has_room {
             self.first_end = Some(self.first_end.map_or(grant.until, |first| first.min(grant.until)));
@@ -79,11 +92,20 @@ impl<K: Clone + Eq + Hash> Book<K> {
         }
     }
 
-    /// Strikes a user's grants out, and tells them.
-    pub fn strike(&mut self, door: &K, user: &Name) -> Vec<Grant> {
-        self.doors
-            .get_mut(door)
-            .map_or_else(Vec::new, |grants| grants.extract_if(.., |grant| grant.user == *user).collect())
+    /// Strikes out what a token of a user's opened: tells the grant as it was, and what is left of it.
+    pub fn strike(&mut self, door: &K, user: &Name, token: u32, now: Instant) -> Option<(Grant, Option<Grant>)> {
+        let grants = self.doors.get_mut(door)?;
+        let has =
+            |grant: &Grant| grant.token == Some(token) || grant.earlier.iter().any(|earlier| earlier.2 == Some(token));
+        let was = grants.remove(grants.iter().position(|grant| grant.user == *user && has(grant))?);
+        let all = [(was.until, was.bound, was.token)].into_iter().chain(was.earlier.iter().copied());
+        let mut all = all.filter(|(until, _, other)| *until > now && *other != Some(token));
+        let Some((until, bound, token)) = all.next() else { return Some((was, None)) };
+        // No later than before: more may not be permitted any more.
+        let left = Grant { until: until.min(was.until), bound, token, earlier: all.collect(), ..was.clone() };
+        grants.push(left.clone());
+        self.first_end = self.first_end.map(|first| first.min(left.until));
+        Some((was, Some(left)))
     }
 
     /// Strikes out what a user was granted for one service.
@@ -160,6 +182,8 @@ mod tests {
             service: name("ssh"),
             until: now + Duration::from_secs(seconds),
             bound: false,
+            token: None,
+            earlier: Vec::new(),
             kill: false,
             members: Vec::new(),
         }
@@ -190,21 +214,75 @@ mod tests {
         assert_eq!(left(&book, false, now), Some(60));
         book.take_back(&door(false), &shorter, replaced);
         assert_eq!(left(&book, false, now), Some(60));
-        assert_eq!(book.strike(&door(false), &name("alice")).len(), 1);
-        assert_eq!(left(&book, false, now), None);
+    }
+
+    /// Strikes out what a token opened; tells for how long the door is open then.
+    fn strike(book: &mut Book, once: bool, user: &str, token: u32, now: Instant) -> Option<Option<u64>> {
+        book.strike(&door(once), &name(user), token, now)?;
+        Some(left(book, once, now))
     }
 
     #[test]
-    fn striking_one_user_out_leaves_the_others() {
+    fn what_a_token_opened_is_taken_back_and_no_other_grant() {
         let (mut book, now) = (Book::<Door>::default(), Instant::now());
-        assert!(book.note(door(false), grant("alice", now, 60), false, now).is_some());
-        assert!(book.note(door(false), grant("bob", now, 30), false, now).is_some());
-        assert_eq!(book.strike(&door(false), &name("alice")).len(), 1);
-        assert_eq!(left(&book, false, now), Some(30));
-        assert_eq!(book.strike(&door(false), &name("alice")), [], "twice");
-        assert_eq!(book.strike(&door(false), &name("bob")).len(), 1);
-        assert_eq!(left(&book, false, now), None);
-        assert_eq!(book.strike(&door(true), &name("bob")), [], "another door");
+        let of = |user, token, seconds| Grant { token: Some(token), ..grant(user, now, seconds) };
+        assert!(book.note(door(false), of("alice", 1, 60), false, now).is_some());
+        assert!(book.note(door(false), of("bob", 1, 30), false, now).is_some());
+        assert_eq!(strike(&mut book, false, "alice", 2, now), None, "no token of hers");
+        assert_eq!(strike(&mut book, true, "alice", 1, now), None, "another door");
+        assert_eq!(strike(&mut book, false, "alice", 1, now), Some(Some(30)));
+        assert_eq!(strike(&mut book, false, "alice", 1, now), None, "twice");
+        assert_eq!(strike(&mut book, false, "bob", 1, now), Some(None));
+    }
+
+    #[test]
+    fn taking_a_token_back_leaves_what_others_of_the_same_user_and_service_opened_in_any_order() {
+        let now = Instant::now();
+        let orders = [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1]];
+        for order in orders {
+            let mut book = Book::<Door>::default();
+            for token in 1..=3 {
+                let knock = Grant { token: Some(token), ..grant("alice", now, 10 * u64::from(token)) };
+                assert!(book.note(door(false), knock, false, now).is_some());
+            }
+            for (struck, token) in order.into_iter().enumerate() {
+                let longest = order[struck + 1..].iter().max().map(|token| 10 * u64::from(*token));
+                assert_eq!(strike(&mut book, false, "alice", token, now), Some(longest), "{token} of {order:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_left_of_a_grant_ends_when_its_own_token_said_and_never_comes_back_for_one_connection() {
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        let of = |token, seconds| Grant { token: Some(token), ..grant("alice", now, seconds) };
+        for once in [false, true] {
+            assert!(book.note(door(once), of(1, 10), once, now).is_some());
+            assert!(book.note(door(once), of(2, 60), once, now).is_some());
+        }
+        assert_eq!(book.forget(now + Duration::from_secs(10)), [], "the later knock holds both open");
+        let mut shortened = Book::<Door>::default();
+        for knock in [of(1, 60), of(2, 10)] {
+            assert!(shortened.note(door(false), knock, false, now).is_some());
+        }
+        assert_eq!(strike(&mut shortened, false, "alice", 2, now), Some(Some(10)), "60 may be permitted no more");
+        assert_eq!(strike(&mut book, true, "alice", 2, now), Some(None), "the first may have been spent");
+        assert_eq!(strike(&mut book, false, "alice", 2, now), Some(Some(10)));
+        let over = book.forget(now + Duration::from_secs(10));
+        assert_eq!(over.len(), 1, "{over:?}");
+    }
+
+    #[test]
+    fn of_many_knocks_in_a_row_a_few_are_remembered_and_a_bound_one_makes_those_before_it_needless() {
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        for token in 0..100 {
+            let knock = Grant { token: Some(token), ..grant("alice", now, 60) };
+            assert!(book.note(door(false), knock, false, now).is_some());
+        }
+        assert_eq!(book.doors[&door(false)][0].earlier.len(), super::MAX_EARLIER);
+        let bound = Grant { token: Some(100), bound: true, ..grant("alice", now, 60) };
+        assert!(book.note(door(false), bound, false, now).is_some());
+        assert_eq!(book.doors[&door(false)][0].earlier, []);
     }
 
     #[test]

@@ -87,12 +87,12 @@ impl Figures {
     }
 
     /// What there is to tell, where no token up to this floor is taken.
-    pub fn part(&self, expected: usize, is_narrowed: bool, floor: Floor) -> VerifierPart {
+    pub fn part(&self, expected: usize, narrowed: Vec<Name>, floor: Floor) -> VerifierPart {
         VerifierPart {
             packets: self.packets.to_vec(),
             users: self.seen_users(),
             expected,
-            is_narrowed,
+            narrowed,
             store: self.store,
             floor,
             jumps: self.jumps,
@@ -159,8 +159,8 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, &[], 1));
         }
-        let expected: Vec<u64> = (1..=22).collect();
-        assert_eq!(figures.part(0, false, Floor::default()).packets, expected);
+        let expected: Vec<u64> = (1..=24).collect();
+        assert_eq!(figures.part(0, Vec::new(), Floor::default()).packets, expected);
     }
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
         }
         let order = |figures: &Figures| {
             figures
-                .part(0, false, Floor::default())
+                .part(0, Vec::new(), Floor::default())
                 .users
                 .into_iter()
                 .map(|(user, _)| user.to_string())

@@ -5,7 +5,7 @@
 //!   1      family: 4 or 6                12..28   address, IPv4 in its first four bytes
 //!   2      transport: 6 or 17            28..92   user, padded with zeros
 //!   3      once: 0 or 1                  92..156  service (open), padded with zeros
-//!   4..6   port, big-endian             156..160  zero
+//!   4..6   port, big-endian             156..160  number of the token, big-endian
 //!   6      bound (open): 0 or 1           7      zero
 //! ```
 //!
@@ -39,8 +39,10 @@ pub enum Frame {
         user: Name,
         /// For what.
         service: Name,
+        /// With which token: a number that tells it from others of this user's.
+        token: u32,
     },
-    /// Take back what this user opened for this source.
+    /// Take back what this token of a user's opened for this source.
     Close {
         /// Who could come in.
         source: IpAddr,
@@ -48,6 +50,8 @@ pub enum Frame {
         port: Port,
         /// Whose knock had opened it.
         user: Name,
+        /// With which token.
+        token: u32,
     },
 }
 
@@ -68,11 +72,11 @@ pub enum FrameError {
 impl Frame {
     /// The bytes of this frame.
     pub fn encode(&self) -> [u8; FRAME_LEN] {
-        let (kind, source, port, [once, bound], seconds, user, service) = match self {
-            Self::Open { source, port, once, bound, seconds, user, service } => {
-                (1, source, port, [*once, *bound], *seconds, user.as_str(), service.as_str())
+        let (kind, source, port, [once, bound], seconds, user, service, token) = match self {
+            Self::Open { source, port, once, bound, seconds, user, service, token } => {
+                (1, source, port, [*once, *bound], *seconds, user.as_str(), service.as_str(), token)
             }
-            Self::Close { source, port, user } => (2, source, port, [false; 2], 0, user.as_str(), ""),
+            Self::Close { source, port, user, token } => (2, source, port, [false; 2], 0, user.as_str(), "", token),
         };
         let (family, address) = match source {
             IpAddr::V4(address) => (4, address.octets().to_vec()),
@@ -87,6 +91,7 @@ impl Frame {
             frame.extend(field);
             frame.resize(end, 0);
         }
+        frame.extend(token.to_be_bytes());
         let mut bytes = [0; FRAME_LEN];
         bytes.iter_mut().zip(frame).for_each(|(to, from)| *to = from);
         bytes
@@ -102,7 +107,8 @@ impl Frame {
         let (seconds, rest) = rest.split_first_chunk::<4>().ok_or(FrameError::Field("seconds"))?;
         let (address, rest) = rest.split_first_chunk::<16>().ok_or(FrameError::Field("address"))?;
         let (user, rest) = rest.split_first_chunk::<64>().ok_or(FrameError::Field("user"))?;
-        let (service, _) = rest.split_first_chunk::<64>().ok_or(FrameError::Field("service"))?;
+        let (service, rest) = rest.split_first_chunk::<64>().ok_or(FrameError::Field("service"))?;
+        let token = u32::from_be_bytes(*rest.first_chunk().ok_or(FrameError::Field("token"))?);
 
         let [a, b, c, d, ..] = *address;
         let source = match family {
@@ -126,8 +132,9 @@ impl Frame {
                 seconds: u32::from_be_bytes(*seconds),
                 user,
                 service: name(service).ok_or(FrameError::Field("service"))?,
+                token,
             },
-            2 => Self::Close { source, port, user },
+            2 => Self::Close { source, port, user, token },
             _ => return Err(FrameError::Field("kind")),
         };
         if frame.encode() == *bytes { Ok(frame) } else { Err(FrameError::Field("padding")) }
@@ -153,6 +160,7 @@ mod tests {
             seconds: 30,
             user: "alice".parse().unwrap(),
             service: "s".repeat(64).parse().unwrap(),
+            token: 0x0102_0304,
         }
     }
 
@@ -160,8 +168,8 @@ mod tests {
     fn frames_survive_the_way() {
         for source in ["203.0.113.9", "2001:db8::9", "::ffff:192.0.2.1"] {
             let source_address = source.parse().unwrap();
-            let close =
-                Frame::Close { source: source_address, port: "tcp/1".parse().unwrap(), user: "b".parse().unwrap() };
+            let (port, user) = ("tcp/1".parse().unwrap(), "b".parse().unwrap());
+            let close = Frame::Close { source: source_address, port, user, token: u32::MAX };
             for frame in [open(source), close] {
                 assert_eq!(Frame::decode(&frame.encode()), Ok(frame));
             }
@@ -192,7 +200,6 @@ mod tests {
             (28, b'-', "user"),
             (40, b'x', "padding"),
             (92, 0, "service"),
-            (157, 1, "padding"),
         ];
         for (place, value, field) in changes {
             let mut changed = bytes;

@@ -167,7 +167,6 @@ struct Figures {
     seen: u64,
     opened: u64,
     not_opened: u64,
-    over_rate: u64,
 }
 
 impl Monitor {
@@ -405,7 +404,8 @@ impl Monitor {
             let until = open.left.and_then(|left| since.checked_add(left));
             if let (Some((Some(user), Some(service), bound)), Some(until)) = (opener, until) {
                 let members = self.members_of(&user, &open.door);
-                let grant = Grant { kill: self.kills(&service), user, service, until, bound, members };
+                let kill = self.kills(&service);
+                let grant = Grant { user, service, until, bound, token: None, earlier: Vec::new(), kill, members };
                 // Who may be there no more leaves the sets with the door, below.
                 if self.policy.upholds(&open.door, &grant, since, unix_now()) {
                     self.members.join(&open.door, &grant, since, &mut self.doors);
@@ -519,34 +519,38 @@ impl Monitor {
     fn answer(&mut self, frame: Frame) {
         let now = Instant::now();
         match frame {
-            Frame::Open { source, port, once, bound, seconds, user, service } => {
+            Frame::Open { source, port, once, bound, seconds, user, service, token } => {
                 let allowance = self.policies().find_map(|policy| policy.users.get(&user));
                 let seconds = allowance.map_or(seconds, |allowance| allowance.time(seconds, unix_now()));
                 // At the very second in which the user expires there is none left.
                 if seconds == 0 {
                     return;
                 }
+                // The verifier asks for no more than there may be; what it did is told together, at the next tick.
                 if !self.rate.take(now) {
-                    self.figures.over_rate = self.figures.over_rate.saturating_add(1);
-                    return; // told together, at the next tick
+                    return;
                 }
                 let door = Door { source, port, once };
                 let until = now + Duration::from_secs(seconds.into());
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                self.open(door, Grant { user, service, until, bound, kill, members }, seconds, now);
+                let (token, earlier) = (Some(token), Vec::new());
+                self.open(door, Grant { user, service, until, bound, token, earlier, kill, members }, seconds, now);
             }
-            Frame::Close { source, port, user } => {
+            Frame::Close { source, port, user, token } => {
                 for door in [false, true].map(|once| Door { source, port, once }) {
-                    let struck = self.book.strike(&door, &user);
-                    if !struck.is_empty()
-                        && let Err(error) = self.settle(&door, now)
+                    let Some((was, left)) = self.book.strike(&door, &user, token, now) else { continue };
+                    if let Err(error) = self.settle(&door, now)
                         && self.not_shut.is_first()
                     {
                         warn!(%user, %source, %port, "not taken back: {error}");
                     }
-                    struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
-                    self.past.add(&struck.into_iter().map(|grant| (door, grant)).collect::<Vec<_>>(), now);
+                    if let Some(left) = left {
+                        self.members.join(&door, &left, now, &mut self.doors);
+                    } else {
+                        self.members.leave(&door, &was, now, &mut self.doors);
+                        self.past.add(&[(door, was)], now);
+                    }
                 }
             }
         }
@@ -610,10 +614,10 @@ impl Monitor {
             service: grant.service.clone(),
             seconds_left: left.as_secs(),
         };
-        let Figures { seen, opened, not_opened, over_rate } = self.figures;
+        let Figures { seen, opened, not_opened } = self.figures;
         let doors = self.book.live(Instant::now()).map(door).collect();
         let lost = self.relay.lost_in_all();
-        MonitorPart { seen, lost, opened, not_opened, over_rate, doors, is_cut: false }
+        MonitorPart { seen, lost, opened, not_opened, doors, is_cut: false }
     }
 
     /// Looks after what runs out by itself; tells when it did so, by both clocks.

@@ -62,7 +62,19 @@ mod tests {
         let source = std::net::Ipv6Addr::from_bits(number as u128).into();
         let door = Door { source, port: "tcp/22".parse().unwrap(), once: true };
         let [user, service] = [user, "ssh"].map(|name| name.parse().unwrap());
-        (door, Grant { user, service, until, bound: false, kill: false, members: Vec::new() })
+        (
+            door,
+            Grant {
+                user,
+                service,
+                until,
+                bound: false,
+                token: None,
+                earlier: Vec::new(),
+                kill: false,
+                members: Vec::new(),
+            },
+        )
     }
 
     #[test]

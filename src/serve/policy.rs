@@ -84,7 +84,7 @@ impl Policy {
     pub fn permits(&self, frame: &Frame) -> bool {
         match frame {
             // When the user expires is no breach: that may have been a moment ago.
-            Frame::Open { source, port, once, bound, seconds, user, service } => {
+            Frame::Open { source, port, once, bound, seconds, user, service, .. } => {
                 self.opening(user, service, *port).is_some_and(|(allowance, opening)| {
                     let most = allowance.open_for.map_or(opening.seconds, |cap| cap.min(opening.seconds));
                     opening.once == *once && allowance.covers(*source, *bound) && (1..=most).contains(seconds)
@@ -167,6 +167,7 @@ mod tests {
             seconds,
             user: user.parse().unwrap(),
             service: service.parse().unwrap(),
+            token: 1,
         };
         let policy = policy();
         for allowed in [
@@ -200,6 +201,8 @@ mod tests {
             service: service.parse().unwrap(),
             until: now,
             bound: false,
+            token: None,
+            earlier: Vec::new(),
             kill: false,
             members: Vec::new(),
         };
@@ -225,12 +228,14 @@ mod tests {
             seconds,
             user: "b".parse().unwrap(),
             service: "ssh".parse().unwrap(),
+            token: 1,
         };
         let upheld = |policy: &Policy, source: &str, bound, seconds| {
             let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
             let until = now + Duration::from_secs(seconds);
             let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
-            policy.upholds(&door, &Grant { user, service, until, bound, kill: false, members: Vec::new() }, now, NOW)
+            let (token, earlier, kill, members) = (None, Vec::new(), false, Vec::new());
+            policy.upholds(&door, &Grant { user, service, until, bound, token, earlier, kill, members }, now, NOW)
         };
         let narrowed = |narrow: &dyn Fn(&mut Allowance)| {
             let mut policy = policy();

@@ -1,10 +1,11 @@
 //! Refusals in the log: the first of its kind at once, the rest counted and told together; never more than a few lines a
 //! second, whatever comes.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use tracing::field::display;
 use tracing::{debug, info, warn};
 
 use super::clock::unix_now;
@@ -21,8 +22,11 @@ const MAX_SOURCES: usize = 8;
 /// Kinds that are told apart within a period; more are counted under their reason alone.
 const MAX_KINDS: usize = 64;
 
-/// Time after which another first one, or another count, is told.
+/// Time after which another first one, another count, or another withdrawal is told.
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// Withdrawals that wait for their lines; more are counted.
+const MAX_WAITING: usize = 64;
 
 /// What was refused since the last telling.
 pub struct Refusals {
@@ -34,6 +38,13 @@ pub struct Refusals {
     over: VecDeque<(Kind, u64, Duration)>,
     first: Pace,
     count: Pace,
+    /// Grants that were taken back. Each has a line, as it had one when it was made, whatever else there is to tell.
+    withdrawn: VecDeque<Withdrawal>,
+    withdrawal: Pace,
+    /// Those that there was no room for.
+    untold: u64,
+    /// Whose window was narrowed when that was told last.
+    narrowed: HashSet<Name>,
 }
 
 /// What is told together.
@@ -50,8 +61,6 @@ struct Count {
     count: u64,
     is_told: bool,
     source: Option<IpAddr>,
-    /// Where a token that is taken back came from then.
-    elsewhere: Option<IpAddr>,
 }
 
 /// Lines with a pause between them.
@@ -80,6 +89,10 @@ impl Refusals {
             over: VecDeque::new(),
             first: Pace::default(),
             count: Pace::default(),
+            withdrawn: VecDeque::new(),
+            withdrawal: Pace::default(),
+            untold: 0,
+            narrowed: HashSet::new(),
         }
     }
 
@@ -89,16 +102,7 @@ impl Refusals {
             self.strangers = self.strangers.saturating_add(1);
             return;
         }
-        self.add(Kind { reason: refusal.reason, user: refusal.user.clone(), source: refusal.source }, None, now);
-    }
-
-    /// Counts a grant that is taken back.
-    pub fn count_withdrawal(&mut self, withdrawal: &Withdrawal, now: Instant) {
-        let (user, source) = (Some(withdrawal.user.clone()), Some(withdrawal.source));
-        self.add(Kind { reason: Reason::SpentTwice, user, source }, Some(withdrawal.elsewhere), now);
-    }
-
-    fn add(&mut self, mut kind: Kind, elsewhere: Option<IpAddr>, now: Instant) {
+        let mut kind = Kind { reason: refusal.reason, user: refusal.user.clone(), source: refusal.source };
         let source = kind.source;
         if self.counts.len() >= MAX_SOURCES && !self.counts.contains_key(&kind) {
             kind.source = None;
@@ -106,7 +110,7 @@ impl Refusals {
         if self.counts.len() >= MAX_KINDS && !self.counts.contains_key(&kind) {
             kind.user = None;
         }
-        let first = Count { count: 0, is_told: false, source, elsewhere };
+        let first = Count { count: 0, is_told: false, source };
         let count = self.counts.entry(kind.clone()).or_insert(first);
         count.count = count.count.saturating_add(1);
         if !count.is_told && self.first.is_time(now) {
@@ -115,8 +119,44 @@ impl Refusals {
         }
     }
 
+    /// Notes a grant that is taken back.
+    pub fn withdrawn(&mut self, withdrawal: Withdrawal, now: Instant) {
+        if self.withdrawn.len() < MAX_WAITING {
+            self.withdrawn.push_back(withdrawal);
+        } else {
+            self.untold = self.untold.saturating_add(1);
+        }
+        self.tell_withdrawal(now);
+    }
+
+    fn tell_withdrawal(&mut self, now: Instant) {
+        let is_there = !self.withdrawn.is_empty() || self.untold > 0;
+        if !is_there || !self.withdrawal.is_time(now) {
+            return;
+        }
+        let (reason, hint) = (Reason::SpentTwice, Reason::SpentTwice.explanation());
+        if let Some(Withdrawal { user, service, source, elsewhere, .. }) = self.withdrawn.pop_front() {
+            let service = service.as_ref().map(display);
+            warn!(%reason, %user, service, %source, %elsewhere, hint, "withdrawn");
+        } else {
+            let count = std::mem::take(&mut self.untold);
+            warn!(%reason, count, hint, "withdrawn");
+        }
+    }
+
+    /// Tells when wrong tags begin to abound for more users than these were.
+    pub fn tell_narrowed<'a>(&mut self, narrowed: impl Iterator<Item = &'a Name>) {
+        let narrowed: HashSet<Name> = narrowed.cloned().collect();
+        if let Some(user) = narrowed.difference(&self.narrowed).next() {
+            let users = narrowed.len();
+            warn!(%user, users, "many wrong tags: for a minute only knocks with a clock within 5 s count for this user");
+        }
+        self.narrowed = narrowed;
+    }
+
     /// Tells what is still to be told of this period, or of the one before; call it a few times a second.
     pub fn tell(&mut self, now: Instant) {
+        self.tell_withdrawal(now);
         if let Some((kind, count)) = self.counts.iter_mut().find(|(_, count)| !count.is_told)
             && self.first.is_time(now)
         {
@@ -136,15 +176,12 @@ impl Refusals {
     }
 }
 
-fn tell_first(Kind { reason, user, .. }: &Kind, Count { source, elsewhere, .. }: &Count, floor: Floor) {
+fn tell_first(Kind { reason, user, .. }: &Kind, Count { source, .. }: &Count, floor: Floor) {
     let shut = floor.shut(unix_now()).filter(|_| *reason == Reason::InDoubt).map(|shut| shut.to_string());
     let hint = shut.as_deref().or(reason.explanation());
-    match (user, source, elsewhere) {
-        (Some(user), Some(source), Some(elsewhere)) => {
-            warn!(%reason, %user, %source, %elsewhere, hint, "withdrawn");
-        }
-        (Some(user), Some(source), None) => warn!(%reason, %user, %source, hint, "refused"),
-        (None, Some(source), _) => warn!(%reason, %source, hint, "refused"),
+    match (user, source) {
+        (Some(user), Some(source)) => warn!(%reason, %user, %source, hint, "refused"),
+        (None, Some(source)) => warn!(%reason, %source, hint, "refused"),
         _ => warn!(%reason, hint, "refused"),
     }
 }
@@ -261,15 +298,49 @@ mod tests {
         }
     }
 
+    fn withdrawal(source: IpAddr, elsewhere: IpAddr) -> Withdrawal {
+        let (user, service) = ("alice".parse().unwrap(), Some("ssh".parse().unwrap()));
+        Withdrawal { user, service, source, elsewhere, ports: Vec::new(), token: 1 }
+    }
+
     #[test]
-    fn a_withdrawal_names_both_addresses() {
-        let lines = lines(|refusals, now| {
-            let [source, elsewhere] = [1, 2].map(|host| IpAddr::from([192, 0, 2, host]));
-            let user = "alice".parse().unwrap();
-            refusals.count_withdrawal(&Withdrawal { user, source, elsewhere, ports: Vec::new() }, now);
+    fn a_withdrawal_names_user_service_and_both_addresses_and_says_what_helps() {
+        for [source, elsewhere] in [["192.0.2.1", "192.0.2.2"], ["2001:db8::1", "2001:db8::2"]] {
+            let withdrawal = withdrawal(source.parse().unwrap(), elsewhere.parse().unwrap());
+            let lines = lines(|refusals, now| refusals.withdrawn(withdrawal, now));
+            let said = format!(
+                "withdrawn reason=spent_twice user=alice service=ssh source={source} elsewhere={elsewhere} hint="
+            );
+            assert!(lines[0].contains(&said) && lines[0].contains("--source"), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn that_wrong_tags_abound_is_told_when_it_begins_for_a_user() {
+        let [alice, mallory] = ["alice", "mallory"].map(|name| name.parse().unwrap());
+        let lines = lines(|refusals, _| {
+            for narrowed in [&[&mallory][..], &[&mallory], &[&mallory, &alice], &[&alice], &[], &[&mallory]] {
+                refusals.tell_narrowed(narrowed.iter().copied());
+            }
         });
-        assert!(
-            lines[0].contains("withdrawn reason=spent_twice user=alice source=192.0.2.1 elsewhere=192.0.2.2 hint=")
+        let told: Vec<&str> = lines.iter().filter_map(|line| line.split("this user ").nth(1)).collect();
+        assert_eq!(told, ["user=mallory users=1", "user=alice users=2", "user=mallory users=1"], "{lines:?}");
+    }
+
+    #[test]
+    fn each_withdrawal_has_its_line_whatever_else_is_told_and_no_more_than_two_come_in_a_second() {
+        let lines = lines(|refusals, now| {
+            (0..60).for_each(|user| refusals.count(&replay(&format!("user{user}"), 1), now));
+            let [source, elsewhere] = [1, 2].map(|host| IpAddr::from([192, 0, 2, host]));
+            (0..200).for_each(|_| refusals.withdrawn(withdrawal(source, elsewhere), now));
+            (0..4 * 40).for_each(|tick| refusals.tell(now + TICK * tick));
+        });
+        let withdrawn: Vec<_> = lines.iter().filter(|line| line.contains("withdrawn")).collect();
+        assert_eq!(
+            withdrawn.iter().filter(|line| line.contains("user=alice service=ssh")).count(),
+            65,
+            "{withdrawn:?}"
         );
+        assert!(withdrawn[65].contains("withdrawn reason=spent_twice count=135"), "{withdrawn:?}");
     }
 }

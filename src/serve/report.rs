@@ -79,8 +79,8 @@ pub struct VerifierPart {
     pub users: Vec<(Name, Seen)>,
     /// How many knocks the index expects.
     pub expected: usize,
-    /// Wrong tags abound, so that only clocks within a few seconds are looked up.
-    pub is_narrowed: bool,
+    /// Those who have so many wrong tags that only clocks within a few seconds count.
+    pub narrowed: Vec<Name>,
     /// The counters' way to the disk.
     pub store: StoreHealth,
     /// The floor that no token up to is taken.
@@ -133,8 +133,6 @@ pub struct MonitorPart {
     pub opened: u64,
     /// Doors that could not be opened.
     pub not_opened: u64,
-    /// Doors that `grants_per_minute` forbade.
-    pub over_rate: u64,
     /// Doors that are open by now.
     pub doors: Vec<LiveDoor>,
     /// More are open than there is room for.
@@ -195,6 +193,7 @@ pub trait Part: Serialize + DeserializeOwned {
 impl Part for VerifierPart {
     fn halve(&mut self) {
         self.users.truncate(self.users.len() / 2);
+        self.narrowed.truncate(self.narrowed.len() / 2);
         self.is_cut = true;
     }
 }

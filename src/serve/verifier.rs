@@ -30,7 +30,7 @@ use super::store::{Origin, Safe, Store, StoreError};
 use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
 use crate::queue::{RelayReader, records};
-use crate::verify::{Claim, Decision, Grant, Reason, Recorded, Refusal, Verifier, Withdrawal};
+use crate::verify::{Claim, Decision, Grant, Recorded, Refusal, Verifier, Withdrawal};
 
 /// Keys that the index moves on by at one go: about a third of a millisecond.
 pub const SLICE: usize = 1_000;
@@ -118,7 +118,6 @@ pub fn run() -> Result<(), VerifierError> {
         claimed: VecDeque::new(),
         is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
-        was_narrowed: false,
         is_behind: false,
     };
     runtime.block_on(process.serve())
@@ -152,7 +151,6 @@ struct Process {
     /// More wait than may.
     is_slow: Trouble,
     clock: Clock,
-    was_narrowed: bool,
     /// The index has not yet reached the clock.
     is_behind: bool,
 }
@@ -226,10 +224,10 @@ impl Process {
             }),
             Some((Message::Report, mut descriptors)) => {
                 let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-                let is_narrowed = self.verifier.is_narrowed(unix_now());
+                let narrowed = self.verifier.narrowed(unix_now()).cloned().collect();
                 report::write(
                     memory,
-                    self.figures.part(self.verifier.live(), is_narrowed, self.verifier.effective_floor()),
+                    self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor()),
                 )?;
                 self.keeper.send(Message::Reported, &[])?;
             }
@@ -254,7 +252,7 @@ impl Process {
                 if self.is_slow.is_news(Instant::now()) {
                     warn!("the counters are written more slowly than knocks come: those beyond {WAITING} are refused");
                 }
-                self.refuse(&claim.refuse(Reason::NotDurable), &packet);
+                self.refuse(&claim.give_up(), &packet);
             }
             Err(_) => return Err(VerifierError::WriterGone),
         }
@@ -297,20 +295,21 @@ impl Process {
     }
 
     async fn open(&self, grant: Grant) {
-        let Grant { user, service, source, ports, open_for: seconds, once, bound, .. } = grant;
+        let Grant { user, service, source, ports, open_for: seconds, once, bound, token, .. } = grant;
         for port in ports {
             let (user, service) = (user.clone(), service.clone());
-            self.ask(&Frame::Open { source, port, once, bound, seconds, user, service }).await;
+            self.ask(&Frame::Open { source, port, once, bound, seconds, user, service, token }).await;
         }
     }
 
     async fn withdraw(&mut self, withdrawal: Withdrawal, packet: &[u8]) {
-        self.refusals.count_withdrawal(&withdrawal, Instant::now());
         self.figures.withdrawn(&withdrawal, packet, unix_now());
-        let Withdrawal { user, source, ports, .. } = withdrawal;
-        for port in ports {
-            self.ask(&Frame::Close { source, port, user: user.clone() }).await;
+        let Withdrawal { user, source, token, .. } = &withdrawal;
+        for port in &withdrawal.ports {
+            let (source, port, user, token) = (*source, *port, user.clone(), *token);
+            self.ask(&Frame::Close { source, port, user, token }).await;
         }
+        self.refusals.withdrawn(withdrawal, Instant::now());
     }
 
     fn refuse(&mut self, refusal: &Refusal, packet: &[u8]) {
@@ -353,11 +352,7 @@ impl Process {
         if self.claimed.is_empty() && self.is_slow.is_over() {
             info!("the counters of all knocks that waited are written");
         }
-        let is_narrowed = self.verifier.is_narrowed(now);
-        if is_narrowed && !self.was_narrowed {
-            warn!("many wrong tags: for a minute only knocks with a clock within 5 s are looked up");
-        }
-        self.was_narrowed = is_narrowed;
+        self.refusals.tell_narrowed(self.verifier.narrowed(now));
     }
 }
 

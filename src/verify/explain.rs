@@ -233,7 +233,7 @@ impl Suspect<'_> {
         let mut causes = Vec::new();
         causes.extend(self.time(registry.window, past, best.n));
         causes.extend((best.knock_port != port).then_some(Cause::WrongKnockPort { port }));
-        causes.extend((!user.may_come_from(source)).then_some(Cause::FromMismatch { source }));
+        causes.extend(of_source(user, source));
         causes.extend(match (self.syn.tsval, best.binding) {
             (None, _) => Some(Cause::TimestampStripped),
             (_, None) => Some(Cause::TimestampRewritten),
@@ -259,7 +259,7 @@ impl Suspect<'_> {
         let Syn { source, destination_port: port, .. } = self.syn;
         let mut causes = Vec::new();
         causes.extend((counted.knock_port != port).then_some(Cause::WrongKnockPort { port }));
-        causes.extend((!user.may_come_from(source)).then_some(Cause::FromMismatch { source }));
+        causes.extend(of_source(user, source));
         causes.extend(self.of_rights(registry, user, counted.selector, service));
         // The daemon knows no knock for what the user may not open.
         if registry.permitted(user, counted.selector).is_some() {
@@ -314,6 +314,15 @@ impl Suspect<'_> {
     }
 }
 
+/// What forbids a door for this source.
+fn of_source(user: &User, source: IpAddr) -> impl Iterator<Item = Cause> {
+    let is_link_local = matches!(source, IpAddr::V6(source) if source.is_unicast_link_local());
+    let is_outside = !user.may_come_from(source);
+    [is_link_local.then_some(Cause::LinkLocal), is_outside.then_some(Cause::FromMismatch { source })]
+        .into_iter()
+        .flatten()
+}
+
 /// Reasons that the packet alone does not tell.
 const fn is_of_state(reason: Reason) -> bool {
     matches!(
@@ -326,6 +335,7 @@ const fn is_of_state(reason: Reason) -> bool {
             | Reason::InDoubt
             | Reason::SpentTwice
             | Reason::NotDurable
+            | Reason::OverRate
     )
 }
 
@@ -367,6 +377,7 @@ mod tests {
         let registry = Registry {
             window: 60,
             knock_ports: KnockPorts::new([20_000..=21_023]).unwrap(),
+            grants_per_minute: 600,
             services: vec![service("ssh", 22), service("mail", 25)],
             users: vec![alice],
         };

@@ -1,6 +1,6 @@
 //! What the ancestor's knocks are checked for.
 
-use super::{Candidate, Reason, User};
+use super::{Candidate, Reason};
 use crate::crypto::Opened;
 use crate::crypto::knockknock::{Key, Token};
 use crate::packet::Syn;
@@ -11,16 +11,8 @@ pub(super) fn token(syn: &Syn) -> Option<Token> {
     Some(Token { ip_id: ip_id?, sequence, acknowledgment, window })
 }
 
-/// The checks between an index hit and an opened knock. All of its bits come first, for nothing else tells it from a
-/// stranger's SYN.
-pub(super) fn open(syn: &Syn, candidate: Candidate, user: &User, key: &Key, knock_port: u16) -> Result<Opened, Reason> {
+/// The check between an index hit and an opened knock: all of its bits, for nothing else tells it from a stranger's SYN.
+pub(super) fn open(syn: &Syn, candidate: Candidate, key: &Key) -> Result<Opened, Reason> {
     let counter = u32::try_from(candidate.n).map_err(|_| Reason::Unknown)?;
-    let opened = token(syn).and_then(|token| key.open(counter, candidate.port, &token)).ok_or(Reason::WrongTag)?;
-    if knock_port != syn.destination_port {
-        return Err(Reason::WrongKnockPort);
-    }
-    if !user.may_come_from(syn.source) {
-        return Err(Reason::SourceNotAllowed);
-    }
-    Ok(opened)
+    token(syn).and_then(|token| key.open(counter, candidate.port, &token)).ok_or(Reason::WrongTag)
 }

@@ -10,6 +10,7 @@ mod knockknock;
 pub mod reason;
 pub mod registry;
 pub mod replay;
+mod shares;
 mod tries;
 pub mod verifier;
 

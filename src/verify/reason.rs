@@ -22,12 +22,14 @@ pub enum Reason {
     NotSyn,
     /// No key makes this sequence number now: what every stranger's SYN is.
     Unknown,
-    /// The index is narrowed, and this counter is more than a few seconds off.
+    /// The window of this key is narrowed, and this counter is more than a few seconds off.
     Narrowed,
     /// Three wrong tags have withdrawn this counter.
     Exhausted,
     /// The token belongs to another knock port: the client's profile is older than the server's.
     WrongKnockPort,
+    /// The source is an IPv6 link-local address, which means another host on each link.
+    LinkLocal,
     /// The source is outside the user's `from` networks.
     SourceNotAllowed,
     /// The timestamp option that carries half of the token was taken off on the way.
@@ -52,13 +54,15 @@ pub enum Reason {
     NotPermitted,
     /// The user's entry has expired.
     Expired,
+    /// The user has had their share of `grants_per_minute`.
+    OverRate,
     /// The door is opened.
     Granted,
 }
 
 impl Reason {
     /// Every reason, in the order of the checks.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Self::Truncated,
         Self::Malformed,
         Self::Fragment,
@@ -68,6 +72,7 @@ impl Reason {
         Self::Narrowed,
         Self::Exhausted,
         Self::WrongKnockPort,
+        Self::LinkLocal,
         Self::SourceNotAllowed,
         Self::NoTimestamp,
         Self::WrongTag,
@@ -80,6 +85,7 @@ impl Reason {
         Self::NotDurable,
         Self::NotPermitted,
         Self::Expired,
+        Self::OverRate,
         Self::Granted,
     ];
 
@@ -95,6 +101,7 @@ impl Reason {
             Self::Narrowed => "narrowed",
             Self::Exhausted => "exhausted",
             Self::WrongKnockPort => "wrong_knock_port",
+            Self::LinkLocal => "link_local",
             Self::SourceNotAllowed => "source_not_allowed",
             Self::NoTimestamp => "no_timestamp",
             Self::WrongTag => "wrong_tag",
@@ -107,6 +114,7 @@ impl Reason {
             Self::NotDurable => "not_durable",
             Self::NotPermitted => "not_permitted",
             Self::Expired => "expired",
+            Self::OverRate => "over_rate",
             Self::Granted => "granted",
         }
     }
@@ -114,9 +122,12 @@ impl Reason {
     /// What an operator could do about it, where the packet can have come from one of the own users.
     pub const fn explanation(self) -> Option<&'static str> {
         Some(match self {
-            Self::Narrowed => "many wrong tags came in the last minute, so only clocks within 5 s are looked up",
+            Self::Narrowed => "many wrong tags came for this key in the last minute, so only clocks within 5 s count",
             Self::Exhausted => "three wrong tags came for this counter; the user's next knock has another",
             Self::WrongKnockPort => "the client's profile has other knock ports than this server: import a new one",
+            Self::LinkLocal => {
+                "a door for an IPv6 link-local address would hold on every link: knock at another address of the server"
+            }
             Self::SourceNotAllowed => "the source is outside the user's `from` networks",
             Self::NoTimestamp => "something on the way takes TCP timestamps off",
             Self::WrongTag => {
@@ -131,10 +142,16 @@ impl Reason {
             Self::InDoubt => {
                 "by its client's clock it is of a time in which no knocks are accepted (counter store in doubt)"
             }
-            Self::SpentTwice => "an unbound token came from two addresses, so somebody copied it: knock again, bound",
+            Self::SpentTwice => {
+                "an unbound token came from two addresses, so what it opened is taken back: somebody copied it, for which one \
+                 packet with a forged address is enough. Bind knocks (--source ADDRESS), or take another path"
+            }
             Self::NotDurable => "its counter could not be written, or not in time: see what this log says of the store",
             Self::NotPermitted => "the user's entry does not list this service",
             Self::Expired => "the user's entry has expired",
+            Self::OverRate => {
+                "the user has had their share of grants_per_minute, which is no more than is left for all others"
+            }
             _ => return None,
         })
     }

@@ -132,6 +132,8 @@ pub struct Registry {
     pub window: u64,
     /// The server's knock ports.
     pub knock_ports: KnockPorts,
+    /// Doors that may be opened in a minute at most, by all together.
+    pub grants_per_minute: u32,
     /// What can be opened.
     pub services: Vec<Service>,
     /// By whom.

@@ -72,13 +72,14 @@ pub struct Counters {
     seconds: HashMap<PublicKey, u64>,
 }
 
-/// Where an accepted token came from.
+/// Where a token came from that was spent.
 struct Sighting {
     /// The Unix second that it stands for: the counter of a token, and of a knock of the ancestor's [`Counters::second`].
     at: u64,
     source: IpAddr,
     unbound: bool,
-    withdrawn: bool,
+    /// It opens something, or did: it was neither refused nor withdrawn.
+    opens: bool,
 }
 
 impl Counters {
@@ -118,7 +119,8 @@ impl Counters {
         self.last.get(client).copied()
     }
 
-    /// Takes the counter of an opened token, if it is above the key's last. `at` is the Unix second that it stands for.
+    /// Takes the counter of an opened token, if it is above the key's last: of one that `opens` what it is for, or of one that
+    /// is only spent. `at` is the Unix second that it stands for.
     ///
     /// # Errors
     /// [`Reason::Replayed`] or [`Reason::Superseded`].
@@ -128,6 +130,7 @@ impl Counters {
         opened: &Opened,
         source: IpAddr,
         at: u64,
+        opens: bool,
     ) -> Result<Reservation, Reason> {
         let n = opened.n();
         // What was seen counts also where the last is not known any more: of a user who was removed and is back.
@@ -139,7 +142,7 @@ impl Counters {
         }
         self.last.insert(*client, n);
         let unbound = opened.binding() == Binding::Unbound;
-        self.recent.insert((*client, n), Sighting { at, source, unbound, withdrawn: false });
+        self.recent.insert((*client, n), Sighting { at, source, unbound, opens });
         Ok(Reservation { client: *client, n })
     }
 
@@ -161,15 +164,22 @@ impl Counters {
         *last = n.max(*last);
     }
 
-    /// If this token, unbound and accepted before, now comes from another address than then: marks it withdrawn, once, and
-    /// tells the first address.
+    /// If this token, unbound and accepted before, now comes from another address than then: it opens nothing any more. Tells
+    /// the first address, once.
     pub fn withdraw(&mut self, client: &PublicKey, n: u64, source: IpAddr) -> Option<IpAddr> {
         let sighting = self.recent.get_mut(&(*client, n))?;
-        let is_news = sighting.unbound && !sighting.withdrawn && sighting.source != source;
+        let is_news = sighting.unbound && sighting.opens && sighting.source != source;
         is_news.then(|| {
-            sighting.withdrawn = true;
+            sighting.opens = false;
             sighting.source
         })
+    }
+
+    /// Notes that an accepted token opened nothing after all, so that there is nothing to withdraw.
+    pub fn refuse(&mut self, client: &PublicKey, n: u64) {
+        if let Some(sighting) = self.recent.get_mut(&(*client, n)) {
+            sighting.opens = false;
+        }
     }
 
     /// Whether an accepted token still stands.
@@ -180,7 +190,7 @@ impl Counters {
     pub fn stands(&self, client: &PublicKey, n: u64) -> Result<(), Reason> {
         match self.recent.get(&(*client, n)) {
             None => Err(Reason::NotDurable),
-            Some(sighting) if sighting.withdrawn => Err(Reason::SpentTwice),
+            Some(sighting) if !sighting.opens => Err(Reason::SpentTwice),
             Some(_) => Ok(()),
         }
     }
@@ -215,7 +225,7 @@ mod tests {
     fn a_token_that_was_withdrawn_never_stands_again_also_when_it_is_forgotten() {
         let (own, opened) = opened();
         let mut counters = Counters::default();
-        counters.reserve(own.public(), &opened, SOURCE, 7).unwrap();
+        counters.reserve(own.public(), &opened, SOURCE, 7, true).unwrap();
         assert_eq!(counters.stands(own.public(), 7), Ok(()));
         assert_eq!(counters.withdraw(own.public(), 7, ELSEWHERE), Some(SOURCE));
         assert_eq!(counters.stands(own.public(), 7), Err(Reason::SpentTwice));
@@ -224,12 +234,25 @@ mod tests {
     }
 
     #[test]
+    fn a_token_that_was_refused_is_spent_and_leaves_nothing_to_withdraw() {
+        let (own, opened) = opened();
+        for is_refused_later in [false, true] {
+            let mut counters = Counters::default();
+            counters.reserve(own.public(), &opened, SOURCE, 7, is_refused_later).unwrap();
+            counters.refuse(own.public(), 7);
+            assert_eq!(counters.withdraw(own.public(), 7, ELSEWHERE), None);
+            let again = counters.reserve(own.public(), &opened, ELSEWHERE, 7, true);
+            assert_eq!(again.unwrap_err(), Reason::Replayed);
+        }
+    }
+
+    #[test]
     fn a_counter_up_to_the_floor_is_in_doubt_unless_it_is_known_to_be_spent() {
         let (own, opened) = opened();
         let mut counters = Counters::default();
         counters.set_floor(Floor::new(7));
         assert!(counters.is_in_doubt(own.public(), 7) && !counters.is_in_doubt(own.public(), 8));
-        counters.reserve(own.public(), &opened, SOURCE, 7).unwrap();
+        counters.reserve(own.public(), &opened, SOURCE, 7, true).unwrap();
         assert!((0..=8).all(|n| !counters.is_in_doubt(own.public(), n)));
     }
 
@@ -238,11 +261,11 @@ mod tests {
         let (own, opened) = opened();
         // The disk was full: no ledger knows the counter.
         let mut counters = Counters::default();
-        counters.reserve(own.public(), &opened, SOURCE, 7).unwrap();
+        counters.reserve(own.public(), &opened, SOURCE, 7, true).unwrap();
         let mut removed = Counters::default();
         removed.inherit(counters, |_| false);
         let mut back = Counters::default();
         back.inherit(removed, |_| true);
-        assert_eq!(back.reserve(own.public(), &opened, SOURCE, 7).unwrap_err(), Reason::Replayed);
+        assert_eq!(back.reserve(own.public(), &opened, SOURCE, 7, true).unwrap_err(), Reason::Replayed);
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+use super::shares::Shares;
 use super::tries::Tries;
 use super::{
     Candidate, Counters, Floor, Fresh, Index, Key, Ledger, Reason, Registry, Reservation, Secrets, Service,
@@ -12,7 +13,7 @@ use crate::crypto::{Binding, KnockKey, Opened, PublicKey};
 use crate::packet::Syn;
 use crate::service::{Name, Port};
 
-/// Seconds either way that are looked up while wrong tags abound.
+/// Seconds either way that count for a key while it has many wrong tags.
 const NARROW: u64 = 5;
 
 /// What became of one packet.
@@ -20,7 +21,7 @@ const NARROW: u64 = 5;
 pub enum Decision {
     /// Nothing happens.
     Refused(Refusal),
-    /// A knock: make its counter durable with [`Claim::record`], then [`Verifier::settle`] it.
+    /// A knock, or one that is only spent: make its counter durable with [`Claim::record`], then [`Verifier::settle`] it.
     Claimed(Claim),
     /// An accepted unbound token came from a second address: close what it opened.
     Withdrawn(Withdrawal),
@@ -37,20 +38,27 @@ pub struct Refusal {
     pub source: Option<IpAddr>,
 }
 
-/// A token that opened, with its counter reserved in memory.
+/// A token whose tag holds, with its counter reserved in memory.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Claim {
-    opened: Opened,
+    knock: Knock,
     reservation: Reservation,
-    source: IpAddr,
 }
 
 /// A claim whose counter is durable.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Recorded {
-    opened: Opened,
+    knock: Knock,
     fresh: Fresh,
+}
+
+/// What is known of a knock when its counter is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Knock {
+    opened: Opened,
     source: IpAddr,
+    /// Why it opens nothing, if so. Its counter is taken all the same, or a copy could open it elsewhere, or later.
+    refused: Option<Reason>,
 }
 
 /// What is opened, for whom: made only of a token that opened and a counter that is durable.
@@ -71,6 +79,8 @@ pub struct Grant {
     pub once: bool,
     /// The token was bound to the source, so nobody else can have sent it.
     pub bound: bool,
+    /// The token's number, by which a [`Withdrawal`] means it.
+    pub token: u32,
     /// Nothing but [`Grant::new`], which wants both proofs, can fill this in.
     _earned: (),
 }
@@ -80,12 +90,16 @@ pub struct Grant {
 pub struct Withdrawal {
     /// Whose token was spent twice.
     pub user: Name,
+    /// What it was for, if the user may still open that.
+    pub service: Option<Name>,
     /// The address that it was granted to.
     pub source: IpAddr,
     /// The other address that it came from.
     pub elsewhere: IpAddr,
     /// The ports that were opened.
     pub ports: Vec<Port>,
+    /// The number of that token.
+    pub token: u32,
 }
 
 /// A packet that bears nobody's token, and the counters that it bore a wrong tag for.
@@ -94,10 +108,17 @@ struct Miss {
     wrong_tags: Vec<(PublicKey, u64)>,
 }
 
+impl Knock {
+    /// Its counter could not be made durable, and stays taken.
+    fn not_durable(&self) -> Refusal {
+        Refusal::of(self.refused.unwrap_or(Reason::NotDurable), None, Some(self.source))
+    }
+}
+
 impl Claim {
-    /// Gives it up; its counter stays taken.
-    pub const fn refuse(&self, reason: Reason) -> Refusal {
-        Refusal::of(reason, None, Some(self.source))
+    /// Gives it up, for its counter cannot be made durable; it stays taken.
+    pub fn give_up(&self) -> Refusal {
+        self.knock.not_durable()
     }
 
     /// Makes the counters of a batch durable.
@@ -105,16 +126,11 @@ impl Claim {
     /// # Errors
     /// The refusals of the whole batch, and the ledger's error: none of it may have any effect, now or later.
     pub fn record<L: Ledger>(batch: Vec<Self>, ledger: &mut L) -> Result<Vec<Recorded>, (Vec<Refusal>, L::Error)> {
-        let refuse = |claim: &(Opened, IpAddr)| Refusal::of(Reason::NotDurable, None, Some(claim.1));
-        let (claims, reservations): (Vec<_>, Vec<_>) =
-            batch.into_iter().map(|claim| ((claim.opened, claim.source), claim.reservation)).unzip();
+        let (knocks, reservations): (Vec<_>, Vec<_>) =
+            batch.into_iter().map(|claim| (claim.knock, claim.reservation)).unzip();
         match Fresh::record(reservations, ledger) {
-            Ok(fresh) => Ok(claims
-                .into_iter()
-                .zip(fresh)
-                .map(|((opened, source), fresh)| Recorded { opened, fresh, source })
-                .collect()),
-            Err(error) => Err((claims.iter().map(refuse).collect(), error)),
+            Ok(fresh) => Ok(knocks.into_iter().zip(fresh).map(|(knock, fresh)| Recorded { knock, fresh }).collect()),
+            Err(error) => Err((knocks.iter().map(Knock::not_durable).collect(), error)),
         }
     }
 }
@@ -127,9 +143,9 @@ impl Refusal {
 
 impl Grant {
     fn new(recorded: &Recorded, user: &User, service: &Service, now: u64) -> Option<Self> {
-        let Recorded { opened, fresh, source } = recorded;
+        let Recorded { knock: Knock { opened, source, refused }, fresh } = recorded;
         let is_of_one_knock = opened.n() == fresh.n() && *fresh.client() == user.public_key;
-        (is_of_one_knock && opened.port() == service.selector).then(|| Self {
+        (is_of_one_knock && refused.is_none() && opened.port() == service.selector).then(|| Self {
             user: user.name.clone(),
             service: service.name.clone(),
             source: *source,
@@ -137,6 +153,7 @@ impl Grant {
             open_for: user.time_for(service, now),
             once: service.once,
             bound: opened.binding() != Binding::Unbound,
+            token: number(opened.n()),
             _earned: (),
         })
     }
@@ -151,6 +168,13 @@ pub struct Verifier {
     index: Index,
     counters: Counters,
     tries: Tries,
+    shares: Shares,
+}
+
+/// A token's number: no other that its user has within any window has the same.
+const fn number(n: u64) -> u32 {
+    let [_, _, _, _, a, b, c, d] = n.to_be_bytes();
+    u32::from_be_bytes([a, b, c, d])
 }
 
 impl Verifier {
@@ -161,7 +185,8 @@ impl Verifier {
         let last = |user: &User| Some((user.public_key, user.last(last.get(&user.public_key).copied())?));
         let counters = Counters::new(registry.users.iter().filter_map(last).collect());
         let index = Index::new(&registry, &keys, now);
-        let mut verifier = Self { registry, keys, places, index, counters, tries: Tries::default() };
+        let mut verifier =
+            Self { registry, keys, places, index, counters, tries: Tries::default(), shares: Shares::default() };
         verifier.count();
         verifier
     }
@@ -194,11 +219,11 @@ impl Verifier {
     }
 
     /// Goes on as another verifier, by its registry, but with all that was learnt until now: what was spent, where tokens
-    /// came from, wrong tags.
+    /// came from, wrong tags, who had which share.
     pub fn succeed(&mut self, mut next: Self) {
         std::mem::swap(self, &mut next);
         self.counters.inherit(next.counters, |client| self.places.contains_key(client));
-        self.tries = next.tries;
+        (self.tries, self.shares) = (next.tries, next.shares);
         self.count();
     }
 
@@ -218,12 +243,12 @@ impl Verifier {
     pub fn forget(&mut self, now: u64) {
         let oldest = now.saturating_sub(self.registry.window);
         self.counters.forget_before(oldest);
-        self.tries.forget_before(oldest);
+        self.tries.forget_before(oldest, now);
     }
 
-    /// Whether so many wrong tags came that only clocks within a few seconds are looked up.
-    pub fn is_narrowed(&self, now: u64) -> bool {
-        self.tries.narrow_the_window(now)
+    /// Those for whom so many wrong tags came that only clocks within a few seconds count.
+    pub fn narrowed(&self, now: u64) -> impl Iterator<Item = &Name> {
+        self.tries.narrowed(now).filter_map(|client| Some(&self.user(client)?.name))
     }
 
     /// The names of all users.
@@ -248,11 +273,9 @@ impl Verifier {
             Err(shape) => return Decision::Refused(Refusal::of(shape.into(), None, None)),
         };
         match self.find(&syn, now) {
-            Ok((user, opened)) => self.accept(user, &opened, syn.source, now),
+            Ok((user, knock)) => self.accept(user, knock, now),
             Err(Miss { refusal, wrong_tags }) => {
-                if !wrong_tags.is_empty() {
-                    self.tries.count(&wrong_tags, now);
-                }
+                wrong_tags.iter().for_each(|(client, n)| self.tries.count(client, *n, now));
                 Decision::Refused(refusal)
             }
         }
@@ -261,25 +284,37 @@ impl Verifier {
     /// Turns a durable claim into a grant, if policy still allows it.
     ///
     /// # Errors
-    /// [`Reason::SpentTwice`], [`Reason::NotDurable`], [`Reason::NotPermitted`] or [`Reason::Expired`]; the counter stays spent.
-    pub fn settle(&self, recorded: &Recorded, now: u64) -> Result<Grant, Refusal> {
-        let Recorded { opened, fresh, source } = recorded;
-        let refuse = |reason, user: Option<&User>| Refusal::of(reason, user.map(|u| u.name.clone()), Some(*source));
-        let Some(user) = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place)) else {
-            return Err(refuse(Reason::NotPermitted, None));
-        };
-        self.counters.stands(fresh.client(), fresh.n()).map_err(|reason| refuse(reason, Some(user)))?;
+    /// What it was refused for before, [`Reason::SpentTwice`], [`Reason::NotDurable`], [`Reason::NotPermitted`],
+    /// [`Reason::Expired`] or [`Reason::OverRate`]; the counter stays spent.
+    pub fn settle(&mut self, recorded: &Recorded, now: u64) -> Result<Grant, Refusal> {
+        let (client, n) = (*recorded.fresh.client(), recorded.fresh.n());
+        self.grant(recorded, now).map_err(|reason| {
+            self.counters.refuse(&client, n);
+            Refusal::of(reason, self.user(&client).map(|user| user.name.clone()), Some(recorded.knock.source))
+        })
+    }
+
+    fn grant(&mut self, recorded: &Recorded, now: u64) -> Result<Grant, Reason> {
+        let Recorded { knock: Knock { opened, refused, .. }, fresh } = recorded;
+        let user = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place));
+        let user = user.ok_or(Reason::NotPermitted)?;
+        refused.map_or(Ok(()), Err)?;
+        self.counters.stands(fresh.client(), fresh.n())?;
         if user.expires.is_some_and(|expiry| now >= expiry) {
-            return Err(refuse(Reason::Expired, Some(user)));
+            return Err(Reason::Expired);
         }
-        self.registry
-            .permitted(user, opened.port())
-            .and_then(|service| Grant::new(recorded, user, service, now))
-            .ok_or_else(|| refuse(Reason::NotPermitted, Some(user)))
+        let service = self.registry.permitted(user, opened.port()).ok_or(Reason::NotPermitted)?;
+        let grant = Grant::new(recorded, user, service, now).ok_or(Reason::NotPermitted)?;
+        let may_have = self.shares.take(fresh.client(), grant.ports.len(), self.registry.grants_per_minute, now);
+        may_have.then_some(grant).ok_or(Reason::OverRate)
+    }
+
+    fn user(&self, client: &PublicKey) -> Option<&User> {
+        self.places.get(client).and_then(|&place| self.registry.users.get(place))
     }
 
     /// The user, by place, whose token this SYN bears.
-    fn find(&self, syn: &Syn, now: u64) -> Result<(usize, Opened), Miss> {
+    fn find(&self, syn: &Syn, now: u64) -> Result<(usize, Knock), Miss> {
         let mut refusal = Refusal::of(Reason::Unknown, None, Some(syn.source));
         let mut wrong_tags = Vec::new();
         for candidate in self.index.candidates(syn.sequence) {
@@ -287,18 +322,20 @@ impl Verifier {
             let (Some(user), Some(key)) = (self.registry.users.get(place), self.keys.get(place)) else {
                 continue;
             };
-            let opened = match key {
-                Key::Token(key) => self.open(syn, candidate, user, key, now),
-                Key::Knockknock { key, knock_port } => knockknock::open(syn, candidate, user, key, *knock_port),
+            let is_spent =
+                self.floor().covers(candidate.n) || self.counters.last(&user.public_key) >= Some(candidate.n);
+            let knock = match key {
+                Key::Token(key) => self.open(syn, candidate, user, key, is_spent, now),
+                Key::Knockknock { key, knock_port } => {
+                    let refused = refused_for_its_way(syn, user, *knock_port);
+                    knockknock::open(syn, candidate, key).map(|opened| Knock { opened, source: syn.source, refused })
+                }
             };
-            match opened {
-                Ok(opened) => return Ok((place, opened)),
+            match knock {
+                Ok(knock) => return Ok((place, knock)),
                 Err(reason) => {
                     // Of an ancestor's knock 64 more bits must be right, which nobody tries out.
-                    let is_try = reason == Reason::WrongTag && matches!(key, Key::Token(_));
-                    let is_spent =
-                        self.floor().covers(candidate.n) || self.counters.last(&user.public_key) >= Some(candidate.n);
-                    if is_try && !is_spent {
+                    if reason == Reason::WrongTag && matches!(key, Key::Token(_)) && !is_spent {
                         wrong_tags.push((user.public_key, candidate.n));
                     }
                     refusal = Refusal::of(reason, Some(user.name.clone()), Some(syn.source));
@@ -308,33 +345,43 @@ impl Verifier {
         Err(Miss { refusal, wrong_tags })
     }
 
-    /// The checks between an index hit and an opened token, in the protocol's order.
-    fn open(&self, syn: &Syn, candidate: Candidate, user: &User, key: &KnockKey, now: u64) -> Result<Opened, Reason> {
+    /// The checks between an index hit and a token whose tag holds, in the protocol's order. Those before the tag say why it
+    /// opens nothing; it is looked at all the same as long as it could be spent.
+    fn open(
+        &self,
+        syn: &Syn,
+        candidate: Candidate,
+        user: &User,
+        key: &KnockKey,
+        is_spent: bool,
+        now: u64,
+    ) -> Result<Knock, Reason> {
         let Candidate { n, port, .. } = candidate;
-        if self.tries.narrow_the_window(now) && n.abs_diff(now) > NARROW {
-            return Err(Reason::Narrowed);
+        let of_tries = || {
+            let is_off = n.abs_diff(now) > NARROW && self.tries.narrow_the_window(&user.public_key, now);
+            let is_exhausted = || self.tries.are_exhausted(&user.public_key, n).then_some(Reason::Exhausted);
+            is_off.then_some(Reason::Narrowed).or_else(is_exhausted)
+        };
+        let knock_port = key.pad(n).knock_port(&self.registry.knock_ports);
+        let refused = if is_spent { None } else { of_tries() };
+        let refused = refused.or_else(|| refused_for_its_way(syn, user, knock_port));
+        if let Some(reason) = refused.filter(|_| is_spent) {
+            return Err(reason);
         }
-        if self.tries.are_exhausted(&user.public_key, n) {
-            return Err(Reason::Exhausted);
-        }
-        if key.pad(n).knock_port(&self.registry.knock_ports) != syn.destination_port {
-            return Err(Reason::WrongKnockPort);
-        }
-        if !user.may_come_from(syn.source) {
-            return Err(Reason::SourceNotAllowed);
-        }
-        let tsval = syn.tsval.ok_or(Reason::NoTimestamp)?;
+        let tsval = syn.tsval.ok_or(refused.unwrap_or(Reason::NoTimestamp))?;
         let bound = key.open(n, port, tsval, Binding::Bound(syn.source));
         let unbound = || key.open(n, port, tsval, Binding::Unbound);
-        match user.source {
+        let opened = match user.source {
             SourcePolicy::Any => bound.or_else(unbound),
             SourcePolicy::Bound => bound,
-        }
-        .ok_or(Reason::WrongTag)
+        };
+        let opened = opened.ok_or(refused.unwrap_or(Reason::WrongTag))?;
+        Ok(Knock { opened, source: syn.source, refused })
     }
 
-    /// The counter rule, on a token whose tag held.
-    fn accept(&mut self, place: usize, opened: &Opened, source: IpAddr, now: u64) -> Decision {
+    /// The counter rule, on a token whose tag held: it is spent, whatever it is refused for.
+    fn accept(&mut self, place: usize, knock: Knock, now: u64) -> Decision {
+        let Knock { opened, source, refused } = knock;
         let Some(user) = self.registry.users.get(place) else {
             return Decision::Refused(Refusal::of(Reason::NotPermitted, None, Some(source)));
         };
@@ -342,37 +389,52 @@ impl Verifier {
         let (key, n, window) = (user.public_key, opened.n(), self.registry.window);
         let is_token = matches!(user.secrets, Secrets::Token(_));
         let at = if is_token { n } else { self.counters.second(&key, now, window) };
-        if is_token && at.abs_diff(now) > window {
-            return refuse(Reason::OutsideWindow);
-        }
         if is_token && self.counters.is_in_doubt(&key, n) {
             return refuse(Reason::InDoubt);
         }
-        if at.saturating_sub(now) > window && self.counters.last(&key) < Some(n) {
+        if !is_token && at.saturating_sub(now) > window && self.counters.last(&key) < Some(n) {
             // It is spent, or the counts would part.
             self.counters.skip(&key, n);
             self.index.count(place, n.saturating_add(1));
             return refuse(Reason::TooFast);
         }
-        let reason = match self.counters.reserve(&key, opened, source, at) {
+        let is_outside = is_token && at.abs_diff(now) > window;
+        let refused = refused.or(is_outside.then_some(Reason::OutsideWindow));
+        let reason = match self.counters.reserve(&key, &opened, source, at, refused.is_none()) {
             Ok(reservation) => {
                 if !is_token {
                     self.counters.stand_for(&key, at);
                     self.index.count(place, n.saturating_add(1));
                 }
-                return Decision::Claimed(Claim { opened: *opened, reservation, source });
+                return Decision::Claimed(Claim { knock: Knock { refused, ..knock }, reservation });
             }
-            Err(reason) => reason,
+            Err(reason) => refused.unwrap_or(reason),
         };
-        let Some(first) = self.counters.withdraw(&key, n, source) else {
+        let first = if refused.is_none() { self.counters.withdraw(&key, n, source) } else { None };
+        let Some(first) = first else {
             return refuse(reason);
         };
         let service = self.registry.permitted(user, opened.port());
         Decision::Withdrawn(Withdrawal {
             user: user.name.clone(),
+            service: service.map(|service| service.name.clone()),
             source: first,
             elsewhere: source,
             ports: service.map(|service| service.ports.clone()).unwrap_or_default(),
+            token: number(n),
         })
+    }
+}
+
+/// Why a knock that came this way opens nothing, if so: to another port than its own, or from where none may come.
+fn refused_for_its_way(syn: &Syn, user: &User, knock_port: u16) -> Option<Reason> {
+    if knock_port != syn.destination_port {
+        Some(Reason::WrongKnockPort)
+    } else if matches!(syn.source, IpAddr::V6(source) if source.is_unicast_link_local()) {
+        Some(Reason::LinkLocal)
+    } else if !user.may_come_from(syn.source) {
+        Some(Reason::SourceNotAllowed)
+    } else {
+        None
     }
 }

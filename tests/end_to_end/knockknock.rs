@@ -224,9 +224,10 @@ fn a_knock_counts_at_its_profiles_own_port_alone() {
     }
     // For what carol may not open, and for what nobody can.
     for service in [25, 4444] {
-        lab.refuses(|| hping3(&lab.alice, KNOCK_PORT, &key.seal(FIRST, service)));
+        lab.refuses(|| hping3(&lab.alice, KNOCK_PORT, &key.seal(FIRST + 1, service)));
     }
-    lab.opens(|| lab.knock_of(&key, FIRST));
+    lab.refuses(|| lab.knock_of(&key, FIRST)); // what came to another port is spent
+    lab.opens(|| lab.knock_of(&key, FIRST + 1));
     daemon.stop();
 }
 

@@ -19,6 +19,7 @@ mod kill;
 mod knockknock;
 #[path = "../support/lab.rs"]
 mod lab;
+mod observers;
 mod once;
 mod owned;
 mod paths;

@@ -247,7 +247,7 @@ fn open_doors(lab: &Lab) -> Vec<String> {
 
 fn open(source: IpAddr, port: &str, once: bool, seconds: u32, user: &str, service: &str) -> Frame {
     let [user, service] = [user, service].map(|name| name.parse().unwrap());
-    Frame::Open { source, port: port.parse().unwrap(), once, bound: false, seconds, user, service }
+    Frame::Open { source, port: port.parse().unwrap(), once, bound: false, seconds, user, service, token: 1 }
 }
 
 /// What alice's knock asks for.
@@ -256,7 +256,7 @@ fn permitted(source: IpAddr) -> Frame {
 }
 
 fn close(source: IpAddr, port: &str) -> Frame {
-    Frame::Close { source, port: port.parse().unwrap(), user: "alice".parse().unwrap() }
+    Frame::Close { source, port: port.parse().unwrap(), user: "alice".parse().unwrap(), token: 1 }
 }
 
 fn random<const N: usize>() -> [u8; N] {

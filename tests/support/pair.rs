@@ -115,6 +115,7 @@ pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Clie
     let registry = Registry {
         window: WINDOW,
         knock_ports: KnockPorts::new([20000..=21023]).unwrap(),
+        grants_per_minute: 60_000,
         services: vec![
             service("ssh", &["tcp/22"], false),
             service("wg", &["udp/51820", "tcp/51820"], true),
@@ -167,7 +168,7 @@ impl<'a> Knock<'a> {
         self.syn(self.client.key.pad(self.n).knock_port(&ports), token.sequence, token.tsval ^ difference)
     }
 
-    fn syn(&self, knock_port: u16, sequence: u32, tsval: u32) -> Vec<u8> {
+    pub fn syn(&self, knock_port: u16, sequence: u32, tsval: u32) -> Vec<u8> {
         let destination = if self.source.is_ipv4() { address("192.0.2.1") } else { address("2001:db8::1") };
         let flow = Flow { source: self.source, source_port: 40000, destination, destination_port: knock_port };
         persona(self.source.is_ipv4()).syn(&flow, sequence, tsval).unwrap()
@@ -203,7 +204,7 @@ impl Server {
             .map_err(|(refusals, _)| refusals[0].reason)
     }
 
-    pub fn settle(&self, recorded: &Recorded, now: u64) -> End {
+    pub fn settle(&mut self, recorded: &Recorded, now: u64) -> End {
         match self.verifier.settle(recorded, now) {
             Ok(grant) => End::Granted(grant),
             Err(refusal) => End::Refused(refusal.reason),

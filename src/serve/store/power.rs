@@ -202,7 +202,7 @@ fn opened(n: u64) -> Opened {
 fn reservations(clients: impl Iterator<Item = usize>, n: u64) -> Vec<Reservation> {
     let source = IpAddr::from(Ipv4Addr::LOCALHOST);
     let opened = opened(n);
-    clients.map(|client| Counters::default().reserve(&key(client), &opened, source, 7).unwrap()).collect()
+    clients.map(|client| Counters::default().reserve(&key(client), &opened, source, 7, true).unwrap()).collect()
 }
 
 fn server() -> PublicKey {

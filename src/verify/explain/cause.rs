@@ -34,6 +34,8 @@ pub enum Cause {
         /// The port that it came to.
         port: u16,
     },
+    /// The source is an IPv6 link-local address.
+    LinkLocal,
     /// The source lies outside the user's networks.
     FromMismatch {
         /// Where it came from.
@@ -112,6 +114,10 @@ impl fmt::Display for Cause {
             Self::WrongKnockPort { port } => {
                 write!(f, "to the wrong knock port {port}: the client's profile is outdated, import a new one")
             }
+            Self::LinkLocal => f.write_str(
+                "from an IPv6 link-local address, a door for which would hold on every link: knock at another address of the \
+                 server",
+            ),
             Self::FromMismatch { source } => write!(f, "from {source}, outside the `from` networks of the user's entry"),
             Self::TimestampStripped => f.write_str("without its timestamp: something on the way takes TCP timestamps off"),
             Self::WrongSource { bound, source } => {

@@ -141,7 +141,8 @@ fn a_copy_comes(lab: &Lab, family: Family) {
     knock.send(lab);
     writer.run_to(&[FDATASYNC]);
     knock.send_as_mallory(lab);
-    says(&format!("withdrawn reason=spent_twice {source} elsewhere={}", family.mallory()));
+    let sources = format!("source={} elsewhere={}", family.alice(), family.mallory());
+    says(&format!("withdrawn reason=spent_twice user=alice service=ssh {sources}"));
     writer.release();
     lab.stays_shut(family);
     assert_eq!(granted(), 1);
