@@ -173,7 +173,8 @@ fn beside_a_firewall(set_up: impl Fn(&mut Site), reload: &str, leaves_our_table_
     others();
     let daemon = lab.start();
     others();
-    let listed = || lab.server.nft(&["-a", "list", "table", "inet", "knockq"]);
+    // Without what the sets hold: the kernel remembers for a while what was let in.
+    let listed = || lab.server.nft(&["-a", "-t", "list", "table", "inet", "knockq"]);
     a_knock_opens_and_the_firewall_may_be_loaded_again(&lab, "ssh", 22, || {
         let before = listed();
         site.sh(reload);

@@ -254,12 +254,14 @@ fn a_table_that_was_edited_is_not_taken_for_that_of_the_configuration() {
         format!("{text}insert rule inet knockq gate accept\n"),
         format!("{text}add element inet knockq trusted6 {{ ::/0 }}\n"),
         format!("{text}delete element inet knockq guarded {{ tcp . 25 }}\n"),
-        format!("{text}add table inet knockq {{ flags dormant; }}\n"),
+        format!("{text}# and then\nadd table inet knockq {{ flags dormant; }}\n"),
     ] {
         lab.server.sh("nft delete table inet knockq 2>/dev/null || true");
         let path = lab.directory.path.join("edited.nft");
-        fs::write(&path, &edit).unwrap();
-        lab.server.nft(&["-f", path.to_str().unwrap()]);
+        for transaction in edit.split("# and then\n") {
+            fs::write(&path, transaction).unwrap();
+            lab.server.nft(&["-f", path.to_str().unwrap()]);
+        }
         let mut daemon = Daemon::spawn(&lab, &[]);
         assert_eq!(daemon.end(), Some(1), "{edit}");
         assert!(daemon.log().contains("not that of this configuration"), "{}", daemon.log());
