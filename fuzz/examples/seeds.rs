@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
-use knockq::nft::{Door, OpenDoor, Ruleset};
+use knockq::nft::Ruleset;
 use knockq::packet::{Flow, Syn};
 use knockq::serve::configuration::{Fixed, Plan};
 use knockq::serve::control::{Reply, Request, Revocation, Selection};
@@ -198,13 +198,11 @@ fn handed_over() {
         )]),
         log_closings: false,
         trusted: Vec::new(),
+        old_count: false,
     };
     seed("policy", 0, postcard::to_stdvec(&policy).unwrap());
     let selection = Selection::Source("192.0.2.0/24".parse().unwrap());
     seed("selection", 1, postcard::to_stdvec(&Revocation { selection, kill: true }).unwrap());
-    let door = Door { source, port, once: false };
-    let open = OpenDoor { door, comment: "alice ssh".to_owned(), left: Some(Duration::from_secs(9)) };
-    seed("doors", 2, postcard::to_stdvec(&vec![open]).unwrap());
 
     let [server, alice]: [PrivateKey; 2] = ["B", "C"].map(|c| format!("{}A=", c.repeat(42)).parse().unwrap());
     let plan = Plan {
@@ -230,7 +228,7 @@ fn handed_over() {
         services: 1,
         knock_ports: "20000-21023".to_owned(),
     };
-    seed("plan", 3, postcard::to_stdvec(&plan).unwrap());
+    seed("plan", 2, postcard::to_stdvec(&plan).unwrap());
     let user = User {
         name: "alice".parse().unwrap(),
         public_key: *alice.public(),
@@ -249,7 +247,7 @@ fn handed_over() {
         users: vec![user],
     };
     let settings = Settings { identity, server: *server.public(), store_path: "store".to_owned(), registry };
-    seed("settings", 4, postcard::to_stdvec(&settings).unwrap());
+    seed("settings", 3, postcard::to_stdvec(&settings).unwrap());
 }
 
 /// One message of netlink: its kind, and what follows the header.
@@ -278,14 +276,17 @@ fn netlink() {
     watch("chain-deleted", &of_tables(5, &[name(), attribute(3, b"gate\0")]));
     watch("set-deleted", &of_tables(11, &[name(), attribute(2, b"open4\0")]));
     let rule = of_tables(6, &[name(), attribute(2, b"gate\0"), attribute(4, &[])]);
-    let element = |set: &[u8]| {
+    let element = |kind: u8, set: &[u8], more: &[u8]| {
         let key = attribute(1 | 0x8000, &attribute(1, &[192, 0, 2, 1, 6, 0, 0, 0, 0, 22, 0, 0]));
-        let elements = attribute(3 | 0x8000, &attribute(1 | 0x8000, &key));
-        of_tables(14, &[name(), attribute(2, set), elements])
+        let elements = attribute(3 | 0x8000, &attribute(1 | 0x8000, &[&key, more].concat()));
+        of_tables(kind, &[name(), attribute(2, set), elements])
     };
+    let noted = attribute(6, b"\0\x15alice ssh 9 0000000a\0");
+    let left = attribute(5, &9000_u64.to_be_bytes());
+    watch("door-loaded", &element(12, b"open4\0", &[left, noted].concat()));
     watch("rule-deleted-and-added", &[of_tables(8, &[name()]), rule].concat());
-    watch("door-deleted", &element(b"open4\0"));
-    watch("guarded-deleted", &element(b"guarded\0"));
+    watch("door-deleted", &element(14, b"open4\0", &[]));
+    watch("guarded-deleted", &element(14, b"guarded\0", &[]));
 
     let verdict = |code: i32| message(2, &[&code.to_ne_bytes()[..], &message(0x0a0c, &[1, 0, 0, 0])].concat());
     write("netlink", "done", [&[1], verdict(0).as_slice()].concat());

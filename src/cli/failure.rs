@@ -145,7 +145,6 @@ impl From<NftError> for Failure {
             NftError::NotPermitted(_) => failure.hint("run this as root").code(PERMISSION),
             NftError::Refused(_) => failure.hint("see the table with `nft list table inet knockq`"),
             NftError::NoTable => failure.hint("the gate does not stand: start `knockq serve`"),
-            NftError::Unreadable { .. } => failure.hint("see them with `nft list table inet knockq`"),
             NftError::Run(_) => failure,
         }
     }
@@ -156,7 +155,7 @@ impl From<ServeError> for Failure {
         let message = error.to_string();
         match error {
             ServeError::Config(error) => error.into(),
-            ServeError::Doors(error) | ServeError::Gate(GateError::Table(TableError::Nft(error))) => error.into(),
+            ServeError::Gate(GateError::Table(TableError::Nft(error))) => error.into(),
             ServeError::Control(error) => error.into(),
             ServeError::NothingToUndo => {
                 Self::new(message).hint("leave --try out, or set ruleset = \"managed\"").code(USAGE)

@@ -16,7 +16,7 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{CONFIG, ConfigArg, note, print, print_json, print_view};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{ConfigError, FileError, Network, ServerConfig};
-use crate::nft::{self, Door, Doors, Ending, OpenDoor};
+use crate::nft::{self, Door, Doors, ElementError, Ending, NftError, OpenDoor};
 use crate::serve::control::{self, ControlError, Reply, Request, Selection};
 use crate::serve::report::{self, RevokedPart};
 use crate::serve::start;
@@ -51,8 +51,8 @@ struct Shown<'a> {
 
 impl Grants {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let mut doors = nft::open_doors()?;
-        doors.sort_by_key(|open| (open.door.source, open.door.port));
+        let mut doors = open_doors()?;
+        doors.sort_by_key(|open| (open.what.source, open.what.port));
         let shown: Vec<Shown<'_>> = doors.iter().map(Shown::of).collect();
         if self.json {
             return print_json(&shown);
@@ -68,14 +68,14 @@ impl Grants {
 
 impl<'a> Shown<'a> {
     fn of(open: &'a OpenDoor) -> Self {
-        let opener = open.opener();
+        let opener = open.comment.as_ref();
         Self {
-            source: open.door.source,
-            port: open.door.port,
-            user: opener.map(|(user, ..)| user),
-            service: opener.map(|(_, service, _)| service),
-            bound: opener.is_some_and(|(.., bound)| bound),
-            once: open.door.once,
+            source: open.what.source,
+            port: open.what.port,
+            user: opener.map(|opener| opener.user.as_str()),
+            service: opener.map(|opener| opener.service.as_str()),
+            bound: opener.is_some_and(|opener| opener.bound),
+            once: open.what.once,
             seconds_left: open.left.map(|left| left.as_secs()),
         }
     }
@@ -88,6 +88,20 @@ impl<'a> Shown<'a> {
         let [user, service, left, once] = cells.map(str::to_owned);
         [self.source.to_string(), self.port.to_string(), user, service, left, once]
     }
+}
+
+/// All doors that are open, as the kernel has them.
+pub(super) fn open_doors() -> Result<Vec<OpenDoor>, Failure> {
+    let mut open = Doors::new()?.open_doors().map_err(|error| match error {
+        ElementError::NoSet => NftError::NoTable.into(),
+        ElementError::Refused(error) if error.kind() == ErrorKind::PermissionDenied => {
+            NftError::NotPermitted(error.to_string()).into()
+        }
+        other => Failure::from(other),
+    })?;
+    open.sort_by_key(|open| open.what);
+    open.dedup_by_key(|open| open.what); // that of one connection may have two elements
+    Ok(open)
 }
 
 /// The two largest units.
@@ -151,7 +165,7 @@ impl Revoke {
             SelectionArgs { user: Some(user), .. } => Selection::User(user),
             SelectionArgs { .. } => Selection::All,
         };
-        let meant: Vec<OpenDoor> = nft::open_doors()?.into_iter().filter(|open| covers(&selection, open)).collect();
+        let meant: Vec<OpenDoor> = open_doors()?.into_iter().filter(|open| covers(&selection, open)).collect();
         if let Selection::User(user) = &selection
             && !self.kill // the daemon may remember who was removed
             && meant.is_empty()
@@ -168,13 +182,13 @@ impl Revoke {
             Err(ControlError::NotRunning { .. }) => {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
-                unshut = shut(&meant, |some| doors.close_all(some.iter().map(|open| &open.door)));
+                unshut = shut(&meant, |some| doors.close_all(some.iter().map(|open| &open.what)));
                 if self.kill { whose(&meant, &self.config.config)? } else { RevokedPart::default() }
             }
             asked => handed_over(asked?)?,
         };
         let ending = if self.kill { end_connections(&selection, &whose) } else { Ending::default() };
-        let shown = show(&meant, &nft::open_doors()?, self.kill.then_some(ending.ended));
+        let shown = show(&meant, &open_doors()?, self.kill.then_some(ending.ended));
         for (Door { source, port, .. }, error) in &unshut {
             note(&format!("{source} {port}: not shut: {error}"));
         }
@@ -188,7 +202,7 @@ fn shut<E>(meant: &[OpenDoor], mut close: impl FnMut(&[OpenDoor]) -> Result<(), 
     let mut unshut = Vec::new();
     for some in meant.chunks(TOGETHER) {
         if close(some).is_err() {
-            unshut.extend(some.iter().filter_map(|open| Some((&open.door, close(slice::from_ref(open)).err()?))));
+            unshut.extend(some.iter().filter_map(|open| Some((&open.what, close(slice::from_ref(open)).err()?))));
         }
     }
     unshut
@@ -208,7 +222,7 @@ fn handed_over(asked: Result<OwnedFd, Reply>) -> Result<RevokedPart, Failure> {
 /// The same without the daemon, but for what only it remembers.
 fn whose(meant: &[OpenDoor], config: &Path) -> Result<RevokedPart, Failure> {
     let config = ServerConfig::load(config)?;
-    let doors = meant.iter().map(|open| Door { once: false, ..open.door }).collect();
+    let doors = meant.iter().map(|open| Door { once: false, ..open.what }).collect();
     let guarded = config.services.into_iter().flat_map(|service| service.ports).collect();
     Ok(RevokedPart { doors, guarded, trusted: config.trusted, is_cut: false })
 }
@@ -244,7 +258,7 @@ fn tell(ending: &Ending) -> Result<(), Failure> {
 
 fn covers(selection: &Selection, open: &OpenDoor) -> bool {
     match selection {
-        Selection::Source(network) => network.contains(&open.door.source),
+        Selection::Source(network) => network.contains(&open.what.source),
         Selection::User(user) => Shown::of(open).user == Some(user.as_str()),
         Selection::All => true,
     }
@@ -259,7 +273,7 @@ fn show(meant: &[OpenDoor], left: &[OpenDoor], ended: Option<u64>) -> Result<(),
     }
     let mut is_by_hand = false;
     let lines = meant.iter().map(|open| {
-        let still = left.iter().find(|still| still.door == open.door).map(Shown::of);
+        let still = left.iter().find(|still| still.what == open.what).map(Shown::of);
         let state = match &still {
             None => "shut".to_owned(),
             Some(Shown { user: Some(user), .. }) => format!("still open for {user}"),
@@ -268,7 +282,7 @@ fn show(meant: &[OpenDoor], left: &[OpenDoor], ended: Option<u64>) -> Result<(),
                 "still open, by hand".to_owned()
             }
         };
-        format!("{} {}: {state}\n", open.door.source, open.door.port)
+        format!("{} {}: {state}\n", open.what.source, open.what.port)
     });
     print(&lines.collect::<String>())?;
     if is_by_hand {
@@ -358,22 +372,22 @@ mod tests {
     #[test]
     fn a_door_that_the_kernel_does_not_shut_is_told_and_keeps_no_other_open() {
         let open = |number: usize| OpenDoor {
-            door: Door {
+            what: Door {
                 source: IpAddr::from(Ipv4Addr::LOCALHOST),
                 port: format!("tcp/{}", number + 1).parse().unwrap(),
                 once: false,
             },
-            comment: String::new(),
+            comment: None,
             left: None,
         };
         let meant: Vec<OpenDoor> = (0..3 * TOGETHER).map(open).collect();
-        let bad = &meant[TOGETHER + 7].door;
+        let bad = &meant[TOGETHER + 7].what;
         let mut closed = Vec::new();
         let unshut = shut(&meant, |some| {
-            if some.iter().any(|open| open.door == *bad) {
+            if some.iter().any(|open| open.what == *bad) {
                 return Err("refused");
             }
-            closed.extend(some.iter().map(|open| open.door));
+            closed.extend(some.iter().map(|open| open.what));
             Ok(())
         });
         assert_eq!(unshut, [(bad, "refused")]);

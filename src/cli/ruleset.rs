@@ -1,6 +1,8 @@
 //! `knockq ruleset`
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
@@ -8,7 +10,7 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::nft;
+use crate::nft::{self, Boot, Comment, Doors, Open, SetName};
 
 #[derive(Args)]
 #[command(
@@ -40,7 +42,7 @@ impl PrintRuleset {
                 return Err(Failure::new(message).hint("`knockq serve` makes it anew").code(CONFIGURATION));
             }
             nft::install(&ruleset)?;
-            return Ok(());
+            return shut_what_is_over(nft::is_of_before(&ruleset), &self.config.config);
         }
         let ruleset = ServerConfig::load(&self.config.config)?.ruleset();
         if self.check {
@@ -51,4 +53,30 @@ impl PrintRuleset {
             None => print(&ruleset.to_string()),
         }
     }
+}
+
+/// Shuts doors that others have loaded, when their grants are over. Whoever saved the host's tables while doors were open has
+/// them loaded by each boot.
+fn shut_what_is_over(old_count: bool, config: &Path) -> Result<(), Failure> {
+    let boot = Boot::this().map_err(|error| Failure::new(format!("this boot's name and clock: {error}")))?;
+    let mut doors = Doors::new()?;
+    let is_over = |comment: Option<Comment>, left: Option<Duration>| {
+        comment.is_some_and(|comment| comment.counts_until(left, old_count, &boot, Instant::now()).is_none())
+    };
+    for Open { what: door, comment, left } in doors.open_doors()? {
+        if is_over(comment, left) {
+            doors.close(&door)?;
+        }
+    }
+    // The gate stands, whatever the configuration is like.
+    let users = ServerConfig::load(config).map(|config| config.users).unwrap_or_default();
+    let sets: BTreeSet<&SetName> = users.iter().flat_map(|user| &user.add_to).collect();
+    for set in sets {
+        for Open { what: member, comment, left } in doors.members(set).unwrap_or_default() {
+            if is_over(comment, left) {
+                doors.delete_member(&member)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
     DataAttribute, ListAttribute, NfTablesMessage, SetAttribute, SetElementAttribute, SetElementList,
@@ -22,9 +22,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::TABLE;
-use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER};
+use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, messages};
+use super::comment::Comment;
+use super::list::{self, Open, OpenDoor};
 use super::sets::{Layout, Member, SetError, SetName};
-use crate::service::{Port, Transport};
+use crate::service::Port;
 
 /// The family of our table.
 const INET: NetfilterProtoFamily = NetfilterProtoFamily::Inet;
@@ -77,17 +79,6 @@ impl Door {
     fn key(&self) -> Vec<u8> {
         key(self.source, Some(self.port))
     }
-
-    /// The door with this key.
-    pub(super) fn of_key(key: &[u8], once: bool) -> Option<Self> {
-        let (source, port) = key.split_last_chunk::<8>()?;
-        let v4 = || Some(IpAddr::from(<[u8; 4]>::try_from(source).ok()?));
-        let v6 = || Some(IpAddr::from(<[u8; 16]>::try_from(source).ok()?));
-        let [protocol, _, _, _, high, low, _, _] = *port;
-        let transport = Transport::from_number(protocol)?;
-        let number = u16::from_be_bytes([high, low]);
-        Some(Self { source: v4().or_else(v6)?, port: Port { transport, number }, once }).filter(|_| number != 0)
-    }
 }
 
 impl Member {
@@ -130,6 +121,9 @@ pub enum ElementError {
     /// The kernel refused the transaction.
     #[error("netlink: the kernel refused the change: {0}")]
     Refused(io::Error),
+    /// The set is not there, or its table.
+    #[error("netlink: there is no such set")]
+    NoSet,
     /// The set holds as many elements as it can.
     #[error("netlink: a set of table inet {TABLE} is full")]
     Full,
@@ -155,6 +149,8 @@ pub enum Ownership {
 /// The socket that opens and closes doors.
 pub struct Doors {
     socket: Socket,
+    /// By which the kernel names this socket when it tells who has changed something.
+    number: u32,
     sequence: u32,
 }
 
@@ -165,10 +161,15 @@ impl Doors {
     /// The kernel's.
     pub fn new() -> Result<Self, ElementError> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
+        let number = socket.bind_auto()?.port_number();
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_non_blocking(true)?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, number, sequence: 0 })
+    }
+
+    /// Who this is when the kernel tells who has changed something.
+    pub const fn number(&self) -> u32 {
+        self.number
     }
 
     /// Opens a door for so long from now on, or gives an open one that time. Where connections are to end with it, `kill`,
@@ -179,10 +180,11 @@ impl Doors {
     ///
     /// # Errors
     /// When the table or the set is gone, the set is full, or the capability is missing.
-    pub fn open(&mut self, door: &Door, kill: bool, timeout: Duration, comment: &str) -> Result<(), ElementError> {
+    pub fn open(&mut self, door: &Door, kill: bool, timeout: Duration, comment: &Comment) -> Result<(), ElementError> {
+        let comment = comment.to_string();
         let connection = door.place_of_connection().filter(|_| kill).into_iter();
         let places = connection.chain([door.place()]);
-        let messages: Vec<_> = places.flat_map(|place| renewal(&place, &door.key(), timeout, comment)).collect();
+        let messages: Vec<_> = places.flat_map(|place| renewal(&place, &door.key(), timeout, &comment)).collect();
         self.transact(INET, &messages)
     }
 
@@ -190,8 +192,9 @@ impl Doors {
     ///
     /// # Errors
     /// As [`Doors::open`].
-    pub fn let_last(&mut self, door: &Door, timeout: Duration, comment: &str) -> Result<(), ElementError> {
-        door.place_of_connection().map_or(Ok(()), |place| self.renew(&place, &door.key(), timeout, comment))
+    pub fn let_last(&mut self, door: &Door, timeout: Duration, comment: &Comment) -> Result<(), ElementError> {
+        door.place_of_connection()
+            .map_or(Ok(()), |place| self.renew(&place, &door.key(), timeout, &comment.to_string()))
     }
 
     /// Closes a door, whether it is open or not.
@@ -217,8 +220,8 @@ impl Doors {
     ///
     /// # Errors
     /// As [`Doors::open`].
-    pub fn add_member(&mut self, member: &Member, timeout: Duration, comment: &str) -> Result<(), ElementError> {
-        self.renew(&member.place(), &member.key(), timeout, comment)
+    pub fn add_member(&mut self, member: &Member, timeout: Duration, comment: &Comment) -> Result<(), ElementError> {
+        self.renew(&member.place(), &member.key(), timeout, &comment.to_string())
     }
 
     /// Takes a source out of a set of the administrator's, whether it is in it or not.
@@ -227,6 +230,72 @@ impl Doors {
     /// As [`Doors::open`].
     pub fn delete_member(&mut self, member: &Member) -> Result<(), ElementError> {
         self.delete(&member.place(), &member.key())
+    }
+
+    /// All doors that are open.
+    ///
+    /// # Errors
+    /// [`ElementError::NoSet`]: there is no table; and the kernel's.
+    pub fn open_doors(&mut self) -> Result<Vec<OpenDoor>, ElementError> {
+        let mut open = Vec::new();
+        for (set, once) in SETS {
+            let place = Place { family: INET, table: TABLE, set };
+            open.extend(self.list(&place, |message| list::doors(message, once).collect())?);
+        }
+        Ok(open)
+    }
+
+    /// Who is in a set of the administrator's.
+    ///
+    /// # Errors
+    /// [`ElementError::NoSet`], and the kernel's.
+    pub fn members(&mut self, set: &SetName) -> Result<Vec<Open<Member>>, ElementError> {
+        let place = Place { family: set.family(), table: &set.table, set: &set.set };
+        self.list(&place, |message| list::members(message, set).collect())
+    }
+
+    /// The elements of a set, once more if others change tables meanwhile: then some may be missing.
+    fn list<T>(&mut self, place: &Place<'_>, read: impl Fn(&[u8]) -> Vec<T>) -> Result<Vec<T>, ElementError> {
+        let mut listed = Vec::new();
+        for _ in 0..RETRIES {
+            listed.clear();
+            let mut is_whole = true;
+            self.dump(place, |message, is_interrupted| {
+                is_whole &= !is_interrupted;
+                listed.extend(read(message));
+            })?;
+            if is_whole {
+                break;
+            }
+        }
+        Ok(listed)
+    }
+
+    fn dump(&mut self, place: &Place<'_>, mut take: impl FnMut(&[u8], bool)) -> Result<(), ElementError> {
+        let attributes = vec![SetElementList::Table(place.table.to_owned()), SetElementList::Set(place.set.to_owned())];
+        let mut request = Vec::new();
+        let asked = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
+        self.append(&mut request, place.family, asked.into(), NLM_F_DUMP);
+        self.socket.send(&request, 0)?;
+        loop {
+            // The kernel goes on with the listing when a part of it is taken.
+            let datagram = self.receive()?.ok_or(ElementError::NoAnswer)?;
+            for message in messages(&datagram) {
+                let Ok(header) = NetlinkBuffer::new_checked(message) else { continue };
+                match (header.message_type(), read(message)) {
+                    _ if header.sequence_number() != self.sequence => {} // the end of another answer
+                    (NLMSG_DONE, _) => return Ok(()),
+                    (_, Some(Err(error))) if error.kind() == io::ErrorKind::NotFound => {
+                        return Err(ElementError::NoSet);
+                    }
+                    (_, Some(Err(error))) => return Err(refused(error)),
+                    _ => take(
+                        message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default(),
+                        header.flags() & NLM_F_DUMP_INTR != 0,
+                    ),
+                }
+            }
+        }
     }
 
     /// The element that a set of the administrator's has for a door; `None` where the set is for the other family. The kernel

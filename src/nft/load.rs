@@ -70,14 +70,6 @@ pub enum NftError {
     /// The table is not there.
     #[error("nft: there is no table inet {TABLE}")]
     NoTable,
-    /// nft lists a set in words that we do not know.
-    #[error("nft: cannot read the listing of set {set}: {cause}")]
-    Unreadable {
-        /// Which.
-        set: &'static str,
-        /// At what.
-        cause: String,
-    },
     /// The kernel did not allow it.
     #[error("nft: {0}")]
     NotPermitted(String),
@@ -128,11 +120,6 @@ pub(super) fn list_table(table: &str) -> Result<String, NftError> {
 /// a set.
 pub(super) fn list_frame(table: &str) -> Result<String, NftError> {
     run(&["-t", "list", "table", "inet", table], "").map_err(missing)
-}
-
-/// One of our sets, as JSON.
-pub(super) fn list_set(set: &str) -> Result<String, NftError> {
-    run(&["-j", "list", "set", "inet", TABLE, set], "").map_err(missing)
 }
 
 fn missing(error: NftError) -> NftError {

@@ -1,6 +1,7 @@
 //! The kernel's side: the table, and the elements of its sets.
 
 mod attributes;
+pub mod comment;
 mod conntrack;
 pub mod elements;
 pub mod flows;
@@ -12,15 +13,16 @@ pub mod sets;
 pub mod table;
 pub mod watch;
 
+pub use comment::{Boot, Comment};
 pub use elements::{Door, Doors, ElementError, Ownership};
 pub use flows::{Ending, end, established};
-pub use list::{OpenDoor, comment, open_doors};
+pub use list::{Open, OpenDoor};
 pub use load::{NftError, check, list_rules, list_ruleset};
-pub use ruleset::{Ruleset, is_whole};
+pub use ruleset::{Ruleset, is_of_before, is_whole};
 pub use sessions::{track_sessions, without_door};
 pub use sets::{Member, SetError, SetName};
 pub use table::{TableError, exists, install, install_first, is_live, remove};
-pub use watch::{Loss, Watch};
+pub use watch::{Loaded, Loss, Watch};
 
 /// Name of the one table that is ours, of family `inet`.
 pub const TABLE: &str = "knockq";

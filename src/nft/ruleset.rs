@@ -47,6 +47,7 @@ add set inet TABLE trusted6 { type ipv6_addr; flags interval; }
 add set inet TABLE kill { type inet_proto . inet_service; }
 
 # The doors: who may connect where. Elements vanish by themselves.
+# Their comments say when their grants end.
 add set inet TABLE open4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 add set inet TABLE open6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 # For one connection: the limit lets only one of two racing SYNs find the element before it is deleted.
@@ -198,6 +199,11 @@ pub fn is_whole(include_file: &str) -> bool {
     // The last two are those of files that were made before there was a chain `refuse`.
     let refusals = ["refuse drop", "refuse reject", "door drop", "door reject"];
     refusals.into_iter().any(|refusal| include_file.contains(&format!("add rule inet {} {refusal}", super::TABLE)))
+}
+
+/// Whether an include file is that of a daemon whose doors did not say when their grants end.
+pub fn is_of_before(include_file: &str) -> bool {
+    !include_file.contains("# Their comments say when their grants end.\n")
 }
 
 impl Ruleset {

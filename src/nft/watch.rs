@@ -12,9 +12,10 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::TABLE;
-use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, attributes, messages, number};
+use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages, number};
 use super::elements::{Door, SETS};
-use super::sets::SetName;
+use super::list::{self, Open};
+use super::sets::{Member, SetName};
 
 /// Multicast group of nf_tables (`NFNLGRP_NFTABLES`).
 const GROUP: u32 = 7;
@@ -56,6 +57,18 @@ pub struct Told {
     deleted: HashSet<Door>,
     /// Sets that were made, and are none of ours.
     new_sets: HashSet<SetName>,
+    loaded: Loaded,
+}
+
+/// Elements that others have added, and that say that they are the daemon's.
+#[derive(Default)]
+pub struct Loaded {
+    /// Doors.
+    pub doors: HashSet<Door>,
+    /// In sets of the administrator's, whichever they are.
+    pub members: HashSet<Member>,
+    /// There may be more: some were told that cannot be read any more.
+    pub are_missed: bool,
 }
 
 impl Watch {
@@ -73,16 +86,17 @@ impl Watch {
     }
 
     /// Reads what has been told; the worst that was changed. Loading the table again changes it too: then
-    /// [`Watch::take_unmended`] tells what it has not made good.
+    /// [`Watch::take_unmended`] tells what it has not made good. What [`Doors::number`](super::Doors::number) has added is none
+    /// of others'.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn loss(&mut self) -> io::Result<Loss> {
+    pub fn loss(&mut self, own: u32) -> io::Result<Loss> {
         let mut loss = Loss::Nothing;
         loop {
             let mut datagram = Vec::with_capacity(DATAGRAM);
             match self.socket.recv(&mut datagram, 0) {
-                Ok(_) => loss = loss.max(self.told.read(&datagram)),
+                Ok(_) => loss = loss.max(self.told.read(&datagram, own)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => loss = self.told.miss(),
@@ -107,6 +121,11 @@ impl Watch {
     pub fn take_new_sets(&mut self) -> HashSet<SetName> {
         std::mem::take(&mut self.told.new_sets)
     }
+
+    /// The elements that others have added in the daemon's name. They are told once.
+    pub fn take_loaded(&mut self) -> Loaded {
+        std::mem::take(&mut self.told.loaded)
+    }
 }
 
 impl AsFd for Watch {
@@ -117,23 +136,27 @@ impl AsFd for Watch {
 
 impl Told {
     /// What a datagram tells: the worst that was changed. Doors that are deleted are noted, until they are made again.
-    pub fn read(&mut self, datagram: &[u8]) -> Loss {
+    pub fn read(&mut self, datagram: &[u8], own: u32) -> Loss {
         let mut worst = Loss::Nothing;
         for message in messages(datagram) {
             if is_end_of_transaction(message) {
                 self.edits = self.edits.saturating_add(usize::from(std::mem::take(&mut self.is_edit)));
             }
             let Some(change) = Change::read(message) else { continue };
+            let is_loaded = change.kind == NEW_ELEMENT && change.by != own;
             if !change.is_of_our_table() {
-                self.new_sets.extend(change.new_set());
+                self.new_sets.extend(change.set().filter(|_| change.kind == NEW_SET));
+                self.loaded
+                    .members
+                    .extend(change.set().filter(|_| is_loaded).iter().flat_map(|set| change.members(set)));
                 continue;
             }
-            match change.kind {
-                DELETE_ELEMENT => self.deleted.extend(change.doors()),
-                NEW_ELEMENT => change.doors().for_each(|door| {
-                    self.deleted.remove(&door);
-                }),
-                _ => {}
+            for Open { what: door, comment, .. } in change.doors() {
+                match change.kind {
+                    DELETE_ELEMENT => self.deleted.insert(door),
+                    _ => self.deleted.remove(&door),
+                };
+                self.loaded.doors.extend(comment.filter(|_| is_loaded).map(|_| door));
             }
             let loss = change.loss();
             self.is_edit |= loss != Loss::Nothing;
@@ -145,7 +168,7 @@ impl Told {
 
     /// Something was told that cannot be read any more: there may have been any number of transactions.
     const fn miss(&mut self) -> Loss {
-        (self.worst, self.edits) = (Loss::Doors, usize::MAX);
+        (self.worst, self.edits, self.loaded.are_missed) = (Loss::Doors, usize::MAX, true);
         Loss::Doors
     }
 
@@ -198,19 +221,12 @@ const TABLE_FLAGS: u16 = 2;
 /// Attribute of elements: their set's name (`NFTA_SET_ELEM_LIST_SET`).
 const SET_NAME: u16 = 2;
 
-/// Attribute of elements: the list of them (`NFTA_SET_ELEM_LIST_ELEMENTS`).
-const ELEMENTS: u16 = 3;
-
-/// Attribute of one element: its key (`NFTA_SET_ELEM_KEY`).
-const KEY: u16 = 1;
-
-/// Attribute of a key: its bytes (`NFTA_DATA_VALUE`).
-const VALUE: u16 = 1;
-
 /// A change of our table. Of what the kernel tells, only names, flags and doors are looked at: the rest is as deep as rules
 /// are.
 struct Change<'a> {
     kind: u8,
+    /// The socket that asked for it.
+    by: u32,
     family: u8,
     attributes: &'a [u8],
 }
@@ -220,6 +236,7 @@ impl<'a> Change<'a> {
     fn read(message: &'a [u8]) -> Option<Self> {
         let change = Self {
             kind: kind(message)?,
+            by: NetlinkBuffer::new_checked(message).ok()?.port_number(),
             family: *message.get(MESSAGE_HEADER)?,
             attributes: message.get(MESSAGE_HEADER + FAMILY_HEADER..)?,
         };
@@ -230,9 +247,14 @@ impl<'a> Change<'a> {
         self.family == INET && self.name(TABLE_NAME).is_some_and(|name| name == TABLE.as_bytes())
     }
 
-    /// The set that was made.
-    fn new_set(&self) -> Option<SetName> {
-        SetName::of_kernel(self.family, self.name(TABLE_NAME)?, self.name(SET_NAME)?).filter(|_| self.kind == NEW_SET)
+    /// The set that it is about, which is none of ours.
+    fn set(&self) -> Option<SetName> {
+        SetName::of_kernel(self.family, self.name(TABLE_NAME)?, self.name(SET_NAME)?)
+    }
+
+    /// Those of its elements that say that they are the daemon's.
+    fn members(&self, set: &SetName) -> Vec<Member> {
+        list::members(self.attributes, set).filter(|open| open.comment.is_some()).map(|open| open.what).collect()
     }
 
     /// Whatever is changed but the doors.
@@ -261,15 +283,11 @@ impl<'a> Change<'a> {
         SETS.iter().find(|(set, _)| name == set.as_bytes()).map(|(_, once)| *once)
     }
 
-    /// The doors that its elements are.
-    fn doors(&self) -> impl Iterator<Item = Door> + use<'a> {
-        let once = self.set_of_doors();
-        let elements = attribute(self.attributes, ELEMENTS).unwrap_or_default();
-        attributes(elements).filter_map(move |(_, element)| {
-            let (_, key) = attributes(element).find(|(kind, _)| *kind == KEY)?;
-            let (_, value) = attributes(key).find(|(kind, _)| *kind == VALUE)?;
-            Door::of_key(value, once?)
-        })
+    /// The doors that its elements are, if they are added or deleted.
+    fn doors(&self) -> impl Iterator<Item = Open<Door>> + use<'a> {
+        let once = self.set_of_doors().filter(|_| matches!(self.kind, NEW_ELEMENT | DELETE_ELEMENT));
+        let attributes = self.attributes;
+        once.into_iter().flat_map(move |once| list::doors(attributes, once))
     }
 
     /// A text without its terminator.
@@ -282,10 +300,13 @@ impl<'a> Change<'a> {
 mod tests {
     use std::collections::HashSet;
 
-    use super::{Door, Loss, Told};
+    use super::{Door, Loss, Member, Told};
+
+    /// The daemon's socket; what has changed something has another here.
+    const OWN: u32 = 1;
 
     fn loss(datagram: &[u8]) -> Loss {
-        Told::default().read(datagram)
+        Told::default().read(datagram, OWN)
     }
 
     #[test]
@@ -294,7 +315,7 @@ mod tests {
             let mut message = told(9, &[ours(), attribute(2, b"mine\0")]);
             message[16] = family;
             let mut all = Told::default();
-            assert_eq!(all.read(&message), if family == 1 { Loss::Rules } else { Loss::Nothing });
+            assert_eq!(all.read(&message, OWN), if family == 1 { Loss::Rules } else { Loss::Nothing });
             assert_eq!(all.new_sets, set.into_iter().map(|set| set.parse().unwrap()).collect(), "{family}");
         }
     }
@@ -334,7 +355,7 @@ mod tests {
             (14, vec![ours(), guarded], Loss::Rules),
             (15, vec![ours()], Loss::Nothing),
         ] {
-            assert_eq!(Told::default().read(&told(kind, &attributes)), loss, "{kind} {attributes:02x?}");
+            assert_eq!(Told::default().read(&told(kind, &attributes), OWN), loss, "{kind} {attributes:02x?}");
         }
     }
 
@@ -348,7 +369,7 @@ mod tests {
         let unmended = |parts: &[&[u8]], loads| {
             let mut all = Told::default();
             for part in parts {
-                all.read(part);
+                all.read(part, OWN);
             }
             let unmended = all.take_unmended(loads);
             assert_eq!(all.take_unmended(0), Loss::Nothing, "it is told once");
@@ -366,7 +387,7 @@ mod tests {
         assert_eq!(unmended(&[&load], 0), Loss::Rules, "others load it");
         let mut missed = Told::default();
         missed.miss();
-        missed.read(&load);
+        missed.read(&load, OWN);
         assert_eq!(missed.take_unmended(1), Loss::Doors, "what could not be read");
     }
 
@@ -383,7 +404,7 @@ mod tests {
         let v6 = [[0x20; 16].as_slice(), &[17, 0, 0, 0, 0xca, 0x6c, 0, 0]].concat();
         let mut all = Told::default();
         let mut after = |datagram: &[u8]| {
-            all.read(datagram);
+            all.read(datagram, OWN);
             all.deleted().clone()
         };
         let ssh = Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
@@ -396,6 +417,55 @@ mod tests {
         let renewed = [doors(12, b"open4\0", &[&v4]), delete, doors(12, b"open4\0", &[&v4])].concat();
         assert_eq!(after(&renewed), HashSet::from([vpn]));
         assert_eq!(after(&doors(12, b"once6\0", &[&v6])), HashSet::new());
+    }
+
+    /// An element with a comment, as nft makes and the kernel tells of it, by a socket.
+    fn added(by: u32, family: u8, table: &[u8], set: &[u8], key: &[u8], comment: &[u8]) -> Vec<u8> {
+        let noted = [&[0, u8::try_from(comment.len() + 1).unwrap()], comment, &[0]].concat();
+        let element = [attribute(1, &attribute(1, key)), attribute(6, &noted)].concat();
+        let mut message = told(12, &[attribute(1, table), attribute(2, set), attribute(3, &attribute(1, &element))]);
+        message[12..16].copy_from_slice(&by.to_ne_bytes());
+        message[16] = family;
+        message
+    }
+
+    #[test]
+    fn what_others_add_in_the_daemons_name_is_known_and_what_it_adds_itself_is_not() {
+        let v4 = [192, 0, 2, 1, 6, 0, 0, 0, 0, 22, 0, 0];
+        let v6 = [[0x20; 16].as_slice(), &[17, 0, 0, 0, 0xca, 0x6c, 0, 0]].concat();
+        let ssh = Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
+        let vpn = Door { source: [0x20; 16].into(), port: "udp/51820".parse().unwrap(), once: true };
+        for (by, comment, is_told) in [
+            (7, "alice ssh 9 0000000a", true),
+            (7, "alice ssh bound", true),
+            (7, "my own laptop", false),
+            (OWN, "alice ssh 9 0000000a", false),
+        ] {
+            let mut all = Told::default();
+            let comment = comment.as_bytes();
+            let door = [
+                added(by, 1, b"knockq\0", b"open4\0", &v4, comment),
+                added(by, 1, b"knockq\0", b"once6\0", &v6, comment),
+            ];
+            assert_eq!(all.read(&door.concat(), OWN), Loss::Nothing);
+            let doors = if is_told { HashSet::from([ssh, vpn]) } else { HashSet::new() };
+            assert_eq!(all.loaded.doors, doors, "{comment:?}");
+            for (family, set, key, port) in [
+                (2, "ip mine v4", &v4[..], Some(ssh.port)),
+                (2, "ip mine v4", &v4[..4], None),
+                (10, "ip6 mine v6", &v6[..], Some(vpn.port)),
+                (1, "inet mine v6", &v6[..16], None),
+            ] {
+                let name = set.rsplit_once(' ').unwrap().1.as_bytes();
+                let source = if name == b"v4" { ssh.source } else { vpn.source };
+                all.read(&added(by, family, b"mine\0", &[name, b"\0"].concat(), key, comment), OWN);
+                let member = Member { set: set.parse().unwrap(), source, port };
+                assert_eq!(all.loaded.members.contains(&member), is_told, "{member:?} {comment:?}");
+            }
+        }
+        let mut all = Told::default();
+        all.miss();
+        assert!(all.loaded.are_missed);
     }
 
     #[test]

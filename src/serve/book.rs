@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-use crate::nft::{Door, Member};
+use crate::nft::{Boot, Comment, Door, Member};
 use crate::service::Name;
 
 /// Doors at most: what the kernel's four sets hold.
@@ -49,6 +49,12 @@ pub struct Grant {
 }
 
 impl Grant {
+    /// What the kernel's element says of it.
+    pub fn comment(&self, boot: &Boot) -> Comment {
+        let Self { user, service, until, bound, .. } = self;
+        Comment { user: user.clone(), service: service.clone(), end: Some(boot.end(*until)), bound: *bound }
+    }
+
     /// Another service of the same user's may have the same port, and time of its own.
     fn is_renewed_by(&self, other: &Self) -> bool {
         self.user == other.user && self.service == other.service

@@ -14,11 +14,12 @@ use super::policy::{Allowance, Opening, Policy};
 use super::sandbox::{self, Identity, SandboxError};
 use super::settings::Settings;
 use super::vocabulary::Breach;
+use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
 use crate::config::users::UserEntry;
 use crate::config::{Moment, ServerConfig};
 use crate::crypto::PublicKey;
-use crate::nft::Ruleset;
+use crate::nft::{self, Ruleset};
 use crate::verify::Service;
 
 /// The verifier where the configured account does not exist: `nobody`, as everywhere.
@@ -108,7 +109,7 @@ pub fn run(path: &Path, show: impl FnOnce(&ServerConfig)) -> Result<(), ServeErr
         registry: config.registry()?,
     };
     let settings = handover::seal(&settings)?;
-    let policy = handover::seal(&policy(&config, monitor))?;
+    let policy = handover::seal(&policy(&config, monitor, was_of_before(path)))?;
     let plan = handover::seal(&plan(&config, accounts, missing_accounts))?;
     keeper.send(Message::Ready, &[&plan, &settings, &policy].map(AsFd::as_fd))?;
     Ok(())
@@ -128,6 +129,12 @@ pub fn accounts(config: &ServerConfig) -> Result<([Identity; 2], Vec<String>), S
         return Err(SandboxError::Shared(config.account.clone()).into());
     }
     Ok((accounts, missing))
+}
+
+/// Whether the table was loaded last by a daemon whose doors did not say when they end.
+fn was_of_before(path: &Path) -> bool {
+    let kept = secure_file::read(&path.with_file_name("knockq.nft"), Privacy::Public);
+    kept.is_ok_and(|kept| nft::is_of_before(&kept))
 }
 
 fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<String>) -> Plan {
@@ -150,7 +157,7 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
     }
 }
 
-fn policy(config: &ServerConfig, identity: Identity) -> Policy {
+fn policy(config: &ServerConfig, identity: Identity, old_count: bool) -> Policy {
     let opening = |service: &Service| Opening {
         ports: service.ports.clone(),
         once: service.once,
@@ -178,5 +185,6 @@ fn policy(config: &ServerConfig, identity: Identity) -> Policy {
         users: users.collect(),
         log_closings: config.log_closings,
         trusted: config.trusted.clone(),
+        old_count,
     }
 }

@@ -10,7 +10,6 @@ use super::gate::GateError;
 use super::sandbox::SandboxError;
 use super::vocabulary::Breach;
 use crate::config::{ConfigError, FileError};
-use crate::nft::NftError;
 
 /// Why the keeper leaves its work.
 pub(super) enum Ended {
@@ -59,9 +58,6 @@ pub enum ServeError {
     /// The table is not as it should be.
     #[error(transparent)]
     Gate(#[from] GateError),
-    /// The open doors could not be listed.
-    #[error(transparent)]
-    Doors(#[from] NftError),
     /// The command socket is not to be had.
     #[error(transparent)]
     Control(#[from] ControlError),

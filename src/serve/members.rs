@@ -8,15 +8,15 @@ use tracing::warn;
 use super::book::{Book, Grant};
 use super::policy::Policy;
 use super::repeats::Tally;
-use crate::nft::{Door, Doors, Member, SetName, comment};
+use crate::nft::{Boot, Comment, Door, Doors, ElementError, Member, Open, SetName};
 use crate::service::{Name, Port};
 
 /// What makes a set that sources can be added to.
 const HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }', or ipv6_addr";
 
 /// The elements in all of them.
-#[derive(Default)]
 pub struct Members {
+    boot: Boot,
     book: Book<Seat>,
     /// The ports of all doors that had part in one, each once and for all connections.
     ports: BTreeSet<(Port, bool)>,
@@ -31,6 +31,11 @@ struct Seat {
 }
 
 impl Members {
+    /// Nobody, yet.
+    pub fn new(boot: Boot) -> Self {
+        Self { boot, book: Book::default(), ports: BTreeSet::new(), not_added: Tally::default() }
+    }
+
     /// What a door's source is in these sets. One that is missing, or cannot take a source, is told of.
     pub fn of(&mut self, sets: &[SetName], user: &Name, door: &Door, doors: &mut Doors) -> Vec<Member> {
         let mut members = Vec::new();
@@ -81,6 +86,37 @@ impl Members {
         standing.iter().for_each(|member| self.put(member, now, doors));
     }
 
+    /// Makes elements what the book says that others have added in the daemon's name, to sets that it knows.
+    pub fn settle(&mut self, loaded: &HashSet<Member>, policy: &Policy, doors: &mut Doors) {
+        let known = policy.sets();
+        let of_known = loaded.iter().filter(|member| known.contains(&member.set));
+        of_known.for_each(|member| self.put(member, Instant::now(), doors));
+    }
+
+    /// The same for what is in the sets, but for those whose grant lives as far as their comments tell: the daemon of before
+    /// may have added them.
+    pub fn compare(&mut self, policy: &Policy, old_count: bool, doors: &mut Doors) {
+        for set in policy.sets() {
+            let now = Instant::now();
+            match doors.members(set) {
+                Ok(listed) => {
+                    for Open { what: member, comment, left } in listed {
+                        let counts =
+                            |comment: Comment| comment.counts_until(left, old_count, &self.boot, now).is_some();
+                        if !comment.is_none_or(counts) {
+                            self.put(&member, Instant::now(), doors);
+                        }
+                    }
+                }
+                Err(ElementError::NoSet) => {}
+                Err(error) if self.not_added.is_first() => {
+                    warn!(%set, "who is in a set of yours is not known: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
     /// Forgets what has run out, as the kernel has.
     pub fn forget(&mut self, now: Instant) {
         self.book.forget(now);
@@ -102,9 +138,7 @@ impl Members {
     /// Makes an element what the book says. The set may be gone, which is the administrator's to see to.
     fn put(&mut self, member: &Member, now: Instant, doors: &mut Doors) {
         let put = match self.longest(member, now) {
-            Some((Grant { user, service, bound, .. }, left)) => {
-                doors.add_member(member, left, &comment(user, service, *bound))
-            }
+            Some((grant, left)) => doors.add_member(member, left, &grant.comment(&self.boot)),
             None => doors.delete_member(member),
         };
         if let Err(error) = put

@@ -27,7 +27,7 @@ use super::report::{self, LiveDoor, MonitorPart, RevokedPart};
 use super::sandbox::{self, SandboxError};
 use super::watchers::{self, CLOSING};
 use super::{calls, handover, terminal};
-use crate::nft::{Door, Doors, ElementError, Loss, Member, OpenDoor, Ownership, Watch, comment};
+use crate::nft::{Boot, Comment, Door, Doors, ElementError, Loss, Member, OpenDoor, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 use crate::service::Name;
 
@@ -45,6 +45,9 @@ const BURST: usize = 64;
 
 /// More frames than the socket can hold.
 const IN_FLIGHT: usize = 4096;
+
+/// What to do about doors that were saved.
+const SAVING: &str = "save all tables but knockq's: docs/guide-server.md#saving-the-firewall";
 
 /// Time that the keeper has to say that it is time to go, when the verifier has gone.
 const GRACE: Duration = Duration::from_secs(2);
@@ -87,15 +90,15 @@ pub fn run() -> Result<(), MonitorError> {
     let keeper = Channel::of_stdin()?;
     let Some([relay, frames, settings]) = keeper.expect(Message::Start)? else { return Ok(()) };
     let policy: Policy = handover::unseal(settings)?;
+    let boot = Boot::this()?;
     let mut queue = KernelQueue::open(policy.queue)?;
     let unprivileged = sandbox::give_up_privileges(policy.identity, Some(Capability::CAP_NET_ADMIN))?;
 
     let watch = Watch::new()?;
     queue.bind()?;
     unprivileged.allow_only(calls::MONITOR)?;
-    let before_load = Instant::now();
     keeper.send(Message::Bound, &[])?;
-    let Some([open_doors]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
+    let Some([]) = keeper.expect(Message::Loaded)? else { return Ok(()) };
     let (relay, doors) = (RelayWriter::new(relay), Doors::new()?);
     let mut monitor = Monitor {
         keeper,
@@ -112,8 +115,10 @@ pub fn run() -> Result<(), MonitorError> {
         not_opened: Tally::default(),
         not_shut: Tally::default(),
         doors,
+        boot,
+        is_unlisted: false,
         book: Book::default(),
-        members: Members::default(),
+        members: Members::new(boot),
         past: Past::default(),
         unsettled: BTreeSet::new(),
         figures: Figures::default(),
@@ -124,9 +129,10 @@ pub fn run() -> Result<(), MonitorError> {
     if monitor.is_owner {
         info!("the table is owned: nobody else can change or flush it");
     }
-    monitor.watch.loss()?; // the loading has deleted the rules of before
+    monitor.watch.loss(monitor.doors.number())?; // the loading has deleted the rules of before
+    monitor.watch.take_loaded(); // they are listed
     monitor.loss = monitor.take_unmended();
-    monitor.take_over(handover::unseal(open_doors)?, before_load)?;
+    monitor.take_over()?;
     monitor.keeper.send(Message::Ready, &[])?;
     monitor.watch_table()?;
     monitor.serve()
@@ -152,6 +158,10 @@ struct Monitor {
     not_opened: Tally,
     not_shut: Tally,
     doors: Doors,
+    /// By whose clock doors say when they end.
+    boot: Boot,
+    /// Others may have added elements in the daemon's name, and they could not be listed.
+    is_unlisted: bool,
     book: Book,
     /// Who is in the administrator's sets.
     members: Members,
@@ -263,12 +273,13 @@ impl Monitor {
     /// Reads what was changed of the table. A door that somebody deleted by hand is taken back: it must not come again with
     /// the next restoration.
     fn hear_of_changes(&mut self) -> io::Result<()> {
-        self.loss = self.loss.max(self.watch.loss()?);
+        self.read_changes()?;
         let now = Instant::now();
         let made = self.watch.take_new_sets();
         if !made.is_empty() {
             self.members.restore(&made, now, &mut self.doors);
         }
+        let loaded = self.watch.take_loaded();
         for door in self.watch.take_deleted() {
             let Door { source, port, .. } = door;
             let struck = self.book.strike_door(&door);
@@ -281,6 +292,84 @@ impl Monitor {
             }
             self.past.add(&struck.into_iter().map(|grant| (door, grant)).collect::<Vec<_>>(), now);
         }
+        self.settle_all(&loaded.doors.into_iter().collect::<Vec<_>>())?;
+        self.members.settle(&loaded.members, &self.policy, &mut self.doors);
+        if loaded.are_missed || std::mem::take(&mut self.is_unlisted) {
+            // There is nothing to list until the table is loaded again.
+            self.is_unlisted = self.compare(false).is_err();
+        }
+        Ok(())
+    }
+
+    fn read_changes(&mut self) -> io::Result<()> {
+        self.loss = self.loss.max(self.watch.loss(self.doors.number())?);
+        Ok(())
+    }
+
+    /// Makes the kernel's elements what the book says that others have added in the daemon's name. The kernel tells of each, so
+    /// what it says is read in between.
+    fn settle_all(&mut self, loaded: &[Door]) -> io::Result<()> {
+        let mut shut = 0_usize;
+        for some in loaded.chunks(BURST) {
+            for door in some {
+                let (Door { source, port, once }, now) = (door, Instant::now());
+                match if *once { self.let_last_alone(door, now) } else { self.settle(door, now).map(drop) } {
+                    Ok(()) => shut += usize::from(self.book.longest(door, now).is_none()),
+                    Err(error) if self.not_shut.is_first() => warn!(%source, %port, "not as its grant says: {error}"),
+                    Err(_) => {}
+                }
+            }
+            self.read_changes()?;
+        }
+        if shut > 0 {
+            warn!(doors = shut, hint = SAVING, "shut: somebody else has loaded doors whose grants are over");
+        }
+        Ok(())
+    }
+
+    /// Shuts a door for one connection that may be spent, but for what it has let in.
+    fn let_last_alone(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
+        match self.doors.close(door) {
+            Err(_) if self.is_loading && self.unsettled.len() < MAX_DOORS => {
+                self.book.strike_door(door);
+                self.unsettled.insert(*door);
+                return Ok(());
+            }
+            closed => closed?,
+        }
+        match self.book.longest(door, now) {
+            Some((grant, left)) if grant.kill => self.doors.let_last(door, left, &grant.comment(&self.boot)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Compares the elements that say that they are the daemon's with the book, which `adopts` the grants of a daemon of before.
+    fn compare(&mut self, adopts: bool) -> Result<(), MonitorError> {
+        let old_count = adopts && self.policy.old_count;
+        let mut wrong = Vec::new();
+        let now = Instant::now(); // none must have more time than the kernel gives it, and listing thousands takes a while
+        for OpenDoor { what: door, comment, left } in self.doors.open_doors()? {
+            let Some(said) = comment else { continue }; // what somebody opened by hand is not ours to shut
+            let counts_until = said.counts_until(left, old_count, &self.boot, now);
+            let Comment { user, service, bound, end } = said;
+            if let Some(until) = counts_until.filter(|_| adopts) {
+                let members = self.members_of(&user, &door);
+                let kill = self.kills(&service);
+                let grant = Grant { user, service, until, bound, token: None, earlier: Vec::new(), kill, members };
+                // Who may be there no more leaves the sets with the door, below.
+                if self.policy.upholds(&door, &grant, now, unix_now()) {
+                    self.members.join(&door, &grant, now, &mut self.doors);
+                }
+                self.book.note(door, grant, door.once, now);
+            }
+            // One for one connection is never added again: it may be spent by now.
+            let says_its_end = end.is_some() || door.once;
+            if counts_until.is_none() || !says_its_end || self.book.longest(&door, now).is_none() {
+                wrong.push(door);
+            }
+        }
+        self.settle_all(&wrong)?;
+        self.members.compare(&self.policy, old_count, &mut self.doors);
         Ok(())
     }
 
@@ -364,10 +453,10 @@ impl Monitor {
 
     /// Connections that doors for one have let in, and that end with these, need their time again too.
     fn let_connections_last(&mut self) {
-        let Self { book, doors, not_opened, .. } = self;
+        let Self { boot, book, doors, not_opened, .. } = self;
         let lasting = book.live(Instant::now()).filter(|(door, grant, _)| door.once && grant.kill);
-        for (door, Grant { user, service, bound, .. }, left) in lasting {
-            if let Err(error) = doors.let_last(door, left, &comment(user, service, *bound))
+        for (door, grant, left) in lasting {
+            if let Err(error) = doors.let_last(door, left, &grant.comment(boot))
                 && not_opened.is_first()
             {
                 warn!(source = %door.source, port = %door.port, "its connection ends: {error}");
@@ -390,31 +479,17 @@ impl Monitor {
 
     /// From here on others may change the table, the keeper among them.
     fn let_go_of_table(&mut self) -> Result<(), MonitorError> {
-        self.doors = Doors::new()?; // the socket is the owner
+        self.read_changes()?; // what this socket has done is known by its number
+        self.doors = Doors::new()?; // it is the owner
         self.is_owner = false;
         Ok(())
     }
 
-    /// Notes the doors that were open before this process began, and shuts those that nobody may open any more. They were
-    /// listed some time after `since`, and must not have more time than the kernel gives them.
-    fn take_over(&mut self, doors: Vec<OpenDoor>, since: Instant) -> io::Result<()> {
-        for open in doors {
-            let opener = open.opener().map(|(user, service, bound)| (user.parse().ok(), service.parse().ok(), bound));
-            // What somebody opened by hand is not ours to shut.
-            let until = open.left.and_then(|left| since.checked_add(left));
-            if let (Some((Some(user), Some(service), bound)), Some(until)) = (opener, until) {
-                let members = self.members_of(&user, &open.door);
-                let kill = self.kills(&service);
-                let grant = Grant { user, service, until, bound, token: None, earlier: Vec::new(), kill, members };
-                // Who may be there no more leaves the sets with the door, below.
-                if self.policy.upholds(&open.door, &grant, since, unix_now()) {
-                    self.members.join(&open.door, &grant, since, &mut self.doors);
-                }
-                self.book.note(open.door, grant, open.door.once, since);
-            }
-        }
+    /// Notes the doors that were open before this process began, and shuts those that nobody may open any more.
+    fn take_over(&mut self) -> Result<(), MonitorError> {
+        self.compare(true)?;
         members::check(&self.policy, &mut self.doors);
-        self.shut_what_policy_forbids()
+        Ok(self.shut_what_policy_forbids()?)
     }
 
     fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
@@ -598,9 +673,7 @@ impl Monitor {
     /// Makes the kernel's element what the book says.
     fn put(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
         match self.book.longest(door, now) {
-            Some((Grant { user, service, bound, kill, .. }, left)) => {
-                self.doors.open(door, *kill, left, &comment(user, service, *bound))
-            }
+            Some((grant, left)) => self.doors.open(door, grant.kill, left, &grant.comment(&self.boot)),
             None => self.doors.close(door),
         }
     }

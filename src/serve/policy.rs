@@ -34,6 +34,8 @@ pub struct Policy {
     pub log_closings: bool,
     /// Networks that are never gated.
     pub trusted: Vec<IpNet>,
+    /// Doors count that do not say when they end: the daemon of before did not write it.
+    pub old_count: bool,
 }
 
 /// The doors of a service.
@@ -153,6 +155,7 @@ mod tests {
                 (name("b"), Allowance { services: vec![name("ssh")], ..Allowance::default() }),
             ]),
             log_closings: false,
+            old_count: false,
             trusted: Vec::new(),
         }
     }

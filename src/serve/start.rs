@@ -19,10 +19,10 @@ use super::ending::{Ended, ServeError};
 use super::gate::{Gate, GateError};
 use super::manager::{self, NotifyState};
 use super::observers::Observers;
-use super::{handover, sandbox};
+use super::sandbox;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
-use crate::nft::{self, OpenDoor};
+use crate::nft;
 use crate::queue::relay;
 
 /// What the keeper needs as long as it lives: for nft, and to end a child that does not end.
@@ -87,7 +87,7 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
 
     let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
     gate.raise()?;
-    if let Err(ended) = show_doors(children) {
+    if let Err(ended) = show_table(children) {
         children.end();
         return Err(if trial.is_some() { take_gate_away(ended) } else { ended });
     }
@@ -116,10 +116,9 @@ fn start_both(children: &mut Children, settings: &OwnedFd, policy: &OwnedFd, sto
     Ok(())
 }
 
-/// Tells the monitor that the table is loaded, and which doors were open before.
-fn show_doors(children: &mut Children) -> Result<(), Ended> {
-    let doors: Vec<OpenDoor> = nft::open_doors()?;
-    children.tell("monitor", Message::Loaded, &[&handover::seal(&doors)?])?;
+/// Tells the monitor that the table is loaded. Doors that were open before are there still.
+fn show_table(children: &mut Children) -> Result<(), Ended> {
+    children.tell("monitor", Message::Loaded, &[])?;
     children.wait_for("monitor", &[Message::Ready], |_, _| Ok(()))?;
     Ok(())
 }

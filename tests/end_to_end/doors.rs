@@ -5,7 +5,7 @@ use std::time::Duration;
 use std::{fs, thread};
 
 use knockq::crypto::KnockPorts;
-use knockq::nft::{Door, Doors};
+use knockq::nft::{Comment, Door, Doors};
 
 use crate::lab::{self, FAMILIES, Family, Lab, eventually, succeeds};
 use crate::{seconds_left, unix_now};
@@ -19,7 +19,7 @@ fn a_knock_opens_the_door_for_its_source_and_port_alone_and_it_shuts_again() {
         assert!(!lab.alice.reaches(server, 22), "shut without a knock");
         lab.knock(family, &[]);
         let element = lab.wait_for_door(family.alice(), 22);
-        assert!(element.contains("comment \"alice ssh\""), "{element}");
+        assert!(element.contains("comment \"alice ssh "), "{element}");
         let mut connection = lab.alice.connect(server, 22).expect("open after it");
         assert!(!lab.mallory.reaches(server, 22), "shut to another source");
         assert!(!lab.alice.reaches(server, 25), "another guarded port stays shut");
@@ -147,7 +147,7 @@ fn a_second_knock_renews_the_time() {
         lab.knock(family, &[]);
         eventually("renewal", || lab.door(family.alice(), 22).is_some_and(|door| seconds_left(&door) > before));
         let element = lab.door(family.alice(), 22).unwrap();
-        assert!(element.contains("comment \"alice ssh\""), "{element}");
+        assert!(element.contains("comment \"alice ssh "), "{element}");
     }
 }
 
@@ -239,7 +239,12 @@ fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
     for family in FAMILIES {
         let port = "tcp/22".parse().unwrap();
         let door = Door { source: family.alice(), port, once: false };
-        lab.server.enter(|| Doors::new().unwrap().open(&door, false, Duration::from_micros(999), "alice ssh").unwrap());
+        lab.server.enter(|| {
+            Doors::new()
+                .unwrap()
+                .open(&door, false, Duration::from_micros(999), &Comment::read("alice ssh").unwrap())
+                .unwrap();
+        });
         eventually("closing", || {
             !lab.server.nft(&["list", "table", "inet", "knockq"]).contains(&family.alice().to_string())
         });

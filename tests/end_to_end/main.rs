@@ -30,6 +30,7 @@ mod proxy;
 #[path = "../support/persona.rs"]
 mod recorded;
 mod reload;
+mod saved;
 mod segments;
 mod sets;
 mod status;

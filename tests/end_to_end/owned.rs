@@ -179,7 +179,7 @@ fn monitor(lab: &Lab, arguments: &[&str]) -> (Owned, OwnedFd) {
     let mut owned = Owned::spawn(lab, "monitor", arguments);
     let [relay, _frames, _policy] = owned.is_told(Message::Start);
     owned.say(Message::Bound);
-    let [_open_doors] = owned.is_told(Message::Loaded);
+    let [] = owned.is_told(Message::Loaded);
     owned.say(Message::Ready);
     owned.is_ready();
     (owned, relay)
@@ -564,7 +564,7 @@ fn a_monitor_that_says_what_it_may_not_stops_all_with_one_line() {
         let [_relay, _frames, _policy] = monitor.is_told::<3>(Message::Start);
         if told == Message::Loaded {
             monitor.say(Message::Bound);
-            let [_open_doors] = monitor.is_told(Message::Loaded);
+            let [] = monitor.is_told(Message::Loaded);
             monitor.say(Message::Lost);
         } else {
             monitor.say(Message::Ready);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 use knockq::crypto::Binding;
-use knockq::nft::{Door, Doors};
+use knockq::nft::{Comment, Door, Doors};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
@@ -737,7 +737,7 @@ fn door(source: IpAddr, once: bool) -> Door {
 }
 
 fn open(doors: &mut Doors, door: &Door, time: Duration) {
-    doors.open(door, false, time, "alice ssh").unwrap();
+    doors.open(door, false, time, &Comment::read("alice ssh").unwrap()).unwrap();
 }
 
 /// A socket that changes what the server's conntrack knows.

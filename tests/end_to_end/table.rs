@@ -58,7 +58,7 @@ fn a_table_that_somebody_deletes_is_back_at_once_with_its_open_doors() {
             eventually("the restoration", || daemon.log().matches("it is loaded again").count() == number + 1);
         }
         let element = lab.wait_for_door(family.alice(), 22);
-        assert!(element.contains("comment \"alice ssh\""), "{element}");
+        assert!(element.contains("comment \"alice ssh "), "{element}");
         assert!(lab.alice.reaches(family.server(), 22), "open doors are open again");
         assert!(!lab.mallory.reaches(family.server(), 22));
     }

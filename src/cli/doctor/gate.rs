@@ -1,5 +1,6 @@
 //! Whether the gate stands, and somebody reads what it queues.
 
+use std::fs;
 use std::path::Path;
 
 use super::Finding;
@@ -85,6 +86,23 @@ pub(super) fn include_file(config: &ServerConfig, path: &Path) -> Finding {
     }
 }
 
+/// Doors that each load of the host's firewall brings, if it was saved while some may have been open.
+pub(super) fn saved() -> Option<Finding> {
+    const FILE: &str = "/etc/nftables.conf";
+    let message = format!(
+        "{FILE}: has table inet knockq in it, with the doors of the day on which it was saved; from Linux 6.9 on the kernel \
+         refuses the whole file while the daemon runs"
+    );
+    let hint = "save all tables but that: docs/guide-server.md#saving-the-firewall";
+    let has_table = fs::read_to_string(FILE).is_ok_and(|text| is_listed_in(&text));
+    has_table.then(|| Finding::note("saved", message).hint(hint))
+}
+
+/// Whether nft's listing of the table is in a file of it; an include of ours, or a deletion, is no listing.
+fn is_listed_in(text: &str) -> bool {
+    text.lines().any(|line| line.trim_start().starts_with(&format!("table inet {} {{", nft::TABLE)))
+}
+
 fn include(config: &Path) -> std::path::PathBuf {
     config.with_file_name("knockq.nft")
 }
@@ -104,5 +122,28 @@ pub(super) fn queue(config: &ServerConfig) -> Finding {
             ..Finding::failed(CHECK, error)
         },
         Err(error) => Finding::failed(CHECK, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_listed_in;
+
+    #[test]
+    fn a_saved_table_is_told_from_an_include_a_deletion_and_others() {
+        for text in
+            ["flush ruleset\ntable inet knockq {\n}", "table inet knockq { # progname knockq\n\tflags owner,persist\n}"]
+        {
+            assert!(is_listed_in(text), "{text}");
+        }
+        for text in [
+            "",
+            "include \"/etc/knockq/knockq.nft\"",
+            "table inet knockq\ndelete table inet knockq",
+            "table inet knockq_mine {\n}",
+            "# table inet knockq {",
+        ] {
+            assert!(!is_listed_in(text), "{text}");
+        }
     }
 }

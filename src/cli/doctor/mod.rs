@@ -154,6 +154,7 @@ fn examine(path: &Path) -> (Vec<Finding>, bool) {
     findings.extend(gate::trial(&config));
     findings.extend(sets(&config));
     findings.push(gate::include_file(&config, path));
+    findings.extend(gate::saved());
     findings.push(gate::queue(&config));
     match list_ruleset() {
         Ok(listing) => {

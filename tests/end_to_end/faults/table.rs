@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use knockq::nft::{Boot, Comment};
 use nix::sys::signal::{Signal, kill};
 
 use crate::debugger::{SENDMSG, Traced};
@@ -330,9 +331,13 @@ fn a_rule_that_somebody_adds_just_after_a_load_is_undone_as_well() {
 /// Has so many doors opened for an hour by a daemon of before, as it were; tells when the last of them was.
 fn open_thousands(lab: &Lab, doors: u32) -> Instant {
     lab.start().stop();
+    // Adding them takes a while, and they must not outlast their grants.
+    let end = Boot::this().unwrap().end(Instant::now() + Duration::from_mins(70));
+    let [user, service] = ["alice", "ssh"].map(|name| name.parse().unwrap());
+    let comment = Comment { user, service, end: Some(end), bound: false };
     let door = |number: u32| {
         let [_, high, low, last] = number.to_be_bytes();
-        format!("10.{high}.{low}.{last} . tcp . 22 timeout 1h comment \"alice ssh\"")
+        format!("10.{high}.{low}.{last} . tcp . 22 timeout 1h comment \"{comment}\"")
     };
     let doors: Vec<String> = (0..doors).map(door).collect();
     let file = lab.directory.path.join("doors.nft");
