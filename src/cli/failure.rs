@@ -145,7 +145,6 @@ impl From<NftError> for Failure {
             NftError::NotPermitted(_) => failure.hint("run this as root").code(PERMISSION),
             NftError::Refused(_) => failure.hint("see the table with `nft list table inet knockq`"),
             NftError::NoTable => failure.hint("the gate does not stand: start `knockq serve`"),
-            NftError::Unreadable(_) => failure.hint("see them with `nft -j list tables`"),
             NftError::Run(_) => failure,
         }
     }

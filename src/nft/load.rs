@@ -70,9 +70,6 @@ pub enum NftError {
     /// The table is not there.
     #[error("nft: there is no table inet {TABLE}")]
     NoTable,
-    /// nft lists tables in words that we do not know.
-    #[error("nft: cannot read the listing of tables: {0}")]
-    Unreadable(String),
     /// The kernel did not allow it.
     #[error("nft: {0}")]
     NotPermitted(String),
@@ -112,11 +109,6 @@ pub fn list_ruleset() -> Result<String, NftError> {
 /// With what nft said.
 pub fn list_rules() -> Result<String, NftError> {
     run(&["-s", "-t", "list", "ruleset"], "")
-}
-
-/// The names of all tables, as JSON.
-pub(super) fn list_tables() -> Result<String, NftError> {
-    run(&["-j", "list", "tables"], "")
 }
 
 /// A table of family inet, as JSON.

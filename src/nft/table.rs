@@ -1,11 +1,9 @@
 //! The whole table: loaded, compared, taken away.
 
-use nftables::schema::{NfListObject, NfObject, Nftables};
-use nftables::types::NfFamily;
 use serde_json::Value;
 use thiserror::Error;
 
-use super::load::{NftError, list_frame, list_table, list_tables, load};
+use super::load::{NftError, list_frame, list_table, load};
 use super::{Doors, ElementError, Ownership, Ruleset, TABLE, track_sessions};
 
 /// Name of the table that is made for comparison only: dormant, so that it touches no packet.
@@ -64,14 +62,11 @@ pub fn remove() -> Result<(), TableError> {
 /// # Errors
 /// When nft cannot list it.
 pub fn exists() -> Result<bool, NftError> {
-    let tables = list_tables()?;
-    let tables: Nftables<'_> =
-        serde_json::from_str(&tables).map_err(|error| NftError::Unreadable(error.to_string()))?;
-    let is_ours = |object: &NfObject<'_>| {
-        matches!(object, NfObject::ListObject(NfListObject::Table(table))
-            if table.family == NfFamily::INet && table.name == TABLE)
-    };
-    Ok(tables.objects.iter().any(is_ours))
+    match list_frame(TABLE) {
+        Ok(_) => Ok(true),
+        Err(NftError::NoTable) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether the kernel's table is the one that this ruleset makes: the same sets, chains and rules, whatever doors are open.
