@@ -62,14 +62,16 @@ fn an_observer_who_copies_each_unbound_knock_keeps_alice_out_and_all_who_look_ar
         let _until_dropped = UntilDropped(&is_over);
         scope.spawn(|| copy_each_knock(&sniffer, &sockets, &is_over, &copies));
         for family in FAMILIES {
+            // On a slow machine a copy may come so late that the door is open for a moment, and nobody listens there.
             let is_told = |ran: &Output| {
                 let errors = String::from_utf8_lossy(&ran.stderr).into_owned();
-                assert!(!ran.status.success() && errors.contains("still shut"), "{errors}");
-                assert!(errors.contains("copies each knock") && errors.contains("--source ADDRESS"), "{errors}");
+                let is_shut = errors.contains("still shut") && errors.contains("copies each knock");
+                !ran.status.success() && is_shut && errors.contains("--source ADDRESS")
             };
             let flags = [family.flag(), "--source", "none"];
-            is_told(&lab.knockq(&lab.alice, &[&["connect", "server", "ssh", "--timeout", "4s"], &flags[..]].concat()));
-            is_told(&lab.knockq(&lab.alice, &[&["send", "server", "--wait"], &flags[..]].concat()));
+            for command in [&["connect", "server", "ssh", "--timeout", "4s"][..], &["send", "server", "--wait"]] {
+                eventually("the remedy", || is_told(&lab.knockq(&lab.alice, &[command, &flags[..]].concat())));
+            }
             eventually("no door", || lab.door(family.alice(), 2222).is_none());
             assert_eq!(lab.door(forged(family), 2222), None);
         }
