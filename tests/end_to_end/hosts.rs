@@ -413,9 +413,15 @@ fn vrf(is_bound: bool, has_default_route: bool) {
     }
     let site = Site::new(lab);
     let strangers = [&site.lab.mallory];
-    site.guards("VRF, on the interface", NEAR, site.alice(), &strangers);
-    site.guards("VRF, on another interface of it", ACROSS, site.alice(), &strangers);
-    site.guards("VRF, on the VRF's device", ["10.77.9.1", "fd77:9::1"], site.alice(), &strangers);
+    let addresses = [
+        ("VRF, on another interface of it", ACROSS),
+        ("VRF, on the interface", NEAR),
+        ("VRF, on the VRF's device", ["10.77.9.1", "fd77:9::1"]),
+    ];
+    // A default route makes no difference between them, and emulated machines are slow.
+    for (name, address) in addresses.into_iter().take(if has_default_route { 1 } else { 3 }) {
+        site.guards(name, address, site.alice(), &strangers);
+    }
     site.passes("VRF", &site.lab.alice, MALLORY);
     site.passes("VRF", &site.lab.mallory, ALICE);
     if !is_bound {
