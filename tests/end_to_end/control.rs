@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nftables::expr::{Elem, Expression, NamedExpression};
+use nftables::schema::{NfListObject, NfObject, Nftables};
 use nix::sys::signal::{Signal, kill};
 
 use crate::debugger::Traced;
@@ -30,6 +32,33 @@ impl Lab {
         let config = self.config().display().to_string();
         self.control(&[&["revoke", "--config", &config], what].concat())
     }
+}
+
+fn of_json(grant: &serde_json::Value) -> String {
+    let words = ["source", "port", "user", "service"].map(|key| grant[key].as_str().unwrap().to_owned());
+    words.join(" ")
+}
+
+/// The doors of a set, as nft lists them: source, port, user and service.
+fn by_nft(lab: &Lab, set: &str) -> Vec<String> {
+    let listing = lab.server.nft(&["-j", "list", "set", "inet", "knockq", set]);
+    let listing: Nftables<'_> = serde_json::from_str(&listing).unwrap();
+    let mut doors = Vec::new();
+    for object in listing.objects.iter() {
+        let NfObject::ListObject(NfListObject::Set(set)) = object else { continue };
+        for element in set.elem.iter().flat_map(|elements| elements.iter()) {
+            let Expression::Named(NamedExpression::Elem(Elem { val, comment, .. })) = element else {
+                panic!("{element:?}")
+            };
+            let Expression::Named(NamedExpression::Concat(key)) = &**val else { panic!("{val:?}") };
+            let [Expression::String(source), Expression::String(transport), Expression::Number(port)] = &key[..] else {
+                panic!("{key:?}")
+            };
+            let comment: Vec<&str> = comment.as_deref().unwrap().split(' ').take(2).collect();
+            doors.push(format!("{source} {transport}/{port} {}", comment.join(" ")));
+        }
+    }
+    doors
 }
 
 #[test]
@@ -69,6 +98,11 @@ fn grants_are_listed_as_the_kernel_has_them() {
             assert_eq!(cells[1..4], [port, "carol", service], "{text}");
         }
     }
+    let mut shown: Vec<String> = grants.as_array().unwrap().iter().map(|grant| of_json(grant)).collect();
+    let mut listed: Vec<String> =
+        ["open4", "open6", "once4", "once6"].iter().flat_map(|set| by_nft(&lab, set)).collect();
+    [&mut shown, &mut listed].iter_mut().for_each(|doors| doors.sort());
+    assert_eq!(shown, listed, "nft reads the same in the sets");
     lab.server.sh("nft delete table inet knockq");
     let listed = lab.knockq(&lab.server, &["grants"]);
     let said = String::from_utf8_lossy(&listed.stderr).into_owned();
