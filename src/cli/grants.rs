@@ -183,6 +183,9 @@ impl Revoke {
                 must_not_run(&runtime, queue)?;
                 let mut doors = Doors::new()?;
                 unshut = shut(&meant, |some| doors.close_all(some.iter().map(|open| &open.what)));
+                if let Err(error) = doors.forget_begun() {
+                    note(&format!("a SYN that was let in may come again for a minute: {error}"));
+                }
                 if self.kill { whose(&meant, &self.config.config)? } else { RevokedPart::default() }
             }
             asked => handed_over(asked?)?,

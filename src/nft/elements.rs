@@ -41,6 +41,9 @@ const COMMENT_MAX: usize = 253;
 pub(super) const SETS: [(&str, bool); 6] =
     [("open4", false), ("open6", false), ("once4", true), ("once6", true), ("live4", true), ("live6", true)];
 
+/// The sets in which the kernel notes what has begun.
+pub(super) const BEGUN: [&str; 3] = ["sequences", "begun4", "begun6"];
+
 /// One element: this source may connect to this port.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Door {
@@ -214,6 +217,18 @@ impl Doors {
         let elements = doors.into_iter().flat_map(|door| door.places().map(|place| (place, door.key())));
         let messages: Vec<_> = elements.flat_map(|(place, key)| deletion(&place, &key)).collect();
         if messages.is_empty() { Ok(()) } else { self.transact(INET, &messages) }
+    }
+
+    /// Forgets which SYNs were let in: none may come again.
+    ///
+    /// # Errors
+    /// As [`Doors::open`].
+    pub fn forget_begun(&mut self) -> Result<(), ElementError> {
+        let flush = |set: &str| {
+            let attributes = vec![SetElementList::Table(TABLE.to_owned()), SetElementList::Set(set.to_owned())];
+            (NfTablesMessage::DeleteSetElement(SetElementMessage { attributes }), 0)
+        };
+        self.transact(INET, &BEGUN.map(flush))
     }
 
     /// Adds a source to a set of the administrator's for so long from now on, or gives it that time.

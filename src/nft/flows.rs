@@ -9,27 +9,24 @@ use netlink_packet_netfilter::NetfilterProtoFamily;
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage};
 
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages};
-use super::conntrack::{Conntrack, ESTABLISHED};
+use super::conntrack::{Conntrack, DESTINATION_PORT, ESTABLISHED, ORIGINAL, PROTOCOL};
 use super::elements::{Door, ElementError, read};
 use crate::service::{Port, Transport};
 
-/// Attributes of an entry (`enum ctattr_type` of linux/netfilter/nfnetlink_conntrack.h): as its first packet was, before any
-/// translation; its zone; its number, which keeps another from being deleted that has taken its place.
-const ORIGINAL: u16 = 1;
+/// Attributes of an entry, besides those that [`super::conntrack`] has: its zone; its number, which keeps another from being
+/// deleted that has taken its place.
 const ZONE: u16 = 18;
 const ID: u16 = 12;
 
-/// Attributes of such a tuple.
+/// Attribute of a tuple.
 const ADDRESSES: u16 = 1;
-const PROTOCOL: u16 = 2;
 
 /// Attributes of its addresses: the source, for each family.
 const SOURCE4: u16 = 1;
 const SOURCE6: u16 = 3;
 
-/// Attributes of its protocol.
+/// Attribute of its protocol.
 const NUMBER: u16 = 1;
-const DESTINATION_PORT: u16 = 3;
 
 /// Attributes of what its protocol knows: the state of TCP.
 const PROTOCOL_STATE: u16 = 4;

@@ -115,7 +115,12 @@ iif != lo fib daddr type local queue num QUEUE
 
 # After conntrack, before DNAT: ports that containers publish are guarded as they are addressed.
 add rule inet TABLE gate iif lo accept
+add rule inet TABLE gate meta l4proto != { tcp, udp } accept
 add rule inet TABLE gate meta l4proto . th dport != @guarded accept
+add rule inet TABLE gate tcp flags & (syn | ack) == syn fib daddr type local goto guard
+add rule inet TABLE gate tcp flags & (syn | ack) == syn fib daddr . iif type local goto guard
+# What answers a host behind this one, whose source was translated, goes to that host; what does not is judged below.
+add rule inet TABLE gate ct direction reply ct status snat accept
 add rule inet TABLE gate fib daddr type local goto guard
 add rule inet TABLE gate fib daddr . iif type local goto guard
 
@@ -151,6 +156,8 @@ add rule inet TABLE door tcp flags & (syn | ack) == syn tcp sequence @sequences 
 ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport @begun6 accept
 add rule inet TABLE door meta l4proto udp ip saddr . ip daddr . meta l4proto . th sport . th dport @begun4 accept
 add rule inet TABLE door meta l4proto udp ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport @begun6 accept
+# Only what begins a connection spends such a door.
+add rule inet TABLE door meta l4proto tcp tcp flags & (syn | ack) != syn goto refuse
 add rule inet TABLE door ip saddr . meta l4proto . th dport @once4 \
 delete @once4 { ip saddr . meta l4proto . th dport } goto let_in
 add rule inet TABLE door ip6 saddr . meta l4proto . th dport @once6 \
@@ -160,6 +167,7 @@ add rule inet TABLE door goto refuse
 # Of a connection that conntrack was made to forget, the server's next packet begins another entry: it needs a door too.
 add rule inet TABLE leave oif lo accept
 add rule inet TABLE leave tcp flags & syn != syn meta l4proto . th sport @guarded ct direction original goto lasts
+add rule inet TABLE leave_published tcp flags & syn != syn ct state new ct status snat meta l4proto . th sport @guarded goto lasts
 
 add rule inet TABLE lasts ip daddr @trusted4 accept
 add rule inet TABLE lasts ip6 daddr @trusted6 accept
@@ -182,7 +190,8 @@ add rule inet TABLE let_in accept
 /// Where connections end with their door, what goes out needs it too: a server that only sends would go on.
 const KILL: &str = "\
 add rule inet TABLE leave meta l4proto . th sport @kill goto lasts
-add rule inet TABLE leave_published ct status dnat ct direction reply meta l4proto . th sport @kill goto lasts
+add rule inet TABLE leave_published ct status dnat ct direction reply meta l4proto . th sport @kill fib saddr type local goto lasts
+add rule inet TABLE leave_published ct status dnat ct direction reply meta l4proto . th sport @kill fib saddr . oif type local goto lasts
 ";
 
 /// Chain `refuse`: what is refused is answered like a closed port, or not at all.
@@ -190,6 +199,9 @@ const DROP: &str = "
 add rule inet TABLE refuse drop
 ";
 const RESET: &str = "
+# A live connection is not reset when its door is gone for a moment; and what resets others must get out.
+insert rule inet TABLE leave tcp flags rst accept
+add rule inet TABLE refuse meta l4proto . th dport @kill ct direction original ct state established drop
 add rule inet TABLE refuse meta l4proto tcp reject with tcp reset
 add rule inet TABLE refuse reject with icmpx type port-unreachable
 ";

@@ -4,7 +4,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::load::{NftError, list_frame, list_table, load};
-use super::{Doors, ElementError, Ownership, Ruleset, TABLE, track_sessions};
+use super::{Doors, ElementError, Ownership, Ruleset, TABLE};
 
 /// Name of the table that is made for comparison only: dormant, so that it touches no packet.
 const SHADOW: &str = "knockq_check";
@@ -37,16 +37,6 @@ pub fn install(ruleset: &str) -> Result<bool, TableError> {
     }
     loaded?;
     Ok(persists)
-}
-
-/// The same for the first gate: connections to its ports that are there before it live on. What keeps conntrack from knowing them
-/// keeps no gate from standing; it is told beside.
-///
-/// # Errors
-/// As [`install`], and when nft cannot list tables.
-pub fn install_first(ruleset: &Ruleset) -> Result<(bool, Result<(), ElementError>), TableError> {
-    let tracked = if exists()? { Ok(()) } else { track_sessions(&ruleset.guarded) };
-    Ok((install(&ruleset.to_string())?, tracked))
 }
 
 /// Deletes the table, and the gate and all doors with it.

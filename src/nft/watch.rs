@@ -13,7 +13,7 @@ use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
 use super::TABLE;
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages, number};
-use super::elements::{Door, SETS};
+use super::elements::{BEGUN, Door, SETS};
 use super::list::{self, Open};
 use super::sets::{Member, SetName};
 
@@ -273,8 +273,10 @@ impl<'a> Change<'a> {
         number(self.attributes, TABLE_FLAGS).is_some_and(|flags| flags & TableFlags::Dormant.bits() != 0)
     }
 
+    /// Whether it is about what comes and goes.
     fn is_of_doors(&self) -> bool {
-        self.set_of_doors().is_some()
+        let is_begun = |name: &[u8]| BEGUN.iter().any(|set| name == set.as_bytes());
+        self.set_of_doors().is_some() || self.name(SET_NAME).is_some_and(is_begun)
     }
 
     /// Whether the doors of the set that it is about are for one connection, if it is about a set of doors.

@@ -80,11 +80,12 @@ impl Gate {
             RulesetMode::External => self.expect_live(&self.ruleset),
             RulesetMode::Managed => {
                 warn_of_cuts(&self.ruleset, |_| true);
-                let (is_ours_alone, tracked) = nft::install_first(&self.ruleset)?;
-                self.is_ours_alone = is_ours_alone;
-                if let Err(error) = tracked {
-                    warn!("connections from before the gate may be cut: {error}");
+                // A gate of before let the server's answers pass, whoever had begun.
+                let kept = secure_file::read(&self.include_file, Privacy::Public);
+                if kept.is_ok_and(|kept| nft::is_of_before(&kept)) || !nft::exists().map_err(TableError::from)? {
+                    keep_sessions(&self.ruleset, |_| true);
                 }
+                self.is_ours_alone = self.install()?;
                 self.keep();
                 Ok(())
             }
@@ -115,6 +116,7 @@ impl Gate {
         let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
         if self.mode == RulesetMode::Managed {
             warn_of_cuts(&next.ruleset, |port| !self.ruleset.kill.contains(port));
+            keep_sessions(&next.ruleset, |port| !self.ruleset.guarded.contains(port));
             next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
         }
         *self = next;
@@ -184,6 +186,15 @@ impl Gate {
         if !is_kept && let Err(error) = secure_file::replace(&self.include_file, &text, Privacy::Public) {
             warn!("the next boot begins with the gate of before: {error}");
         }
+    }
+}
+
+/// Connections that are there before their port is guarded live on. What keeps conntrack from knowing them keeps no gate from
+/// standing.
+fn keep_sessions(ruleset: &Ruleset, is_new: impl Fn(&Port) -> bool) {
+    let ports: Vec<Port> = ruleset.guarded.iter().copied().filter(is_new).collect();
+    if let Err(error) = nft::track_sessions(&ports) {
+        warn!("connections from before the gate may be cut: {error}");
     }
 }
 

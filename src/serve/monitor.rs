@@ -404,6 +404,7 @@ impl Monitor {
                 let memory = descriptors.pop().ok_or(io::ErrorKind::InvalidData).map_err(io::Error::from)?;
                 let selection: Selection = handover::unseal(selection)?;
                 self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
+                self.forget_begun();
                 let (covers, now) =
                     (|member: &Member, grant: &Grant| selection.covers(member.source, &grant.user), Instant::now());
                 self.members.strike(covers, now, &mut self.doors);
@@ -485,8 +486,16 @@ impl Monitor {
         Ok(())
     }
 
+    /// What doors have let in must not come again: those who knocked are revoked, or others may have loaded it.
+    fn forget_begun(&mut self) {
+        if let Err(error) = self.doors.forget_begun() {
+            warn!("a SYN that was let in may come again for a minute: {error}");
+        }
+    }
+
     /// Notes the doors that were open before this process began, and shuts those that nobody may open any more.
     fn take_over(&mut self) -> Result<(), MonitorError> {
+        self.forget_begun();
         self.compare(true)?;
         members::check(&self.policy, &mut self.doors);
         Ok(self.shut_what_policy_forbids()?)

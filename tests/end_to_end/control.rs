@@ -98,7 +98,7 @@ fn grants_are_listed_as_the_kernel_has_them() {
             assert_eq!(cells[1..4], [port, "carol", service], "{text}");
         }
     }
-    let mut shown: Vec<String> = grants.as_array().unwrap().iter().map(|grant| of_json(grant)).collect();
+    let mut shown: Vec<String> = grants.as_array().unwrap().iter().map(of_json).collect();
     let mut listed: Vec<String> =
         ["open4", "open6", "once4", "once6"].iter().flat_map(|set| by_nft(&lab, set)).collect();
     [&mut shown, &mut listed].iter_mut().for_each(|doors| doors.sort());

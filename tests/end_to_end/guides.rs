@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use crate::lab::{Daemon, FAMILIES, Family, Host, Lab, echoes, eventually, knockq, succeeds};
 
@@ -288,6 +290,20 @@ fn a_router_guards_a_host_inside_by_a_port_of_its_own() {
         }
     };
     others();
+    for family in FAMILIES {
+        let server = SocketAddr::new(family.alice(), 9000);
+        let own = SocketAddr::new(
+            if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() },
+            2222,
+        );
+        let connect = || {
+            let domain = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+            let socket = socket_with(domain, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+            rustix::net::bind(&socket, &own).unwrap();
+            rustix::net::connect(&socket, &server)
+        };
+        assert_eq!(inside.enter(connect), Ok(()), "from a port with the number of the guarded one");
+    }
     a_knock_opens_and_the_firewall_may_be_loaded_again(&lab, "inside", 2222, || {
         site.sh("nft -f /etc/nftables.conf");
         others();

@@ -107,3 +107,21 @@ fn a_once_service_lets_one_connection_in() {
         assert!(echoes(&mut connection));
     }
 }
+
+/// As a forged segment, or one of a connection that is over, would be.
+#[test]
+fn a_segment_that_begins_no_connection_spends_no_door() {
+    let lab = Lab::with("open_for = \"1h\"\nonce = true");
+    let _daemon = lab.start();
+    for family in FAMILIES {
+        lab.knock(family, &[]);
+        lab.wait_for_door(family.alice(), 22);
+        let mut segment = persona(family == Family::V4).syn(&flow(family.alice(), family.server(), 22), 1, 1).unwrap();
+        let flags = if family == Family::V4 { 20 } else { 40 } + 13;
+        segment[flags] = 0x04; // RST; its checksum is wrong now, which no rule looks at
+        lab.alice.enter(|| send_raw(&raw_socket(family), family, &segment));
+        thread::sleep(Duration::from_millis(500));
+        assert!(lab.door(family.alice(), 22).is_some());
+        lab.alice.gets_in(family.server(), 22);
+    }
+}
