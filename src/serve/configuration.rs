@@ -158,11 +158,12 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
 }
 
 fn policy(config: &ServerConfig, identity: Identity, old_count: bool) -> Policy {
+    let kill = config.ruleset().kill; // the table asks by port, of whichever service that is
     let opening = |service: &Service| Opening {
         ports: service.ports.clone(),
         once: service.once,
         seconds: service.open_for,
-        kill: service.kill,
+        kill: service.ports.iter().any(|port| kill.contains(port)),
     };
     let name = |place: &usize| config.services.get(*place).map(|service| service.name.clone());
     let services = config.services.iter().map(|service| (service.name.clone(), opening(service)));

@@ -156,6 +156,18 @@ fn an_exchange_over_udp_ends_with_its_door_in_both_directions() {
     }
 }
 
+#[test]
+fn a_port_that_another_service_ends_connections_at_opens_for_one_that_keeps_them() {
+    let lab = lab("[services.talk]\nports = [\"tcp/7000\"]\nonce = true\nopen_for = \"1h\"\n\
+                   [services.other]\nports = [\"tcp/7000\"]\nselector = 9\non_close = \"kill\"\n");
+    let (service, _daemon) = (Service::start(&lab.server), lab.start());
+    for family in FAMILIES {
+        lab.knock(family, &["talk"]);
+        lab.wait_for_door(family.alice(), 7000);
+        assert!(goes_on(&service.connect(&lab.alice, family)));
+    }
+}
+
 /// Conntrack knows nothing of connections that were there before it had any rule of its own.
 #[test]
 fn connections_from_before_the_first_gate_live_on_and_those_that_are_cut_are_named() {
