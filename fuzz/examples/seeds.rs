@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use knockq::nft::Ruleset;
 use knockq::packet::{Flow, Syn};
 use knockq::serve::configuration::{Fixed, Plan};
-use knockq::serve::control::{Reply, Request, Revocation, Selection};
+use knockq::serve::control::{Reply, Request, Selection};
 use knockq::serve::frames::Frame;
 use knockq::serve::policy::{Allowance, Opening, Policy};
 use knockq::serve::sandbox::Identity;
@@ -165,7 +164,7 @@ fn control() {
     let request = |request: &Request| [&[1], postcard::to_stdvec(request).unwrap().as_slice()].concat();
     write("control", "reload", request(&Request::Reload));
     write("control", "confirm", request(&Request::Confirm));
-    let revoke = |selection| request(&Request::Revoke(Revocation { selection, kill: false }));
+    let revoke = |selection| request(&Request::Revoke(selection));
     write("control", "revoke-all", revoke(Selection::All));
     write("control", "revoke-user", revoke(Selection::User("alice".parse().unwrap())));
     write("control", "revoke-v4", revoke(Selection::Source("192.0.2.0/24".parse().unwrap())));
@@ -179,7 +178,6 @@ fn handed_over() {
     let identity = Identity { uid: 1, gid: 1 };
     let ssh: Name = "ssh".parse().unwrap();
     let port: Port = "tcp/22".parse().unwrap();
-    let source: IpAddr = "192.0.2.1".parse().unwrap();
     let policy = Policy {
         identity,
         queue: 4097,
@@ -202,7 +200,7 @@ fn handed_over() {
     };
     seed("policy", 0, postcard::to_stdvec(&policy).unwrap());
     let selection = Selection::Source("192.0.2.0/24".parse().unwrap());
-    seed("selection", 1, postcard::to_stdvec(&Revocation { selection, kill: true }).unwrap());
+    seed("selection", 1, postcard::to_stdvec(&selection).unwrap());
 
     let [server, alice]: [PrivateKey; 2] = ["B", "C"].map(|c| format!("{}A=", c.repeat(42)).parse().unwrap());
     let plan = Plan {

@@ -49,6 +49,7 @@ static POLICY: LazyLock<Policy> = LazyLock::new(|| {
         users,
         log_closings: false,
         trusted: Vec::new(),
+        old_count: false,
     }
 });
 

@@ -6,7 +6,7 @@ use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 
 use knockq::serve::configuration::Plan;
-use knockq::serve::control::Revocation;
+use knockq::serve::control::Selection;
 use knockq::serve::handover::{seal, unseal};
 use knockq::serve::policy::Policy;
 use knockq::serve::settings::Settings;
@@ -17,7 +17,7 @@ fuzz_target!(|bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else { return };
     match kind % 4 {
         0 => check_value::<Policy>(bytes),
-        1 => check_value::<Revocation>(bytes),
+        1 => check_value::<Selection>(bytes),
         // These two hold keys or cannot be compared, but write every list in order.
         2 => check_bytes::<Plan>(bytes),
         _ => check_bytes::<Settings>(bytes),

@@ -20,7 +20,11 @@ const FAULTS: [(&str, &str); 7] = [
     ("the table", "delete table inet knockq"),
     ("a chain's rules", "flush chain inet knockq gate"),
     ("two chains", "flush chain inet knockq gate; delete chain inet knockq gate; flush chain inet knockq knock"),
-    ("a set of doors", "flush chain inet knockq door; delete set inet knockq open4; delete set inet knockq open6"),
+    (
+        "a set of doors",
+        "flush chain inet knockq door; flush chain inet knockq lasts; \
+         delete set inet knockq open4; delete set inet knockq open6",
+    ),
     ("an element of the configuration", "delete element inet knockq guarded { tcp . 22 }"),
     ("a chain that lets all in", "add chain inet knockq door { }; insert rule inet knockq door accept"),
 ];
