@@ -21,7 +21,7 @@ pub use load::{NftError, check, list_rules, list_ruleset};
 pub use ruleset::{Ruleset, is_of_before, is_whole};
 pub use sessions::{track_sessions, without_door};
 pub use sets::{Member, SetError, SetName};
-pub use table::{TableError, exists, install, is_live, remove};
+pub use table::{TableError, exists, install, is_live, remove, remove_of_before};
 pub use watch::{Loaded, Loss, Watch};
 
 /// Name of the one table that is ours, of family `inet`.

@@ -96,15 +96,6 @@ flush set inet TABLE kill
 flush set inet TABLE sequences
 flush set inet TABLE begun4
 flush set inet TABLE begun6
-
-# What a table of before has that this one does not.
-add chain inet TABLE ended { type filter hook postrouting priority srcnat - 10; policy accept; }
-delete chain inet TABLE ended
-add set inet TABLE ended4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
-delete set inet TABLE ended4
-add set inet TABLE ended6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
-delete set inet TABLE ended6
-
 ";
 
 const RULES: &str = "

@@ -39,6 +39,13 @@ pub fn install(ruleset: &str) -> Result<bool, TableError> {
     Ok(persists)
 }
 
+/// Takes out of a table of before what this one does not have, if it is there. Not a part of the include file: kernels refuse a new
+/// chain in the transaction in which a table wakes.
+pub fn remove_of_before() {
+    let names = ["chain inet knockq ended", "set inet knockq ended4", "set inet knockq ended6"];
+    let _ = load(&names.map(|name| format!("delete {name}\n")).concat());
+}
+
 /// Deletes the table, and the gate and all doors with it.
 ///
 /// # Errors

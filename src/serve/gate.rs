@@ -86,6 +86,7 @@ impl Gate {
                     keep_sessions(&self.ruleset, |_| true);
                 }
                 self.is_ours_alone = self.install()?;
+                nft::remove_of_before();
                 self.keep();
                 Ok(())
             }
