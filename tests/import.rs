@@ -180,7 +180,7 @@ fn a_count_is_set_in_the_users_file_where_all_else_stays_and_is_shown() {
     let shown: serde_json::Value = json(&world.user(&["show", "alice", "--json"]));
     let profile = &shown["knockknock"];
     let as_of = profile["as_of"].as_str().unwrap();
-    assert_eq!(text, by_hand.replace("2026-01-31", &format!("\"{as_of}\"")).replace("17", "42"));
+    assert_eq!(text, by_hand.replace("2026-01-31", &format!("\"{as_of}\"")).replace("counter=17", "counter=42"));
     assert_eq!(
         (&profile["counter"], &profile["knock_port"], &shown["public_key"]),
         (&42.into(), &2222.into(), &serde_json::Value::Null)

@@ -71,8 +71,8 @@ fn check(config: &ServerConfig) {
 
 /// Nothing in a file gets more into the ruleset than elements and ports.
 fn check_ruleset(ruleset: &str) {
-    const LINES: [&str; 7] =
-        ["add table", "add set", "add chain", "add rule", "add element", "flush chain", "flush set"];
+    const LINES: [&str; 8] =
+        ["add table", "add set", "add chain", "add rule", "insert rule", "add element", "flush chain", "flush set"];
     assert!(is_whole(ruleset));
     for line in ruleset.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         assert!(LINES.iter().any(|start| line.starts_with(&format!("{start} inet knockq"))), "{line}");
