@@ -138,6 +138,9 @@ pub enum ElementError {
     NoAnswer,
 }
 
+/// How long an element has, and what it says of its grant.
+pub type Time = (Duration, Comment);
+
 /// Whose the table is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Ownership {
@@ -175,29 +178,24 @@ impl Doors {
         self.number
     }
 
-    /// Opens a door for so long from now on, or gives an open one that time. Where connections are to end with it, `kill`,
-    /// that of a door for one connection may last as long.
+    /// Opens a door for so long from now on, or gives an open one that time; without a time it is closed. For so long lasts what
+    /// a door for one connection has let in, where connections end with their door.
     ///
     /// Adding an element that is there does not renew it, so it is added, deleted and added in one transaction, none of
     /// which can fail.
     ///
     /// # Errors
     /// When the table or the set is gone, the set is full, or the capability is missing.
-    pub fn open(&mut self, door: &Door, kill: bool, timeout: Duration, comment: &Comment) -> Result<(), ElementError> {
-        let comment = comment.to_string();
-        let connection = door.place_of_connection().filter(|_| kill).into_iter();
-        let places = connection.chain([door.place()]);
-        let messages: Vec<_> = places.flat_map(|place| renewal(&place, &door.key(), timeout, &comment)).collect();
-        self.transact(INET, &messages)
-    }
-
-    /// Lets the one connection of such a door last for so long from now on, and none begin.
-    ///
-    /// # Errors
-    /// As [`Doors::open`].
-    pub fn let_last(&mut self, door: &Door, timeout: Duration, comment: &Comment) -> Result<(), ElementError> {
-        door.place_of_connection()
-            .map_or(Ok(()), |place| self.renew(&place, &door.key(), timeout, &comment.to_string()))
+    pub fn put(&mut self, door: &Door, begins: Option<&Time>, lasts: Option<&Time>) -> Result<(), ElementError> {
+        let elements = [(Some(door.place()), begins), (door.place_of_connection(), lasts)].into_iter();
+        let messages = elements.filter_map(|(place, time)| {
+            let (place, key) = (place?, door.key());
+            Some(match time {
+                Some((left, comment)) => renewal(&place, &key, *left, &comment.to_string()).to_vec(),
+                None => deletion(&place, &key).to_vec(),
+            })
+        });
+        self.transact(INET, &messages.flatten().collect::<Vec<_>>())
     }
 
     /// Closes a door, whether it is open or not.
@@ -247,17 +245,27 @@ impl Doors {
         self.delete(&member.place(), &member.key())
     }
 
-    /// All doors that are open.
+    /// All doors that are open, and what those for one connection have let in.
+    ///
+    /// # Errors
+    /// As [`Doors::listed`].
+    pub fn open_doors(&mut self) -> Result<Vec<OpenDoor>, ElementError> {
+        self.listed().map(|listed| listed.concat())
+    }
+
+    /// The doors that are open; and those for one connection that have let it in, or may yet, where it ends with them.
     ///
     /// # Errors
     /// [`ElementError::NoSet`]: there is no table; and the kernel's.
-    pub fn open_doors(&mut self) -> Result<Vec<OpenDoor>, ElementError> {
-        let mut open = Vec::new();
+    pub fn listed(&mut self) -> Result<[Vec<OpenDoor>; 2], ElementError> {
+        let mut listed = [Vec::new(), Vec::new()];
         for (set, once) in SETS {
             let place = Place { family: INET, table: TABLE, set };
-            open.extend(self.list(&place, |message| list::doors(message, once).collect())?);
+            let [open, live] = &mut listed;
+            let to = if set.starts_with("live") { live } else { open };
+            to.extend(self.list(&place, |message| list::doors(message, once).collect())?);
         }
-        Ok(open)
+        Ok(listed)
     }
 
     /// Who is in a set of the administrator's.

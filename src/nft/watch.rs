@@ -67,6 +67,8 @@ pub struct Loaded {
     pub doors: HashSet<Door>,
     /// In sets of the administrator's, whichever they are.
     pub members: HashSet<Member>,
+    /// What the kernel alone notes: which SYNs were let in.
+    pub begun: bool,
     /// There may be more: some were told that cannot be read any more.
     pub are_missed: bool,
 }
@@ -153,11 +155,12 @@ impl Told {
             }
             for Open { what: door, comment, .. } in change.doors() {
                 match change.kind {
-                    DELETE_ELEMENT => self.deleted.insert(door),
+                    DELETE_ELEMENT if change.by != own => self.deleted.insert(door),
                     _ => self.deleted.remove(&door),
                 };
                 self.loaded.doors.extend(comment.filter(|_| is_loaded).map(|_| door));
             }
+            self.loaded.begun |= is_loaded && change.is_of_begun();
             let loss = change.loss();
             self.is_edit |= loss != Loss::Nothing;
             worst = worst.max(loss);
@@ -275,8 +278,12 @@ impl<'a> Change<'a> {
 
     /// Whether it is about what comes and goes.
     fn is_of_doors(&self) -> bool {
-        let is_begun = |name: &[u8]| BEGUN.iter().any(|set| name == set.as_bytes());
-        self.set_of_doors().is_some() || self.name(SET_NAME).is_some_and(is_begun)
+        self.set_of_doors().is_some() || self.is_of_begun()
+    }
+
+    /// Whether it is about what was let in.
+    fn is_of_begun(&self) -> bool {
+        self.name(SET_NAME).is_some_and(|name| BEGUN.iter().any(|set| name == set.as_bytes()))
     }
 
     /// Whether the doors of the set that it is about are for one connection, if it is about a set of doors.

@@ -17,7 +17,7 @@ pub const MAX_DOORS: usize = 4 * 65_535;
 /// Users who hold one door open at most.
 const MAX_GRANTS: usize = 1024;
 
-/// Knocks before the last that a grant rests on at most.
+/// Knocks before the last that a grant rests on at most, or a door for one connection has had.
 const MAX_EARLIER: usize = 16;
 
 /// The live grants of every door, or of whatever else the kernel has an element for as long as they last.
@@ -25,6 +25,13 @@ pub struct Book<K = Door> {
     doors: HashMap<K, Vec<Grant>>,
     /// No grant ends before.
     first_end: Option<Instant>,
+}
+
+/// What a grant has taken the place of, see [`Book::take_back`].
+pub struct Replaced {
+    /// The first grants of the door, which are as they were.
+    untouched: usize,
+    grants: Vec<Grant>,
 }
 
 /// One user's time at a door.
@@ -44,6 +51,8 @@ pub struct Grant {
     pub earlier: Vec<(Instant, bool, Option<u32>)>,
     /// Connections end with it.
     pub kill: bool,
+    /// Of a door for one connection: it may have let that in, and lets in no other.
+    pub spent: bool,
     /// Elements of the administrator's sets that it has part in.
     pub members: Vec<Member>,
 }
@@ -68,34 +77,50 @@ impl<K> Default for Book<K> {
 }
 
 impl<K: Clone + Eq + Hash> Book<K> {
-    /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. A door that holds one
-    /// grant `alone`, for it is open to one connection, loses those before it: they may be spent.
-    pub fn note(&mut self, door: K, mut grant: Grant, alone: bool, now: Instant) -> Option<Vec<Grant>> {
+    /// Notes a grant, or renews it; tells which it takes the place of, or `None` if the book is full. At a door for one
+    /// connection, `once`, those before it may be spent: they do not let in another, and what they let in lasts as long as they do.
+    pub fn note(&mut self, door: K, mut grant: Grant, once: bool, now: Instant) -> Option<Replaced> {
         if self.doors.len() >= MAX_DOORS && !self.doors.contains_key(&door) {
             return None;
         }
         let grants = self.doors.entry(door).or_default();
-        let is_over = |other: &mut Grant| alone || other.until <= now || other.is_renewed_by(&grant);
-        let replaced: Vec<Grant> = grants.extract_if(.., is_over).collect();
-        let renewed = replaced.iter().find(|other| other.until > now && other.is_renewed_by(&grant));
-        if let Some(renewed) = renewed.filter(|_| !alone && !grant.bound) {
+        let is_replaced = |other: &mut Grant| {
+            other.until <= now || if once { !other.spent && !grant.spent } else { other.is_renewed_by(&grant) }
+        };
+        let mut replaced: Vec<Grant> = grants.extract_if(.., is_replaced).collect();
+        let lasting = replaced.iter().filter(|other| other.until > now);
+        let mut spent = Vec::new();
+        if once {
+            spent.extend(lasting.map(|other| Grant { spent: true, ..other.clone() }));
+            if grants.len() >= MAX_EARLIER {
+                let first = (0..grants.len()).min_by_key(|place| grants.get(*place).map(|grant| grant.until));
+                replaced.extend(first.map(|place| grants.remove(place)));
+            }
+        } else if let Some(renewed) = lasting.last().filter(|_| !grant.bound) {
             let last = [(renewed.until, renewed.bound, renewed.token)];
             grant.earlier = last.into_iter().chain(renewed.earlier.iter().copied()).take(MAX_EARLIER).collect();
         }
-        let has_room = grants.len() < MAX_GRANTS;
-        if has_room {
-            self.first_end = Some(self.first_end.map_or(grant.until, |first| first.min(grant.until)));
-            grants.push(grant);
+        let untouched = grants.len();
+        if untouched >= MAX_GRANTS {
+            return None;
         }
-        has_room.then_some(replaced)
+        self.first_end = Some(self.first_end.map_or(grant.until, |first| first.min(grant.until)));
+        grants.extend(spent);
+        grants.push(grant);
+        Some(Replaced { untouched, grants: replaced })
     }
 
-    /// Takes a note back: what it took the place of stands.
-    pub fn take_back(&mut self, door: &K, note: &Grant, replaced: Vec<Grant>) {
+    /// Takes the last note back: what it took the place of stands.
+    pub fn take_back(&mut self, door: &K, replaced: Replaced) {
         if let Some(grants) = self.doors.get_mut(door) {
-            grants.retain(|grant| !grant.is_renewed_by(note));
-            grants.extend(replaced);
+            grants.truncate(replaced.untouched);
+            grants.extend(replaced.grants);
         }
+    }
+
+    /// What a door for one connection was opened for may have come.
+    pub fn spend(&mut self, door: &K) {
+        self.doors.get_mut(door).into_iter().flatten().for_each(|grant| grant.spent = true);
     }
 
     /// Strikes out what a token of a user's opened: tells the grant as it was, and what is left of it.
@@ -106,7 +131,11 @@ impl<K: Clone + Eq + Hash> Book<K> {
         let was = grants.remove(grants.iter().position(|grant| grant.user == *user && has(grant))?);
         let all = [(was.until, was.bound, was.token)].into_iter().chain(was.earlier.iter().copied());
         let mut all = all.filter(|(until, _, other)| *until > now && *other != Some(token));
-        let Some((until, bound, token)) = all.next() else { return Some((was, None)) };
+        let Some((until, bound, token)) = all.next() else {
+            let others = grants.iter().filter(|grant| grant.until > now && grant.is_renewed_by(&was));
+            let left = others.max_by_key(|grant| grant.until).cloned();
+            return Some((was, left));
+        };
         // No later than before: more may not be permitted any more.
         let left = Grant { until: until.min(was.until), bound, token, earlier: all.collect(), ..was.clone() };
         grants.push(left.clone());
@@ -135,9 +164,23 @@ impl<K: Clone + Eq + Hash> Book<K> {
         struck.collect()
     }
 
-    /// The grant that keeps a door open for longest, and for how long.
+    /// The grant that keeps a door open for longest, and for how long, or what it has let in.
     pub fn longest(&self, door: &K, now: Instant) -> Option<(&Grant, Duration)> {
-        let grants = self.doors.get(door)?.iter().filter(|grant| grant.until > now);
+        self.longest_of(door, now, |_| true)
+    }
+
+    /// The same of those by which a connection may begin.
+    pub fn longest_fresh(&self, door: &K, now: Instant) -> Option<(&Grant, Duration)> {
+        self.longest_of(door, now, |grant| !grant.spent)
+    }
+
+    /// The same of those with which connections end.
+    pub fn longest_of_kill(&self, door: &K, now: Instant) -> Option<(&Grant, Duration)> {
+        self.longest_of(door, now, |grant| grant.kill)
+    }
+
+    fn longest_of(&self, door: &K, now: Instant, is_meant: impl Fn(&Grant) -> bool) -> Option<(&Grant, Duration)> {
+        let grants = self.doors.get(door)?.iter().filter(|grant| grant.until > now && is_meant(grant));
         grants.max_by_key(|grant| grant.until).map(|grant| (grant, grant.until.saturating_duration_since(now)))
     }
 
@@ -146,17 +189,21 @@ impl<K: Clone + Eq + Hash> Book<K> {
         self.doors.keys().filter(move |door| self.longest(door, now).is_some())
     }
 
-    /// The doors that are open, each with the grant that keeps it open for longest.
+    /// The doors that are open, or were and may have been spent, each with the grant that keeps it open for longest.
     pub fn live(&self, now: Instant) -> impl Iterator<Item = (&K, &Grant, Duration)> {
-        self.doors.keys().filter_map(move |door| self.longest(door, now).map(|(grant, left)| (door, grant, left)))
+        let grant = move |door| self.longest_fresh(door, now).or_else(|| self.longest(door, now));
+        self.doors.keys().filter_map(move |door| grant(door).map(|(grant, left)| (door, grant, left)))
     }
 
-    /// Forgets what has run out, and tells it. Call it now and then: it looks at all only if something may have.
+    /// Forgets what has run out, and tells of which nothing is left. Call it now and then: it looks at all only if something may have.
     pub fn forget(&mut self, now: Instant) -> Vec<(K, Grant)> {
         if self.first_end.is_none_or(|first| first > now) {
             return Vec::new();
         }
-        let over = self.strike_all(|_, grant| grant.until <= now);
+        let mut over = self.strike_all(|_, grant| grant.until <= now);
+        over.retain(|(door, over)| {
+            !self.doors.get(door).is_some_and(|left| left.iter().any(|it| it.is_renewed_by(over)))
+        });
         self.doors.retain(|_, grants| !grants.is_empty());
         self.first_end = self.doors.values().flatten().map(|grant| grant.until).min();
         over
@@ -164,9 +211,11 @@ impl<K: Clone + Eq + Hash> Book<K> {
 }
 
 impl Book {
-    /// The doors that should stand open, but for those of one connection, which may be spent.
-    pub fn to_restore(&self, now: Instant) -> Vec<Door> {
-        self.standing(now).filter(|door| !door.once).copied().collect()
+    /// The doors whose elements are to be made again. Those for one connection may be spent by now.
+    pub fn to_restore(&mut self, now: Instant) -> Vec<Door> {
+        let standing: Vec<Door> = self.standing(now).copied().collect();
+        standing.iter().filter(|door| door.once).for_each(|door| self.spend(door));
+        standing
     }
 }
 
@@ -191,12 +240,13 @@ mod tests {
             token: None,
             earlier: Vec::new(),
             kill: false,
+            spent: false,
             members: Vec::new(),
         }
     }
 
     fn left(book: &Book, once: bool, now: Instant) -> Option<u64> {
-        book.longest(&door(once), now).map(|(_, left)| left.as_secs())
+        book.longest_fresh(&door(once), now).map(|(_, left)| left.as_secs())
     }
 
     #[test]
@@ -216,9 +266,9 @@ mod tests {
         let (mut book, now) = (Book::<Door>::default(), Instant::now());
         assert!(book.note(door(false), grant("alice", now, 60), false, now).is_some());
         let shorter = Grant { service: name("rescue"), ..grant("alice", now, 30) };
-        let replaced = book.note(door(false), shorter.clone(), false, now).unwrap();
+        let replaced = book.note(door(false), shorter, false, now).unwrap();
         assert_eq!(left(&book, false, now), Some(60));
-        book.take_back(&door(false), &shorter, replaced);
+        book.take_back(&door(false), replaced);
         assert_eq!(left(&book, false, now), Some(60));
     }
 
@@ -272,7 +322,7 @@ mod tests {
             assert!(shortened.note(door(false), knock, false, now).is_some());
         }
         assert_eq!(strike(&mut shortened, false, "alice", 2, now), Some(Some(10)), "60 may be permitted no more");
-        assert_eq!(strike(&mut book, true, "alice", 2, now), Some(None), "the first may have been spent");
+        assert_eq!(strike(&mut book, true, "alice", 2, now), Some(None), "the first may be spent");
         assert_eq!(strike(&mut book, false, "alice", 2, now), Some(Some(10)));
         let over = book.forget(now + Duration::from_secs(10));
         assert_eq!(over.len(), 1, "{over:?}");
@@ -297,7 +347,43 @@ mod tests {
         assert!(book.note(door(true), grant("alice", now, 60), true, now).is_some());
         assert!(book.note(door(true), grant("bob", now, 30), true, now).is_some());
         assert_eq!(left(&book, true, now), Some(30));
-        assert!(book.to_restore(now).is_empty());
+        assert_eq!(book.to_restore(now), [door(true)], "what it let in may be to last");
+        assert_eq!(left(&book, true, now), None);
+    }
+
+    #[test]
+    fn what_a_door_for_one_connection_let_in_lasts_as_its_own_grant_did_whoever_knocks_after() {
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        let of = |user, token, seconds, kill| Grant { token: Some(token), kill, ..grant(user, now, seconds) };
+        let lasts = |book: &Book| book.longest_of_kill(&door(true), now).map(|(_, left)| left.as_secs());
+        for (user, token, seconds, kill, expected) in [
+            ("alice", 1, 60, true, Some(60)),
+            ("bob", 1, 90, false, Some(60)), // whose service lets connections live
+            ("bob", 2, 30, true, Some(60)),
+            ("alice", 2, 10, true, Some(60)),
+        ] {
+            assert!(book.note(door(true), of(user, token, seconds, kill), true, now).is_some());
+            assert_eq!((left(&book, true, now), lasts(&book)), (Some(seconds), expected), "{user} {token}");
+        }
+        let replaced = book.note(door(true), of("carol", 1, 100, true), true, now).unwrap();
+        book.take_back(&door(true), replaced);
+        assert_eq!((left(&book, true, now), lasts(&book)), (Some(10), Some(60)), "as if nothing had been");
+        let (_, hers) = book.strike(&door(true), &name("alice"), 2, now).unwrap();
+        assert_eq!(hers.map(|grant| grant.token), Some(Some(1)), "she is there still");
+        assert_eq!((left(&book, true, now), lasts(&book)), (None, Some(60)));
+        assert!(book.strike(&door(true), &name("alice"), 1, now).unwrap().1.is_none());
+        assert_eq!(lasts(&book), Some(30));
+    }
+
+    #[test]
+    fn a_door_for_one_connection_remembers_the_knocks_before_whose_time_is_longest_and_refuses_none() {
+        let (mut book, now) = (Book::<Door>::default(), Instant::now());
+        for token in 0..100 {
+            let knock = Grant { token: Some(token), kill: true, ..grant("alice", now, 200 - u64::from(token)) };
+            assert!(book.note(door(true), knock, true, now).is_some());
+        }
+        assert_eq!(book.doors[&door(true)].len(), super::MAX_EARLIER + 1);
+        assert_eq!(book.longest_of_kill(&door(true), now).map(|(_, left)| left.as_secs()), Some(200));
     }
 
     #[test]
@@ -307,10 +393,10 @@ mod tests {
             assert!(book.note(door(once), grant("alice", now, 30), once, now).is_some());
             let replaced = book.note(door(once), grant("alice", now, 60), once, now).unwrap();
             assert_eq!(left(&book, once, now), Some(60));
-            book.take_back(&door(once), &grant("alice", now, 60), replaced);
+            book.take_back(&door(once), replaced);
             assert_eq!(left(&book, once, now), Some(30));
             let replaced = book.note(door(once), grant("bob", now, 60), once, now).unwrap();
-            book.take_back(&door(once), &grant("bob", now, 60), replaced);
+            book.take_back(&door(once), replaced);
             assert_eq!(left(&book, once, now), Some(30), "another's");
         }
     }

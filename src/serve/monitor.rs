@@ -283,14 +283,20 @@ impl Monitor {
         for door in self.watch.take_deleted() {
             let Door { source, port, .. } = door;
             let struck = self.book.strike_door(&door);
+            if struck.is_empty() {
+                continue;
+            }
             for Grant { user, service, .. } in struck.iter().filter(|grant| grant.until > now) {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
             struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
-            if door.once && !struck.is_empty() {
+            if door.once {
                 let _ = self.doors.close(&door); // one of its two elements may be there still
             }
             self.past.add(&struck.into_iter().map(|grant| (door, grant)).collect::<Vec<_>>(), now);
+        }
+        if loaded.begun {
+            self.forget_begun();
         }
         self.settle_all(&loaded.doors.into_iter().collect::<Vec<_>>())?;
         self.members.settle(&loaded.members, &self.policy, &mut self.doors);
@@ -313,8 +319,11 @@ impl Monitor {
         for some in loaded.chunks(BURST) {
             for door in some {
                 let (Door { source, port, once }, now) = (door, Instant::now());
-                match if *once { self.let_last_alone(door, now) } else { self.settle(door, now).map(drop) } {
-                    Ok(()) => shut += usize::from(self.book.longest(door, now).is_none()),
+                if *once {
+                    self.book.spend(door); // or it would come again for each time that it is loaded
+                }
+                match self.settle(door, now) {
+                    Ok(_) => shut += usize::from(self.book.longest(door, now).is_none()),
                     Err(error) if self.not_shut.is_first() => warn!(%source, %port, "not as its grant says: {error}"),
                     Err(_) => {}
                 }
@@ -327,35 +336,22 @@ impl Monitor {
         Ok(())
     }
 
-    /// Shuts a door for one connection that may be spent, but for what it has let in.
-    fn let_last_alone(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
-        match self.doors.close(door) {
-            Err(_) if self.is_loading && self.unsettled.len() < MAX_DOORS => {
-                self.book.strike_door(door);
-                self.unsettled.insert(*door);
-                return Ok(());
-            }
-            closed => closed?,
-        }
-        match self.book.longest(door, now) {
-            Some((grant, left)) if grant.kill => self.doors.let_last(door, left, &grant.comment(&self.boot)),
-            _ => Ok(()),
-        }
-    }
-
     /// Compares the elements that say that they are the daemon's with the book, which `adopts` the grants of a daemon of before.
     fn compare(&mut self, adopts: bool) -> Result<(), MonitorError> {
         let old_count = adopts && self.policy.old_count;
         let mut wrong = Vec::new();
         let now = Instant::now(); // none must have more time than the kernel gives it, and listing thousands takes a while
-        for OpenDoor { what: door, comment, left } in self.doors.open_doors()? {
+        let [open, live] = self.doors.listed()?;
+        let open = open.into_iter().map(|open| (open, false));
+        for (OpenDoor { what: door, comment, left }, spent) in open.chain(live.into_iter().map(|live| (live, true))) {
             let Some(said) = comment else { continue }; // what somebody opened by hand is not ours to shut
             let counts_until = said.counts_until(left, old_count, &self.boot, now);
             let Comment { user, service, bound, end } = said;
             if let Some(until) = counts_until.filter(|_| adopts) {
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                let grant = Grant { user, service, until, bound, token: None, earlier: Vec::new(), kill, members };
+                let (token, earlier) = (None, Vec::new());
+                let grant = Grant { user, service, until, bound, token, earlier, kill, spent, members };
                 // Who may be there no more leaves the sets with the door, below.
                 if self.policy.upholds(&door, &grant, now, unix_now()) {
                     self.members.join(&door, &grant, now, &mut self.doors);
@@ -433,7 +429,6 @@ impl Monitor {
         self.loss = Loss::Nothing;
         if loss == Loss::Doors {
             self.unsettled.extend(self.book.to_restore(Instant::now()));
-            self.let_connections_last();
         }
         while let Some(door) = self.unsettled.pop_first() {
             // Each by the time that it is by then: there may be many.
@@ -450,19 +445,6 @@ impl Monitor {
             }
         }
         self.watch_table()
-    }
-
-    /// Connections that doors for one have let in, and that end with these, need their time again too.
-    fn let_connections_last(&mut self) {
-        let Self { boot, book, doors, not_opened, .. } = self;
-        let lasting = book.live(Instant::now()).filter(|(door, grant, _)| door.once && grant.kill);
-        for (door, grant, left) in lasting {
-            if let Err(error) = doors.let_last(door, left, &grant.comment(boot))
-                && not_opened.is_first()
-            {
-                warn!(source = %door.source, port = %door.port, "its connection ends: {error}");
-            }
-        }
     }
 
     /// Owns the table, where the kernel allows it; `false` if it is not there.
@@ -618,8 +600,9 @@ impl Monitor {
                 let until = now + Duration::from_secs(seconds.into());
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                let (token, earlier) = (Some(token), Vec::new());
-                self.open(door, Grant { user, service, until, bound, token, earlier, kill, members }, seconds, now);
+                let (token, earlier, spent) = (Some(token), Vec::new(), false);
+                let grant = Grant { user, service, until, bound, token, earlier, kill, spent, members };
+                self.open(door, grant, seconds, now);
             }
             Frame::Close { source, port, user, token } => {
                 for door in [false, true].map(|once| Door { source, port, once }) {
@@ -657,7 +640,7 @@ impl Monitor {
             Ok(true) => info!(%user, %service, %source, %port, seconds, bound, "granted"),
             Ok(false) => info!(%user, %service, %source, %port, seconds, bound, "granted, once the table is loaded"),
             Err(error) => {
-                self.book.take_back(&door, &grant, replaced);
+                self.book.take_back(&door, replaced);
                 if self.not_opened.is_first() {
                     warn!(%user, %service, %source, %port, "not granted: {error}");
                 }
@@ -681,10 +664,9 @@ impl Monitor {
 
     /// Makes the kernel's element what the book says.
     fn put(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
-        match self.book.longest(door, now) {
-            Some((grant, left)) => self.doors.open(door, grant.kill, left, &grant.comment(&self.boot)),
-            None => self.doors.close(door),
-        }
+        let time = |found: Option<(&Grant, Duration)>| found.map(|(grant, left)| (left, grant.comment(&self.boot)));
+        let [begins, lasts] = [self.book.longest_fresh(door, now), self.book.longest_of_kill(door, now)].map(time);
+        self.doors.put(door, begins.as_ref(), lasts.as_ref())
     }
 
     fn part(&self) -> MonitorPart {

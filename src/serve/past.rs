@@ -26,7 +26,9 @@ impl Past {
     pub fn add<'a>(&mut self, closed: impl IntoIterator<Item = &'a (Door, Grant)>, now: Instant) {
         let closed = closed.into_iter();
         self.0.extend(closed.map(|(door, grant)| ((Door { once: false, ..*door }, grant.user.clone()), now)));
-        self.forget(now);
+        if self.0.len() > REMEMBERED {
+            self.forget(now);
+        }
     }
 
     /// Forgets doors that shut long ago, and the oldest of too many.
@@ -72,6 +74,7 @@ mod tests {
                 token: None,
                 earlier: Vec::new(),
                 kill: false,
+                spent: false,
                 members: Vec::new(),
             },
         )

@@ -207,6 +207,7 @@ mod tests {
             token: None,
             earlier: Vec::new(),
             kill: false,
+            spent: false,
             members: Vec::new(),
         };
         assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
@@ -237,8 +238,13 @@ mod tests {
             let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
             let until = now + Duration::from_secs(seconds);
             let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
-            let (token, earlier, kill, members) = (None, Vec::new(), false, Vec::new());
-            policy.upholds(&door, &Grant { user, service, until, bound, token, earlier, kill, members }, now, NOW)
+            let (token, earlier, kill, spent, members) = (None, Vec::new(), false, false, Vec::new());
+            policy.upholds(
+                &door,
+                &Grant { user, service, until, bound, token, earlier, kill, spent, members },
+                now,
+                NOW,
+            )
         };
         let narrowed = |narrow: &dyn Fn(&mut Allowance)| {
             let mut policy = policy();

@@ -242,7 +242,7 @@ fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
         lab.server.enter(|| {
             Doors::new()
                 .unwrap()
-                .open(&door, false, Duration::from_micros(999), &Comment::read("alice ssh").unwrap())
+                .put(&door, Some(&(Duration::from_micros(999), Comment::read("alice ssh").unwrap())), None)
                 .unwrap();
         });
         eventually("closing", || {

@@ -12,6 +12,7 @@ use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use nix::sys::signal::Signal;
 
 use crate::lab::{FAMILIES, Family, Host, Lab, PATIENCE, eventually, succeeds};
+use crate::observers::forged;
 
 /// A service whose side of each connection the test holds.
 struct Service(TcpListener);
@@ -128,6 +129,34 @@ fn the_one_connection_of_a_once_door_lasts_as_long_as_the_door_would_have() {
         let ends = service.connect(&lab.alice, family);
         lab.revoke(&["--user", "alice"]);
         assert!(is_cut(&ends), "revoked");
+    }
+}
+
+/// Who comes later, from behind the same address, takes no time from a connection that is there.
+#[test]
+fn the_connection_of_a_once_door_lasts_whoever_knocks_after_and_whatever_is_taken_back() {
+    let lab = lab(&talk("1h", "once = true\n"));
+    lab.add_user("bob", &["talk"]);
+    lab.edit("users.d/bob.toml", "services", "open_for = \"10s\"\nservices");
+    let (service, daemon) = (Service::start(&lab.server), lab.start());
+    for family in FAMILIES {
+        lab.knock(family, &["talk"]);
+        lab.wait_for_door(family.alice(), 7000);
+        let ends = service.connect(&lab.alice, family);
+        let set = if family == Family::V4 { "once4" } else { "once6" };
+        let begins = || lab.server.nft(&["list", "set", "inet", "knockq", set]).contains("expires");
+        succeeds(&lab.knockq_as("bob", &lab.alice, &["send", "server", "talk", family.flag()]));
+        eventually("bob's door", begins);
+        eventually("its end", || !begins());
+        assert!(goes_on(&ends), "{}", daemon.log());
+        let knock = lab.print_knock(family, &["talk", "--source", "none"]);
+        lab.alice.oracle_says(&["replay", &knock]);
+        eventually("another knock of hers", begins);
+        lab.mallory.oracle_says(&["replay", &knock, "--from", &forged(family).to_string()]);
+        eventually("which a copy takes back", || !begins());
+        assert!(goes_on(&ends), "{}", daemon.log());
+        lab.revoke(&["--user", "alice"]);
+        assert!(is_cut(&ends));
     }
 }
 

@@ -27,7 +27,7 @@ fn sniffer() -> OwnedFd {
 }
 
 /// An address that is nobody's.
-fn forged(family: Family) -> IpAddr {
+pub fn forged(family: Family) -> IpAddr {
     family.pick("10.77.2.77", "fd77:2::77")
 }
 

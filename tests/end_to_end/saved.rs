@@ -190,6 +190,35 @@ fn a_door_whose_grant_lives_has_the_time_of_its_grant_after_a_load_and_one_for_o
     assert!(FAMILIES.iter().all(|family| lab.alice.reaches(family.server(), 25)));
 }
 
+/// What the kernel notes of a SYN that passed lets the same one pass for a minute: of another minute it is worth nothing.
+#[test]
+fn what_was_saved_of_syns_that_were_let_in_lets_none_in() {
+    let lab = lab("1h");
+    let daemon = lab.start();
+    for family in FAMILIES {
+        succeeds(&lab.knockq(&lab.alice, &["send", "server", "ssh", family.flag()]));
+        lab.wait_for_door(family.alice(), 22);
+    }
+    // Noted by hand: what the kernel notes itself goes with the handshake.
+    let begun = "add element inet knockq sequences { 7 }; \
+                 add element inet knockq begun4 { 10.77.1.2 . 10.77.1.1 . tcp . 40000 . 22 }; \
+                 add element inet knockq begun6 { fd77:1::2 . fd77:1::1 . tcp . 40000 . 22 }";
+    let noted = || {
+        let sets = ["sequences", "begun4", "begun6"];
+        sets.map(|set| lab.server.sh(&format!("nft list set inet knockq {set}")).matches("expires").count())
+    };
+    lab.server.nft(&[begun]);
+    eventually("the end of what others have noted", || noted() == [0; 3]);
+    let saved = lab.server.nft(&["list", "ruleset"]);
+    lab.load_saved(&format!("flush ruleset\n{saved}\n{begun}"));
+    eventually("the end of what was loaded", || noted() == [0; 3]);
+    daemon.stop();
+    lab.server.nft(&[begun]);
+    assert_eq!(noted(), [1; 3]);
+    lab.load_the_gate();
+    assert_eq!(noted(), [0; 3]);
+}
+
 /// Such a door has two elements.
 #[test]
 fn a_connection_that_ends_with_its_door_for_one_lives_on_after_a_load_and_none_begins() {

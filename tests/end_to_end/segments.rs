@@ -737,7 +737,7 @@ fn door(source: IpAddr, once: bool) -> Door {
 }
 
 fn open(doors: &mut Doors, door: &Door, time: Duration) {
-    doors.open(door, false, time, &Comment::read("alice ssh").unwrap()).unwrap();
+    doors.put(door, Some(&(time, Comment::read("alice ssh").unwrap())), None).unwrap();
 }
 
 /// A socket that changes what the server's conntrack knows.
