@@ -65,8 +65,7 @@ test-newer-kernel:
 
 # End to end with the other C library, which makes other system calls, as far as either has a part in it; on the running kernel if
 # that can be (tests/vm/README.md). TESTS="table:: owned::" runs those alone.
-MUSL_TESTS := answer:: client:: confinement:: control:: daemon:: doors:: once:: owned:: persona:: proxy:: reload:: table:: status:: \
-	users:: watch:: wire:: faults::crash faults::table
+MUSL_TESTS := client:: confinement:: control:: daemon:: owned:: persona:: proxy:: reload:: store:: watch:: faults::crash faults::disk
 test-musl:
 	rustup target add x86_64-unknown-linux-musl
 	KNOCKQ_VM=stand-in RUST_TEST_THREADS=$${RUST_TEST_THREADS:-10} $(CARGO) test --target x86_64-unknown-linux-musl --test end_to_end -- \

@@ -299,6 +299,7 @@ fn a_router_guards_a_host_inside_by_a_port_of_its_own() {
         let connect = || {
             let domain = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
             let socket = socket_with(domain, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+            rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap(); // the connection of before may not be forgotten yet
             rustix::net::bind(&socket, &own).unwrap();
             rustix::net::connect(&socket, &server)
         };

@@ -52,7 +52,7 @@ fn a_monitor_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once
 
 /// Stops a process by its place, for ten seconds, while mallory sends SYNs as fast as she can.
 fn stands_still(place: usize, is_counted: impl Fn(&Daemon, u64)) {
-    let lab = Lab::with("open_for = \"3s\"");
+    let lab = Lab::with("open_for = \"8s\"");
     let daemon = lab.start();
     let processes = daemon.processes();
     let (role, process) = processes[place];
