@@ -12,8 +12,7 @@ const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
         "monitor",
         &[
             "serve/monitor.rs",
-            "serve/book.rs",
-            "serve/members.rs",
+            "serve/ledger.rs",
             "serve/past.rs",
             "serve/policy.rs",
             "serve/rate.rs",

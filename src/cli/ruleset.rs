@@ -10,7 +10,7 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::nft::{self, Boot, Comment, Doors, ElementError, Open, SetName};
+use crate::nft::{self, Boot, Comment, Doors, Element, ElementError, Open, SetName};
 
 #[derive(Args)]
 #[command(
@@ -69,7 +69,7 @@ fn shut_what_is_over(old_count: bool, config: &Path) -> Result<(), Failure> {
     };
     for Open { what: door, comment, left } in open {
         if is_over(comment, left) {
-            doors.close(&door)?;
+            doors.close_all([&door])?;
         }
     }
     // The gate stands, whatever the configuration is like.
@@ -78,7 +78,7 @@ fn shut_what_is_over(old_count: bool, config: &Path) -> Result<(), Failure> {
     for set in sets {
         for Open { what: member, comment, left } in doors.members(set).unwrap_or_default() {
             if is_over(comment, left) {
-                doors.delete_member(&member)?;
+                doors.change([&(Element::Member(member), None)])?;
             }
         }
     }

@@ -26,7 +26,7 @@ use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, messages};
 use super::comment::Comment;
 use super::list::{self, Open, OpenDoor};
 use super::sets::{Layout, Member, SetError, SetName};
-use crate::service::Port;
+use crate::service::{Port, Transport};
 
 /// The family of our table.
 const INET: NetfilterProtoFamily = NetfilterProtoFamily::Inet;
@@ -56,41 +56,46 @@ pub struct Door {
 }
 
 impl Door {
-    const fn set(&self) -> &'static str {
-        match (self.once, self.source.is_ipv4()) {
-            (false, true) => "open4",
-            (false, false) => "open6",
-            (true, true) => "once4",
-            (true, false) => "once6",
-        }
-    }
-
-    const fn place(&self) -> Place<'static> {
-        Place { family: INET, table: TABLE, set: self.set() }
-    }
-
-    /// Where the one connection of such a door has its time, if it ends with the door.
-    const fn place_of_connection(&self) -> Option<Place<'static>> {
-        let set = if self.source.is_ipv4() { "live4" } else { "live6" };
-        if self.once { Some(Place { family: INET, table: TABLE, set }) } else { None }
-    }
-
-    fn places(&self) -> impl Iterator<Item = Place<'static>> {
-        self.place_of_connection().into_iter().chain([self.place()])
-    }
-
-    fn key(&self) -> Vec<u8> {
-        key(self.source, Some(self.port))
+    /// None of this source's comes before it in their order.
+    pub const fn first_of(source: IpAddr) -> Self {
+        Self { source, port: Port { transport: Transport::Tcp, number: 0 }, once: false }
     }
 }
 
-impl Member {
+/// An element that the daemon adds and deletes. What a connection needs to last comes before what it needs to begin.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Element {
+    /// What a door for one connection has let in may last, where connections end with their door.
+    Lasts(Door),
+    /// A door is open.
+    Opens(Door),
+    /// A source is in a set of the administrator's.
+    Member(Member),
+}
+
+impl Element {
+    /// All that a door may have in our table.
+    pub fn of(door: &Door) -> impl Iterator<Item = Self> {
+        door.once.then_some(Self::Lasts(*door)).into_iter().chain([Self::Opens(*door)])
+    }
+
     fn place(&self) -> Place<'_> {
-        Place { family: self.set.family(), table: &self.set.table, set: &self.set.set }
+        let ours = |of: &Door, [v4, v6]: [&'static str; 2]| {
+            Place { family: INET, table: TABLE, set: if of.source.is_ipv4() { v4 } else { v6 } }
+        };
+        match self {
+            Self::Lasts(door) => ours(door, ["live4", "live6"]),
+            Self::Opens(door) if door.once => ours(door, ["once4", "once6"]),
+            Self::Opens(door) => ours(door, ["open4", "open6"]),
+            Self::Member(Member { set, .. }) => Place { family: set.family(), table: &set.table, set: &set.set },
+        }
     }
 
     fn key(&self) -> Vec<u8> {
-        key(self.source, self.port)
+        match self {
+            Self::Lasts(Door { source, port, .. }) | Self::Opens(Door { source, port, .. }) => key(*source, Some(*port)),
+            Self::Member(Member { source, port, .. }) => key(*source, *port),
+        }
     }
 }
 
@@ -107,6 +112,9 @@ fn key(source: IpAddr, port: Option<Port>) -> Vec<u8> {
     }
     key
 }
+
+/// A message of a transaction, with the family of the table that it is about, and flags of its own.
+type Change = (NetfilterProtoFamily, NfTablesMessage, u16);
 
 /// A set, wherever it is.
 struct Place<'a> {
@@ -178,71 +186,45 @@ impl Doors {
         self.number
     }
 
-    /// Opens a door for so long from now on, or gives an open one that time; without a time it is closed. For so long lasts what
-    /// a door for one connection has let in, where connections end with their door.
+    /// Gives elements so long from now on, whether they are there or not, and deletes those without a time: all of them, or
+    /// none. One transaction for dozens takes a fraction of the time of one for each.
     ///
     /// Adding an element that is there does not renew it, so it is added, deleted and added in one transaction, none of
     /// which can fail.
     ///
     /// # Errors
-    /// When the table or the set is gone, the set is full, or the capability is missing.
-    pub fn put(&mut self, door: &Door, begins: Option<&Time>, lasts: Option<&Time>) -> Result<(), ElementError> {
-        let elements = [(Some(door.place()), begins), (door.place_of_connection(), lasts)].into_iter();
-        let messages = elements.filter_map(|(place, time)| {
-            let (place, key) = (place?, door.key());
-            Some(match time {
-                Some((left, comment)) => renewal(&place, &key, *left, &comment.to_string()).to_vec(),
-                None => deletion(&place, &key).to_vec(),
-            })
+    /// When the table or a set is gone, a set is full, or the capability is missing.
+    pub fn change<'a>(
+        &mut self,
+        changes: impl IntoIterator<Item = &'a (Element, Option<Time>)>,
+    ) -> Result<(), ElementError> {
+        let messages = changes.into_iter().flat_map(|(element, time)| match time {
+            Some((left, comment)) => renewal(element, *left, &comment.to_string()).to_vec(),
+            None => deletion(element).to_vec(),
         });
-        self.transact(INET, &messages.flatten().collect::<Vec<_>>())
+        let messages: Vec<_> = messages.collect();
+        if messages.is_empty() { Ok(()) } else { self.transact(&messages) }
     }
 
-    /// Closes a door, whether it is open or not.
+    /// Closes doors, whether they are open or not: all of them, or none.
     ///
     /// # Errors
-    /// As [`Doors::open`].
-    pub fn close(&mut self, door: &Door) -> Result<(), ElementError> {
-        self.close_all([door])
-    }
-
-    /// Closes doors, whether they are open or not: all of them, or none. One transaction for dozens takes a fraction of the
-    /// time of one for each.
-    ///
-    /// # Errors
-    /// As [`Doors::open`].
+    /// As [`Doors::change`].
     pub fn close_all<'a>(&mut self, doors: impl IntoIterator<Item = &'a Door>) -> Result<(), ElementError> {
-        let elements = doors.into_iter().flat_map(|door| door.places().map(|place| (place, door.key())));
-        let messages: Vec<_> = elements.flat_map(|(place, key)| deletion(&place, &key)).collect();
-        if messages.is_empty() { Ok(()) } else { self.transact(INET, &messages) }
+        let elements: Vec<_> = doors.into_iter().flat_map(Element::of).map(|element| (element, None)).collect();
+        self.change(&elements)
     }
 
     /// Forgets which SYNs were let in: none may come again.
     ///
     /// # Errors
-    /// As [`Doors::open`].
+    /// As [`Doors::change`].
     pub fn forget_begun(&mut self) -> Result<(), ElementError> {
         let flush = |set: &str| {
             let attributes = vec![SetElementList::Table(TABLE.to_owned()), SetElementList::Set(set.to_owned())];
-            (NfTablesMessage::DeleteSetElement(SetElementMessage { attributes }), 0)
+            (INET, NfTablesMessage::DeleteSetElement(SetElementMessage { attributes }), 0)
         };
-        self.transact(INET, &BEGUN.map(flush))
-    }
-
-    /// Adds a source to a set of the administrator's for so long from now on, or gives it that time.
-    ///
-    /// # Errors
-    /// As [`Doors::open`].
-    pub fn add_member(&mut self, member: &Member, timeout: Duration, comment: &Comment) -> Result<(), ElementError> {
-        self.renew(&member.place(), &member.key(), timeout, &comment.to_string())
-    }
-
-    /// Takes a source out of a set of the administrator's, whether it is in it or not.
-    ///
-    /// # Errors
-    /// As [`Doors::open`].
-    pub fn delete_member(&mut self, member: &Member) -> Result<(), ElementError> {
-        self.delete(&member.place(), &member.key())
+        self.transact(&BEGUN.map(flush))
     }
 
     /// All doors that are open, and what those for one connection have let in.
@@ -352,26 +334,18 @@ impl Doors {
         }
     }
 
-    fn renew(&mut self, place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> Result<(), ElementError> {
-        self.transact(place.family, &renewal(place, key, timeout, comment))
-    }
-
-    fn delete(&mut self, place: &Place<'_>, key: &[u8]) -> Result<(), ElementError> {
-        self.transact(place.family, &deletion(place, key))
-    }
-
     /// Makes the table, owned by this socket and persistent: then it survives another's `flush ruleset` and the death of
     /// its owner. A persistent table without an owner is adopted.
     ///
     /// # Errors
     /// Any but that the kernel or the table that is there does not allow it.
     pub fn own_table(&mut self) -> Result<Ownership, ElementError> {
-        match self.transact(INET, &[(own(), NLM_F_CREATE | NLM_F_EXCL)]) {
+        match self.transact(&[(INET, own(), NLM_F_CREATE | NLM_F_EXCL)]) {
             Err(ElementError::Refused(error)) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(ElementError::Refused(error)) if is_unsupported(&error) => return Ok(Ownership::Unsupported),
             done => return done.map(|()| Ownership::Made),
         }
-        match self.transact(INET, &[(own(), NLM_F_CREATE)]) {
+        match self.transact(&[(INET, own(), NLM_F_CREATE)]) {
             Err(ElementError::Refused(error)) if is_unsupported(&error) => Ok(Ownership::Unsupported),
             done => done.map(|()| Ownership::Adopted),
         }
@@ -383,35 +357,27 @@ impl Doors {
     /// When it is not there, or another's.
     pub fn delete_table(&mut self) -> Result<(), ElementError> {
         let attributes = vec![TableAttribute::Name(TABLE.to_owned())];
-        self.transact(INET, &[(NfTablesMessage::DeleteTable(TableMessage { attributes }), 0)])
+        self.transact(&[(INET, NfTablesMessage::DeleteTable(TableMessage { attributes }), 0)])
     }
 
     /// Sends a batch as one transaction and reads the kernel's verdict, which is there when `send` returns.
-    fn transact(
-        &mut self,
-        family: NetfilterProtoFamily,
-        messages: &[(NfTablesMessage, u16)],
-    ) -> Result<(), ElementError> {
+    fn transact(&mut self, messages: &[Change]) -> Result<(), ElementError> {
         for _ in 0..RETRIES {
-            match self.try_transact(family, messages) {
+            match self.try_transact(messages) {
                 Err(ElementError::Refused(error)) if is_transient(&error) => {}
                 done => return done,
             }
         }
-        self.try_transact(family, messages)
+        self.try_transact(messages)
     }
 
-    fn try_transact(
-        &mut self,
-        family: NetfilterProtoFamily,
-        messages: &[(NfTablesMessage, u16)],
-    ) -> Result<(), ElementError> {
+    fn try_transact(&mut self, messages: &[Change]) -> Result<(), ElementError> {
         let mut batch = Vec::new();
         let last = messages.len().saturating_sub(1);
         self.append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin.into(), 0);
-        for (place, (message, flags)) in messages.iter().enumerate() {
+        for (place, (family, message, flags)) in messages.iter().enumerate() {
             let ack = if place == last { NLM_F_ACK } else { 0 };
-            self.append(&mut batch, family, message.clone().into(), flags | ack);
+            self.append(&mut batch, *family, message.clone().into(), flags | ack);
         }
         self.append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd.into(), 0);
         self.socket.send(&batch, 0)?;
@@ -496,25 +462,22 @@ fn own() -> NfTablesMessage {
 }
 
 /// Of an element that may be there or not.
-fn renewal(place: &Place<'_>, key: &[u8], timeout: Duration, comment: &str) -> [(NfTablesMessage, u16); 3] {
-    let added = || element(place, key, Some(timeout), comment);
-    [
-        (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
-        (NfTablesMessage::DeleteSetElement(element(place, key, None, "")), 0),
-        (NfTablesMessage::NewSetElement(added()), NLM_F_CREATE),
-    ]
+fn renewal(element: &Element, timeout: Duration, comment: &str) -> [Change; 3] {
+    let (place, key) = (element.place(), element.key());
+    let added = || NfTablesMessage::NewSetElement(message(&place, &key, Some(timeout), comment));
+    let deleted = NfTablesMessage::DeleteSetElement(message(&place, &key, None, ""));
+    [(place.family, added(), NLM_F_CREATE), (place.family, deleted, 0), (place.family, added(), NLM_F_CREATE)]
 }
 
 /// Of an element that may be there or not: it is added before.
-fn deletion(place: &Place<'_>, key: &[u8]) -> [(NfTablesMessage, u16); 2] {
-    let second = Some(Duration::from_secs(1));
-    [
-        (NfTablesMessage::NewSetElement(element(place, key, second, "")), NLM_F_CREATE),
-        (NfTablesMessage::DeleteSetElement(element(place, key, None, "")), 0),
-    ]
+fn deletion(element: &Element) -> [Change; 2] {
+    let (place, key) = (element.place(), element.key());
+    let added = NfTablesMessage::NewSetElement(message(&place, &key, Some(Duration::from_secs(1)), ""));
+    let deleted = NfTablesMessage::DeleteSetElement(message(&place, &key, None, ""));
+    [(place.family, added, NLM_F_CREATE), (place.family, deleted, 0)]
 }
 
-fn element(place: &Place<'_>, key: &[u8], timeout: Option<Duration>, comment: &str) -> SetElementMessage {
+fn message(place: &Place<'_>, key: &[u8], timeout: Option<Duration>, comment: &str) -> SetElementMessage {
     let mut element = vec![SetElementAttribute::Key(DataAttribute::Value(key.to_vec()))];
     if let Some(timeout) = timeout {
         // The kernel reads 0 as never: what is left of a door must not become for ever.

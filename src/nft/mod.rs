@@ -14,7 +14,7 @@ pub mod table;
 pub mod watch;
 
 pub use comment::{Boot, Comment};
-pub use elements::{Door, Doors, ElementError, Ownership};
+pub use elements::{Door, Doors, Element, ElementError, Ownership, Time};
 pub use flows::{Ending, end, established};
 pub use list::{Open, OpenDoor};
 pub use load::{NftError, check, list_rules, list_ruleset};

@@ -51,7 +51,7 @@ pub struct SetName {
 }
 
 /// One element of such a set: a source, with the port that is open to it where the set has ports.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Member {
     /// Where.
     pub set: SetName,

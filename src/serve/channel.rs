@@ -37,7 +37,7 @@ pub enum Message {
     Enforce,
     /// Keeper to monitor: let go of the table, it is about to be loaded anew.
     Release,
-    /// Keeper to monitor: shut these doors, and write into this memory which connections could not be ended.
+    /// Keeper to monitor: shut these doors, and write into this memory at which connections may have begun.
     Revoke,
     /// Keeper to child: it is time to go.
     Stop,

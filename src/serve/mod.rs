@@ -11,7 +11,6 @@
 //! Any death stops all. Nothing listens on the queue then, so the kernel drops what is queued, and doors close by their own
 //! timeouts.
 
-pub mod book;
 pub mod calls;
 pub mod channel;
 mod children;
@@ -25,9 +24,9 @@ pub mod frames;
 pub mod gate;
 pub mod handover;
 pub mod keeper;
+pub mod ledger;
 pub mod log;
 mod manager;
-pub mod members;
 pub mod monitor;
 pub mod observers;
 pub mod past;

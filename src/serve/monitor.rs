@@ -1,7 +1,7 @@
 //! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
 //! its policy permits.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -13,12 +13,11 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
 
-use super::book::{Book, Grant, MAX_DOORS};
 use super::channel::{Channel, Message, has_hung_up};
 use super::clock::unix_now;
 use super::control::Selection;
 use super::frames::{FRAME_LEN, Frame, FrameError};
-use super::members::{self, Members};
+use super::ledger::{Grant, Ledger};
 use super::past::Past;
 use super::policy::Policy;
 use super::rate::Rate;
@@ -27,7 +26,7 @@ use super::report::{self, LiveDoor, MonitorPart, RevokedPart};
 use super::sandbox::{self, SandboxError};
 use super::watchers::{self, CLOSING};
 use super::{calls, handover, terminal};
-use crate::nft::{Boot, Comment, Door, Doors, ElementError, Loss, Member, OpenDoor, Ownership, Watch};
+use crate::nft::{Boot, Comment, Door, Doors, Element, ElementError, Loss, Member, Open, OpenDoor, Ownership, Watch};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 use crate::service::Name;
 
@@ -48,6 +47,9 @@ const IN_FLIGHT: usize = 4096;
 
 /// What to do about doors that were saved.
 const SAVING: &str = "save all tables but knockq's: docs/guide-server.md#saving-the-firewall";
+
+/// What makes a set that sources can be added to.
+const SETS_HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }', or ipv6_addr";
 
 /// Time that the keeper has to say that it is time to go, when the verifier has gone.
 const GRACE: Duration = Duration::from_secs(2);
@@ -113,14 +115,12 @@ pub fn run() -> Result<(), MonitorError> {
         policy,
         next_policy: None,
         not_opened: Tally::default(),
-        not_shut: Tally::default(),
+        not_settled: Tally::default(),
+        not_added: Tally::default(),
         doors,
-        boot,
         is_unlisted: false,
-        book: Book::default(),
-        members: Members::new(boot),
+        ledger: Ledger::new(boot),
         past: Past::default(),
-        unsettled: BTreeSet::new(),
         figures: Figures::default(),
     };
     if !monitor.own_table()? {
@@ -156,18 +156,13 @@ struct Monitor {
     /// What comes into force when the verifier has its new settings.
     next_policy: Option<Policy>,
     not_opened: Tally,
-    not_shut: Tally,
+    not_settled: Tally,
+    not_added: Tally,
     doors: Doors,
-    /// By whose clock doors say when they end.
-    boot: Boot,
     /// Others may have added elements in the daemon's name, and they could not be listed.
     is_unlisted: bool,
-    book: Book,
-    /// Who is in the administrator's sets.
-    members: Members,
+    ledger: Ledger,
     past: Past,
-    /// Doors whose elements are to be made what the book says when the table is loaded.
-    unsettled: BTreeSet<Door>,
     figures: Figures,
 }
 
@@ -246,15 +241,11 @@ impl Monitor {
         }
     }
 
-    /// Reads what was deleted of the table, and asks the keeper to load it again, once. Nobody can take away what we own,
-    /// nor could the keeper load it.
+    /// Reads what was changed of the table, asks the keeper to load it again, once, and changes what is to be changed. Nobody can
+    /// take away what we own, nor could the keeper load it.
     fn watch_table(&mut self) -> Result<(), MonitorError> {
         self.hear_of_changes()?;
-        if self.loss != Loss::Nothing && !self.is_owner && !self.is_loading {
-            self.expect_load();
-            self.keeper.send(Message::Lost, &[])?;
-        }
-        Ok(())
+        self.settle()
     }
 
     /// From here on what is changed besides the load may have been changed after it.
@@ -270,39 +261,33 @@ impl Monitor {
         self.watch.take_unmended(loads)
     }
 
-    /// Reads what was changed of the table. A door that somebody deleted by hand is taken back: it must not come again with
-    /// the next restoration.
-    fn hear_of_changes(&mut self) -> io::Result<()> {
+    /// Reads what was changed of the table, and what of it was lost. A door that somebody deleted by hand is taken back: it must
+    /// not come again with the next restoration.
+    fn hear_of_changes(&mut self) -> Result<(), MonitorError> {
         self.read_changes()?;
         let now = Instant::now();
-        let made = self.watch.take_new_sets();
-        if !made.is_empty() {
-            self.members.restore(&made, now, &mut self.doors);
-        }
+        self.ledger.mark_sets(&self.watch.take_new_sets());
         let loaded = self.watch.take_loaded();
         for door in self.watch.take_deleted() {
-            let Door { source, port, .. } = door;
-            let struck = self.book.strike_door(&door);
-            if struck.is_empty() {
-                continue;
-            }
-            for Grant { user, service, .. } in struck.iter().filter(|grant| grant.until > now) {
+            let gone = self.ledger.remove_door(&door);
+            for (Door { source, port, .. }, Grant { user, service, .. }) in gone.iter().filter(|gone| gone.1.until > now) {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
-            struck.iter().for_each(|grant| self.members.leave(&door, grant, now, &mut self.doors));
-            if door.once {
-                let _ = self.doors.close(&door); // one of its two elements may be there still
-            }
-            self.past.add(&struck.into_iter().map(|grant| (door, grant)).collect::<Vec<_>>(), now);
+            self.past.add(&gone, now);
         }
         if loaded.begun {
             self.forget_begun();
         }
-        self.settle_all(&loaded.doors.into_iter().collect::<Vec<_>>())?;
-        self.members.settle(&loaded.members, &self.policy, &mut self.doors);
+        self.mark_loaded(&loaded.doors, now);
+        let known = self.policy.sets();
+        loaded.members.into_iter().filter(|it| known.contains(&it.set)).for_each(|it| self.ledger.mark_member(it));
         if loaded.are_missed || std::mem::take(&mut self.is_unlisted) {
             // There is nothing to list until the table is loaded again.
             self.is_unlisted = self.compare(false).is_err();
+        }
+        if self.loss != Loss::Nothing && !self.is_owner && !self.is_loading {
+            self.expect_load();
+            self.keeper.send(Message::Lost, &[])?;
         }
         Ok(())
     }
@@ -312,32 +297,88 @@ impl Monitor {
         Ok(())
     }
 
-    /// Makes the kernel's elements what the book says that others have added in the daemon's name. The kernel tells of each, so
-    /// what it says is read in between.
-    fn settle_all(&mut self, loaded: &[Door]) -> io::Result<()> {
-        let mut shut = 0_usize;
-        for some in loaded.chunks(BURST) {
-            for door in some {
-                let (Door { source, port, once }, now) = (door, Instant::now());
-                if *once {
-                    self.book.spend(door); // or it would come again for each time that it is loaded
-                }
-                match self.settle(door, now) {
-                    Ok(_) => shut += usize::from(self.book.longest(door, now).is_none()),
-                    Err(error) if self.not_shut.is_first() => warn!(%source, %port, "not as its grant says: {error}"),
-                    Err(_) => {}
-                }
+    /// Somebody else has loaded doors. What one for a connection was opened for may have come.
+    fn mark_loaded<'a>(&mut self, loaded: impl IntoIterator<Item = &'a Door>, now: Instant) {
+        let mut over = 0_usize;
+        for door in loaded {
+            if door.once {
+                self.ledger.spend(door);
             }
-            self.read_changes()?;
+            self.ledger.mark(door);
+            over += usize::from(!self.ledger.is_held(door, now));
         }
-        if shut > 0 {
-            warn!(doors = shut, hint = SAVING, "shut: somebody else has loaded doors whose grants are over");
+        if over > 0 {
+            warn!(doors = over, hint = SAVING, "shut: somebody else has loaded doors whose grants are over");
         }
-        Ok(())
     }
 
-    /// Compares the elements that say that they are the daemon's with the book, which `adopts` the grants of a daemon of before.
-    fn compare(&mut self, adopts: bool) -> Result<(), MonitorError> {
+    /// Makes the kernel's elements what the ledger says: dozens in one transaction, for one each takes a slow machine minutes
+    /// where there are thousands. The kernel tells of each, so what it says is read in between, or it would run over.
+    fn settle(&mut self) -> Result<(), MonitorError> {
+        loop {
+            let now = Instant::now(); // of each by the time that it is by then
+            let changes = self.ledger.take(BURST, now);
+            if changes.is_empty() {
+                return Ok(());
+            }
+            let changed = self.doors.change(&changes);
+            self.hear_of_changes()?;
+            match changed {
+                Ok(()) => changes.iter().for_each(|(element, _)| self.settled(element)),
+                // The table is not there, or somebody else's for a moment.
+                Err(_) if self.is_loading => changes.into_iter().for_each(|(element, _)| self.defer(element)),
+                Err(_) => changes.into_iter().for_each(|(element, _)| self.settle_alone(element, now)),
+            }
+        }
+    }
+
+    /// One that stands in the others' way must not keep them.
+    fn settle_alone(&mut self, element: Element, now: Instant) {
+        let change = (element, self.ledger.desired(&element, now));
+        match self.doors.change([&change]) {
+            Ok(()) => self.settled(&change.0),
+            Err(error) => self.refused(&change.0, &error),
+        }
+    }
+
+    fn settled(&mut self, element: &Element) {
+        for (Door { source, port, .. }, Grant { user, service, bound, asked, .. }) in self.ledger.settled(element) {
+            self.figures.opened = self.figures.opened.saturating_add(1);
+            info!(%user, %service, %source, %port, seconds = asked.unwrap_or(0), bound, "granted");
+        }
+    }
+
+    fn defer(&mut self, element: Element) {
+        for (Door { source, port, .. }, Grant { user, service, bound, asked, .. }) in self.ledger.defer(element) {
+            self.figures.opened = self.figures.opened.saturating_add(1);
+            let seconds = asked.unwrap_or(0);
+            info!(%user, %service, %source, %port, seconds, bound, "granted, once the table is loaded");
+        }
+    }
+
+    fn refused(&mut self, element: &Element, error: &ElementError) {
+        let gone = self.ledger.refused(element);
+        for (Door { source, port, .. }, Grant { user, service, .. }) in &gone {
+            self.figures.not_opened = self.figures.not_opened.saturating_add(1);
+            if self.not_opened.is_first() {
+                warn!(%user, %service, %source, %port, "not granted: {error}");
+            }
+        }
+        match element {
+            Element::Member(Member { source, set, .. }) if self.not_added.is_first() => {
+                warn!(%source, %set, "not as it should be in a set of yours: {error}");
+            }
+            Element::Opens(Door { source, port, .. }) | Element::Lasts(Door { source, port, .. })
+                if gone.is_empty() && self.not_settled.is_first() =>
+            {
+                warn!(%source, %port, "not as its grants say: {error}");
+            }
+            _ => {}
+        }
+    }
+
+    /// Compares the elements that say that they are the daemon's with the ledger, which `adopts` the grants of a daemon of before.
+    fn compare(&mut self, adopts: bool) -> Result<(), ElementError> {
         let old_count = adopts && self.policy.old_count;
         let mut wrong = Vec::new();
         let now = Instant::now(); // none must have more time than the kernel gives it, and listing thousands takes a while
@@ -345,27 +386,39 @@ impl Monitor {
         let open = open.into_iter().map(|open| (open, false));
         for (OpenDoor { what: door, comment, left }, spent) in open.chain(live.into_iter().map(|live| (live, true))) {
             let Some(said) = comment else { continue }; // what somebody opened by hand is not ours to shut
-            let counts_until = said.counts_until(left, old_count, &self.boot, now);
+            let counts_until = said.counts_until(left, old_count, self.ledger.boot(), now);
             let Comment { user, service, bound, end } = said;
             if let Some(until) = counts_until.filter(|_| adopts) {
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                let (token, earlier) = (None, Vec::new());
-                let grant = Grant { user, service, until, bound, token, earlier, kill, spent, members };
+                let (token, asked) = (None, None);
+                let grant = Grant { user, service, until, bound, token, kill, spent, members, asked };
                 // Who may be there no more leaves the sets with the door, below.
-                if self.policy.upholds(&door, &grant, now, unix_now()) {
-                    self.members.join(&door, &grant, now, &mut self.doors);
-                }
-                self.book.note(door, grant, door.once, now);
+                grant.members.iter().for_each(|member| self.ledger.mark_member(member.clone()));
+                self.ledger.adopt(door, grant);
             }
             // One for one connection is never added again: it may be spent by now.
             let says_its_end = end.is_some() || door.once;
-            if counts_until.is_none() || !says_its_end || self.book.longest(&door, now).is_none() {
+            if counts_until.is_none() || !says_its_end || !self.ledger.is_held(&door, now) {
                 wrong.push(door);
             }
         }
-        self.settle_all(&wrong)?;
-        self.members.compare(&self.policy, old_count, &mut self.doors);
+        self.mark_loaded(&wrong, now);
+        for set in self.policy.sets() {
+            match self.doors.members(set) {
+                Ok(listed) => {
+                    for Open { what: member, comment, left } in listed {
+                        let counts = |said: Comment| said.counts_until(left, old_count, self.ledger.boot(), now).is_some();
+                        if !comment.is_none_or(counts) {
+                            self.ledger.mark_member(member);
+                        }
+                    }
+                }
+                Err(ElementError::NoSet) => {}
+                Err(error) if self.not_added.is_first() => warn!(%set, "who is in a set of yours is not known: {error}"),
+                Err(_) => {}
+            }
+        }
         Ok(())
     }
 
@@ -401,10 +454,7 @@ impl Monitor {
                 let selection: Selection = handover::unseal(selection)?;
                 self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
                 self.forget_begun();
-                let (covers, now) =
-                    (|member: &Member, grant: &Grant| selection.covers(member.source, &grant.user), Instant::now());
-                self.members.strike(covers, now, &mut self.doors);
-                report::write(memory, self.revoked(&selection, now))?;
+                report::write(memory, self.revoked(&selection, Instant::now()))?;
             }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
@@ -428,22 +478,9 @@ impl Monitor {
         }
         self.loss = Loss::Nothing;
         if loss == Loss::Doors {
-            self.unsettled.extend(self.book.to_restore(Instant::now()));
+            self.ledger.mark_all();
         }
-        while let Some(door) = self.unsettled.pop_first() {
-            // Each by the time that it is by then: there may be many.
-            if let Err(error) = self.put(&door, Instant::now())
-                && self.not_opened.is_first()
-            {
-                warn!(source = %door.source, port = %door.port, "not opened again: {error}");
-            }
-            if self.unsettled.len().is_multiple_of(BURST) {
-                self.watch_table()?;
-                if self.is_loading {
-                    return Ok(()); // the rest when it is loaded once more
-                }
-            }
-        }
+        self.ledger.resume();
         self.watch_table()
     }
 
@@ -479,16 +516,14 @@ impl Monitor {
     fn take_over(&mut self) -> Result<(), MonitorError> {
         self.forget_begun();
         self.compare(true)?;
-        members::check(&self.policy, &mut self.doors);
-        Ok(self.shut_what_policy_forbids()?)
+        self.check_sets();
+        self.shut_what_policy_forbids()
     }
 
-    fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
+    fn shut_what_policy_forbids(&mut self) -> Result<(), MonitorError> {
         let (policy, now, unix_now) = (self.policy.clone(), Instant::now(), unix_now());
-        self.shut("shut", |door, grant| !policy.upholds(door, grant, now, unix_now))?;
-        let is_over = |member: &Member, grant: &Grant| !policy.adds(&grant.user, &grant.service, &member.set);
-        self.members.strike(is_over, now, &mut self.doors);
-        Ok(())
+        self.ledger.remove_members(|grant, member| policy.adds(&grant.user, &grant.service, &member.set));
+        self.shut("shut", |door, grant| !policy.upholds(door, grant, now, unix_now))
     }
 
     /// Puts the next policy in force, and shuts what it does not uphold.
@@ -498,42 +533,36 @@ impl Monitor {
             self.rate.change(policy.grants_per_minute);
             self.policy = policy;
             self.shut_what_policy_forbids()?;
-            members::check(&self.policy, &mut self.doors);
+            self.check_sets();
         }
         Ok(())
     }
 
-    /// Takes grants back; what others hold open stays open. Doors that nobody holds any more shut together, for a transaction
-    /// each takes a slow machine minutes where there are thousands. The kernel tells of each door, so what it says is read in
-    /// between, or it would run over.
-    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<()> {
-        let all = self.book.strike_all(is_meant);
-        for struck in all.chunks(BURST) {
-            let now = Instant::now();
-            let Self { book, doors, .. } = self;
-            let is_held = |door: &Door| book.longest(door, now).is_some();
-            let free: HashSet<&Door> = struck.iter().map(|(door, _)| door).filter(|door| !is_held(door)).collect();
-            let are_shut = doors.close_all(free.iter().copied()).is_ok(); // else each by itself tells which cannot be
-            for (door, grant) in struck {
-                let (Door { source, port, .. }, Grant { user, service, until, .. }) = (door, grant);
-                match if are_shut && free.contains(door) { Ok(true) } else { self.settle(door, now) } {
-                    Ok(_) if *until > now => info!(%user, %service, %source, %port, "{how}"),
-                    Ok(_) => {}
-                    Err(error) => warn!(%user, %service, %source, %port, "not {how}: {error}"),
-                }
-                self.members.leave(door, grant, now, &mut self.doors);
+    /// Takes grants back; what others hold open stays open.
+    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> Result<(), MonitorError> {
+        let (gone, now) = (self.ledger.remove(is_meant), Instant::now());
+        for (Door { source, port, .. }, Grant { user, service, until, .. }) in &gone {
+            if *until > now {
+                info!(%user, %service, %source, %port, "{how}");
             }
-            self.hear_of_changes()?;
         }
-        self.past.add(&all, Instant::now());
-        Ok(())
+        self.past.add(&gone, now);
+        self.settle()
+    }
+
+    /// Tells which sets of the administrator's are missing or cannot be used, before somebody knocks.
+    fn check_sets(&mut self) {
+        for set in self.policy.sets() {
+            if let Err(error) = self.doors.check_set(set) {
+                warn!(hint = SETS_HINT, "who knocks is not added: {error}");
+            }
+        }
     }
 
     /// Doors of those who were revoked, but for what others hold open, and all that it takes to end what began there.
     fn revoked(&mut self, selection: &Selection, now: Instant) -> RevokedPart {
-        let book = &self.book;
-        let is_held =
-            |door: &Door| [false, true].iter().any(|&once| book.longest(&Door { once, ..*door }, now).is_some());
+        let ledger = &self.ledger;
+        let is_held = |door: &Door| [false, true].iter().any(|&once| ledger.is_held(&Door { once, ..*door }, now));
         let doors = self.past.of(selection, now).filter(|door| !is_held(door)).collect();
         let Policy { trusted, .. } = &self.policy;
         RevokedPart { doors, guarded: self.policy.ports(), trusted: trusted.clone(), is_cut: false }
@@ -551,9 +580,20 @@ impl Monitor {
 
     /// What a user's source is in the administrator's sets, as long as this door is open.
     fn members_of(&mut self, user: &Name, door: &Door) -> Vec<Member> {
-        let Self { policy, next_policy, members, doors, .. } = self;
+        let Self { policy, next_policy, doors, not_added, .. } = self;
         let allowance = next_policy.iter().chain([&*policy]).find_map(|policy| policy.users.get(user));
-        members.of(allowance.map_or(&[], |allowance| &allowance.add_to), user, door, doors)
+        let sets = allowance.map_or(&[][..], |allowance| &allowance.add_to);
+        let mut members = Vec::new();
+        for set in sets {
+            match doors.member(set, door) {
+                Ok(member) => members.extend(member),
+                Err(error) if not_added.is_first() => {
+                    warn!(%user, source = %door.source, hint = SETS_HINT, "not added: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+        members
     }
 
     /// Gives what is queued its verdict and hands the headers on.
@@ -578,7 +618,7 @@ impl Monitor {
             }
             self.answer(frame);
         }
-        Ok(())
+        self.settle()
     }
 
     /// Does what a permitted frame asks. What the kernel refuses is logged; the door stays as it was.
@@ -600,73 +640,29 @@ impl Monitor {
                 let until = now + Duration::from_secs(seconds.into());
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                let (token, earlier, spent) = (Some(token), Vec::new(), false);
-                let grant = Grant { user, service, until, bound, token, earlier, kill, spent, members };
-                self.open(door, grant, seconds, now);
+                let (token, asked, spent) = (Some(token), Some(seconds), false);
+                self.open(door, Grant { user, service, until, bound, token, kill, spent, members, asked });
             }
             Frame::Close { source, port, user, token } => {
                 for door in [false, true].map(|once| Door { source, port, once }) {
-                    let Some((was, left)) = self.book.strike(&door, &user, token, now) else { continue };
-                    if let Err(error) = self.settle(&door, now)
-                        && self.not_shut.is_first()
-                    {
-                        warn!(%user, %source, %port, "not taken back: {error}");
-                    }
-                    if let Some(left) = left {
-                        self.members.join(&door, &left, now, &mut self.doors);
-                    } else {
-                        self.members.leave(&door, &was, now, &mut self.doors);
-                        self.past.add(&[(door, was)], now);
+                    if let Some((gone, true)) = self.ledger.withdraw(&door, &user, token, now) {
+                        self.past.add(&[(door, gone)], now);
                     }
                 }
             }
         }
     }
 
-    /// Opens a door for so many seconds, or gives it that time again.
-    fn open(&mut self, door: Door, grant: Grant, seconds: u32, now: Instant) {
-        let (Door { source, port, once }, Grant { user, service, bound, .. }) = (door, &grant);
-        let Some(replaced) = self.book.note(door, grant.clone(), once, now) else {
+    /// A door is to be open for the time of this grant.
+    fn open(&mut self, door: Door, grant: Grant) {
+        let (Door { source, port, .. }, Grant { user, service, .. }) = (door, &grant);
+        let [user, service] = [user, service].map(Clone::clone);
+        if !self.ledger.insert(door, grant) {
             self.figures.not_opened = self.figures.not_opened.saturating_add(1);
             if self.not_opened.is_first() {
                 warn!(%user, %service, %source, %port, "not granted: too many doors are open");
             }
-            return;
-        };
-        let settled = self.settle(&door, now);
-        let count = if settled.is_ok() { &mut self.figures.opened } else { &mut self.figures.not_opened };
-        *count = count.saturating_add(1);
-        match settled {
-            Ok(true) => info!(%user, %service, %source, %port, seconds, bound, "granted"),
-            Ok(false) => info!(%user, %service, %source, %port, seconds, bound, "granted, once the table is loaded"),
-            Err(error) => {
-                self.book.take_back(&door, replaced);
-                if self.not_opened.is_first() {
-                    warn!(%user, %service, %source, %port, "not granted: {error}");
-                }
-                return;
-            }
         }
-        self.members.join(&door, &grant, now, &mut self.doors);
-    }
-
-    /// Makes the kernel's element what the book says; `false` if that has to wait until the table is loaded.
-    fn settle(&mut self, door: &Door, now: Instant) -> Result<bool, ElementError> {
-        match self.put(door, now) {
-            // It is not there, or somebody else's for a moment.
-            Err(_) if self.is_loading && self.unsettled.len() < MAX_DOORS => {
-                self.unsettled.insert(*door);
-                Ok(false)
-            }
-            done => done.map(|()| true),
-        }
-    }
-
-    /// Makes the kernel's element what the book says.
-    fn put(&mut self, door: &Door, now: Instant) -> Result<(), ElementError> {
-        let time = |found: Option<(&Grant, Duration)>| found.map(|(grant, left)| (left, grant.comment(&self.boot)));
-        let [begins, lasts] = [self.book.longest_fresh(door, now), self.book.longest_of_kill(door, now)].map(time);
-        self.doors.put(door, begins.as_ref(), lasts.as_ref())
     }
 
     fn part(&self) -> MonitorPart {
@@ -679,16 +675,15 @@ impl Monitor {
             seconds_left: left.as_secs(),
         };
         let Figures { seen, opened, not_opened } = self.figures;
-        let doors = self.book.live(Instant::now()).map(door).collect();
+        let doors = self.ledger.live(Instant::now()).map(door).collect();
         let lost = self.relay.lost_in_all();
         MonitorPart { seen, lost, opened, not_opened, doors, is_cut: false }
     }
 
     /// Looks after what runs out by itself; tells when it did so, by both clocks.
-    fn tick(&mut self, last: (Instant, u64)) -> io::Result<(Instant, u64)> {
+    fn tick(&mut self, last: (Instant, u64)) -> Result<(Instant, u64), MonitorError> {
         let (now, unix_now) = (Instant::now(), unix_now());
-        self.members.forget(now);
-        let closed = self.book.forget(now);
+        let closed = self.ledger.forget(now);
         for (Door { source, port, .. }, Grant { user, service, .. }) in &closed {
             if self.policy.log_closings {
                 info!(target: CLOSING, %user, %service, %source, %port, "closed");
@@ -713,8 +708,8 @@ impl Monitor {
         }
         let tallies = [
             (&mut self.not_opened, "opened"),
-            (&mut self.not_shut, "shut"),
-            (self.members.not_added(), "added to sets"),
+            (&mut self.not_settled, "made what their grants say"),
+            (&mut self.not_added, "added to sets"),
         ];
         for (tally, what) in tallies {
             match tally.take_untold() {

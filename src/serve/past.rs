@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::book::Grant;
+use super::ledger::Grant;
 use super::control::Selection;
 use crate::nft::Door;
 use crate::service::Name;
@@ -72,10 +72,10 @@ mod tests {
                 until,
                 bound: false,
                 token: None,
-                earlier: Vec::new(),
-                kill: false,
+                                kill: false,
                 spent: false,
                 members: Vec::new(),
+                asked: None,
             },
         )
     }

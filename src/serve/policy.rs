@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::book::Grant;
+use super::ledger::Grant;
 use super::frames::Frame;
 use super::sandbox::Identity;
 use crate::nft::{Door, SetName};
@@ -205,10 +205,10 @@ mod tests {
             until: now,
             bound: false,
             token: None,
-            earlier: Vec::new(),
-            kill: false,
+                        kill: false,
             spent: false,
             members: Vec::new(),
+            asked: None,
         };
         assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
         assert!(policy.upholds(&door("tcp/25", true), &grant("a", "mail"), now, NOW));
@@ -238,10 +238,10 @@ mod tests {
             let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
             let until = now + Duration::from_secs(seconds);
             let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
-            let (token, earlier, kill, spent, members) = (None, Vec::new(), false, false, Vec::new());
+            let (token, kill, spent, members, asked) = (None, false, false, Vec::new(), None);
             policy.upholds(
                 &door,
-                &Grant { user, service, until, bound, token, earlier, kill, spent, members },
+                &Grant { user, service, until, bound, token, kill, spent, members, asked },
                 now,
                 NOW,
             )

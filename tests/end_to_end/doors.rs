@@ -5,7 +5,7 @@ use std::time::Duration;
 use std::{fs, thread};
 
 use knockq::crypto::KnockPorts;
-use knockq::nft::{Comment, Door, Doors};
+use knockq::nft::{Comment, Door, Doors, Element};
 
 use crate::lab::{self, FAMILIES, Family, Lab, eventually, succeeds};
 use crate::{seconds_left, unix_now};
@@ -242,7 +242,10 @@ fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
         lab.server.enter(|| {
             Doors::new()
                 .unwrap()
-                .put(&door, Some(&(Duration::from_micros(999), Comment::read("alice ssh").unwrap())), None)
+                .change([&(
+                    Element::Opens(door),
+                    Some((Duration::from_micros(999), Comment::read("alice ssh").unwrap())),
+                )])
                 .unwrap();
         });
         eventually("closing", || {

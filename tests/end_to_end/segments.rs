@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 use knockq::crypto::Binding;
-use knockq::nft::{Comment, Door, Doors};
+use knockq::nft::{Comment, Door, Doors, Element};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple};
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
@@ -651,7 +651,7 @@ impl Stage<'_> {
         let play = &mut self.plays[place];
         let source = play.ends[0].address.ip();
         match &self.opener {
-            Opener::Sets => [false, true].iter().for_each(|once| self.doors.close(&door(source, *once)).unwrap()),
+            Opener::Sets => [false, true].iter().for_each(|once| self.doors.close_all([&door(source, *once)]).unwrap()),
             Opener::Daemon(..) => drop(self.lab.revoke(&[&source.to_string()])),
         }
         (play.open, play.once) = (None, false);
@@ -737,7 +737,7 @@ fn door(source: IpAddr, once: bool) -> Door {
 }
 
 fn open(doors: &mut Doors, door: &Door, time: Duration) {
-    doors.put(door, Some(&(time, Comment::read("alice ssh").unwrap())), None).unwrap();
+    doors.change([&(Element::Opens(*door), Some((time, Comment::read("alice ssh").unwrap())))]).unwrap();
 }
 
 /// A socket that changes what the server's conntrack knows.
@@ -914,7 +914,7 @@ fn a_server_that_speaks_first_after_conntrack_was_flushed_revives_no_connection_
             let (mut service, peer) = listener.accept().unwrap();
             client.set_read_timeout(Some(PATIENCE)).unwrap();
             service.set_read_timeout(Some(PATIENCE)).unwrap();
-            doors.close(&door).unwrap();
+            doors.close_all([&door]).unwrap();
             assert!(says(&mut client, &mut service), "{family:?}: it lives on, whether its door is shut or not");
             if has_door {
                 open(&mut doors, &door, LONG);
@@ -924,7 +924,7 @@ fn a_server_that_speaks_first_after_conntrack_was_flushed_revives_no_connection_
             thread::sleep(SETTLED);
             service.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
             assert_eq!(says(&mut client, &mut service), has_door, "{family:?}");
-            doors.close(&door).unwrap();
+            doors.close_all([&door]).unwrap();
         }
     }
 }
