@@ -27,12 +27,22 @@ const SETS: [&str; 2] = ["inet mine one", "ip mine two"];
 #[derive(Clone, Debug)]
 enum Event {
     /// A user's knock for a service from a source, for so many seconds, with a place in these sets; the sets of doors may be full.
-    Knock { user: usize, service: usize, source: usize, seconds: u32, sets: [bool; 2], is_full: bool },
+    Knock {
+        user: usize,
+        service: usize,
+        source: usize,
+        seconds: u32,
+        sets: [bool; 2],
+        is_full: bool,
+    },
     /// One of the last knocks is taken back.
     Withdraw(usize),
     Revoke(usize),
     /// A reload in which a user lost a set.
-    LeaveSet { user: usize, set: usize },
+    LeaveSet {
+        user: usize,
+        set: usize,
+    },
     DeleteByHand(usize),
     Save,
     /// What was saved is loaded beside what is there.
@@ -179,7 +189,8 @@ impl World {
                 } else if !self.is_loaded {
                     self.ledger.defer(element)
                 } else {
-                    let change = (element, self.ledger.desired(&element, now));
+                    let time = self.ledger.desired(&element, now);
+                    let change = (element, time);
                     match self.kernel.change(std::slice::from_ref(&change), now) {
                         Ok(()) => self.ledger.settled(&change.0),
                         Err(()) => {
@@ -216,8 +227,8 @@ impl World {
                 of_user.for_each(|held| held.members.retain(|member| member.set != left));
             }
             Event::DeleteByHand(nth) => {
-                let doors = self.kernel.elements.keys().filter(|element| !matches!(element, Element::Member(_)));
-                let Some(element) = doors.cloned().nth(*nth) else { return };
+                let mut doors = self.kernel.elements.keys().filter(|element| !matches!(element, Element::Member(_)));
+                let Some(element) = doors.nth(*nth).cloned() else { return };
                 self.kernel.elements.remove(&element);
                 let (Element::Opens(door) | Element::Lasts(door)) = element else { unreachable!() };
                 self.ledger.remove_door(&door);
@@ -238,7 +249,9 @@ impl World {
             }
             Event::SetGone(place) => {
                 self.kernel.sets.remove(&set(*place));
-                self.kernel.elements.retain(|element, _| !matches!(element, Element::Member(it) if it.set == set(*place)));
+                self.kernel
+                    .elements
+                    .retain(|element, _| !matches!(element, Element::Member(it) if it.set == set(*place)));
             }
             Event::SetMade(place) => {
                 if self.kernel.sets.insert(set(*place)) {
@@ -286,7 +299,15 @@ impl World {
             }
         }
         self.last.push((door, user, self.tokens));
-        self.held.push(Held { user, service, door, until, token, is_spent: false, members: members.into_iter().collect() });
+        self.held.push(Held {
+            user,
+            service,
+            door,
+            until,
+            token,
+            is_spent: false,
+            members: members.into_iter().collect(),
+        });
     }
 
     /// What others add counts only as far as it is what the grants say. A door for one connection may be spent.

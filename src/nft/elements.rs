@@ -80,8 +80,10 @@ impl Element {
     }
 
     fn place(&self) -> Place<'_> {
-        let ours = |of: &Door, [v4, v6]: [&'static str; 2]| {
-            Place { family: INET, table: TABLE, set: if of.source.is_ipv4() { v4 } else { v6 } }
+        let ours = |of: &Door, [v4, v6]: [&'static str; 2]| Place {
+            family: INET,
+            table: TABLE,
+            set: if of.source.is_ipv4() { v4 } else { v6 },
         };
         match self {
             Self::Lasts(door) => ours(door, ["live4", "live6"]),
@@ -93,7 +95,9 @@ impl Element {
 
     fn key(&self) -> Vec<u8> {
         match self {
-            Self::Lasts(Door { source, port, .. }) | Self::Opens(Door { source, port, .. }) => key(*source, Some(*port)),
+            Self::Lasts(Door { source, port, .. }) | Self::Opens(Door { source, port, .. }) => {
+                key(*source, Some(*port))
+            }
             Self::Member(Member { source, port, .. }) => key(*source, *port),
         }
     }

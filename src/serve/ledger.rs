@@ -96,13 +96,6 @@ impl Ledger {
 
     fn push(&mut self, door: Door, grant: Grant) -> bool {
         let grants = self.doors.entry(door).or_default();
-        let alike = |(place, other): (usize, &Grant)| other.is_renewed_by(&grant).then_some((other.until, place));
-        let in_a_row: Vec<_> = grants.iter().enumerate().filter_map(alike).collect();
-        if in_a_row.len() >= MAX_IN_A_ROW
-            && let Some((_, first)) = in_a_row.into_iter().min()
-        {
-            grants.remove(first);
-        }
         let has_room = grants.len() < MAX_GRANTS;
         if has_room {
             self.first_end = Some(self.first_end.map_or(grant.until, |first| first.min(grant.until)));
@@ -166,7 +159,7 @@ impl Ledger {
     pub fn desired(&self, element: &Element, now: Instant) -> Option<Time> {
         let grant = match element {
             // A later one says how long the door stands that it opened, whatever those before it said.
-            Element::Opens(door) if door.once => self.standing(door, now).filter(|grant| !grant.spent).last(),
+            Element::Opens(door) if door.once => self.standing(door, now).rfind(|grant| !grant.spent),
             Element::Opens(door) => self.longest(door, now),
             Element::Lasts(door) => self.standing(door, now).filter(|grant| grant.kill).max_by_key(|grant| grant.until),
             Element::Member(member) => {
@@ -176,14 +169,18 @@ impl Ledger {
                 grants.filter(|grant| grant.members.contains(member)).max_by_key(|grant| grant.until)
             }
         };
-        grant.map(|grant| (grant.until.saturating_duration_since(now), grant.comment(&self.boot)))
+        let asked = |grant: &Grant| grant.asked.map(|seconds| Duration::from_secs(seconds.into()));
+        grant.map(|grant| {
+            let left = asked(grant).unwrap_or_else(|| grant.until.saturating_duration_since(now));
+            (left, grant.comment(&self.boot))
+        })
     }
 
     /// The kernel has taken an element's change: the grants that waited for it.
     pub fn settled(&mut self, element: &Element) -> Vec<(Door, Grant)> {
         let Element::Opens(door) = element else { return Vec::new() };
         let Some(grants) = self.doors.get_mut(door) else { return Vec::new() };
-        let mut told = Vec::new();
+        let (mut told, mut is_shorter) = (Vec::new(), false);
         for place in 0..grants.len() {
             let Some(grant) = grants.get_mut(place).filter(|grant| grant.asked.is_some()) else { continue };
             told.push((*door, grant.clone()));
@@ -194,9 +191,17 @@ impl Ledger {
                 earlier.for_each(|other| other.spent = true);
             } else {
                 // What an earlier knock said holds no longer than what this one says: more may not be permitted any more.
-                let alike = earlier.filter(|other| other.is_renewed_by(&grant));
-                alike.for_each(|other| other.until = other.until.min(grant.until));
+                for other in earlier.filter(|other| other.is_renewed_by(&grant) && other.until > grant.until) {
+                    other.until = grant.until;
+                    is_shorter = true;
+                }
             }
+        }
+        if let Some((_, last)) = told.last() {
+            forget_first(grants, last);
+        }
+        if is_shorter {
+            self.mark(door);
         }
         told
     }
@@ -225,10 +230,11 @@ impl Ledger {
     /// Takes back what a token of a user's opened; tells it, and whether the user holds the door no more.
     pub fn withdraw(&mut self, door: &Door, user: &Name, token: u32, now: Instant) -> Option<(Grant, bool)> {
         let grants = self.doors.get_mut(door)?;
-        let place = grants.iter().position(|grant| grant.user == *user && grant.token == Some(token))?;
-        let gone = grants.remove(place);
-        let is_last = !grants.iter().any(|grant| grant.until > now && grant.is_renewed_by(&gone));
-        self.mark_gone(&[(*door, gone.clone())]);
+        let gone = grants.extract_if(.., |grant| grant.user == *user && grant.token == Some(token));
+        let gone: Vec<_> = gone.map(|grant| (*door, grant)).collect();
+        self.mark_gone(&gone);
+        let (_, gone) = gone.into_iter().next_back()?;
+        let is_last = !self.standing(door, now).any(|grant| grant.is_renewed_by(&gone));
         Some((gone, is_last))
     }
 
@@ -262,7 +268,8 @@ impl Ledger {
     /// Takes sources out of sets that these users' grants may have no part in any more.
     pub fn remove_members(&mut self, may_be_in: impl Fn(&Grant, &Member) -> bool) {
         for grant in self.doors.values_mut().flatten() {
-            let (kept, gone) = std::mem::take(&mut grant.members).into_iter().partition(|member| may_be_in(grant, member));
+            let (kept, gone) =
+                std::mem::take(&mut grant.members).into_iter().partition(|member| may_be_in(grant, member));
             grant.members = kept;
             self.unsettled.extend(Vec::into_iter(gone).map(Element::Member));
         }
@@ -302,6 +309,16 @@ impl Ledger {
             let grant = fresh.or_else(|| self.longest(door, now))?;
             Some((door, grant, grant.until.saturating_duration_since(now)))
         })
+    }
+}
+
+/// Of a user's grants for one service at one door, those that end first make room, but not the last one.
+fn forget_first(grants: &mut Vec<Grant>, last: &Grant) {
+    let count = |grants: &[Grant]| grants.iter().filter(|grant| grant.is_renewed_by(last)).count();
+    while count(grants) > MAX_IN_A_ROW {
+        let earlier = grants.iter().enumerate().filter(|(_, grant)| grant.is_renewed_by(last)).rev().skip(1);
+        let Some((first, _)) = earlier.min_by_key(|(_, grant)| grant.until) else { return };
+        grants.remove(first);
     }
 }
 
@@ -378,7 +395,11 @@ mod tests {
             ("alice", 2, 10, true, Some(60)),
         ] {
             open(&mut ledger, true, Grant { kill, ..grant(user, token, now, seconds) }, now);
-            assert_eq!((opens(&ledger, true, now), lasts(&ledger, now)), (Some(seconds.into()), expected), "{user} {token}");
+            assert_eq!(
+                (opens(&ledger, true, now), lasts(&ledger, now)),
+                (Some(seconds.into()), expected),
+                "{user} {token}"
+            );
         }
         assert!(ledger.insert(door(true), Grant { kill: true, ..grant("carol", 1, now, 100) }));
         assert_eq!(ledger.refused(&Element::Lasts(door(true))).len(), 1);

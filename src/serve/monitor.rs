@@ -1,7 +1,6 @@
 //! The monitor: holds CAP_NET_ADMIN, looks at no byte of a packet, and does nothing but what a fixed-size frame asks and
 //! its policy permits.
 
-use std::collections::HashSet;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -270,7 +269,9 @@ impl Monitor {
         let loaded = self.watch.take_loaded();
         for door in self.watch.take_deleted() {
             let gone = self.ledger.remove_door(&door);
-            for (Door { source, port, .. }, Grant { user, service, .. }) in gone.iter().filter(|gone| gone.1.until > now) {
+            for (Door { source, port, .. }, Grant { user, service, .. }) in
+                gone.iter().filter(|gone| gone.1.until > now)
+            {
                 info!(%user, %service, %source, %port, "shut by somebody else");
             }
             self.past.add(&gone, now);
@@ -327,6 +328,9 @@ impl Monitor {
                 Ok(()) => changes.iter().for_each(|(element, _)| self.settled(element)),
                 // The table is not there, or somebody else's for a moment.
                 Err(_) if self.is_loading => changes.into_iter().for_each(|(element, _)| self.defer(element)),
+                Err(error) if changes.len() == 1 => {
+                    changes.iter().for_each(|(element, _)| self.refused(element, &error));
+                }
                 Err(_) => changes.into_iter().for_each(|(element, _)| self.settle_alone(element, now)),
             }
         }
@@ -334,7 +338,8 @@ impl Monitor {
 
     /// One that stands in the others' way must not keep them.
     fn settle_alone(&mut self, element: Element, now: Instant) {
-        let change = (element, self.ledger.desired(&element, now));
+        let time = self.ledger.desired(&element, now);
+        let change = (element, time);
         match self.doors.change([&change]) {
             Ok(()) => self.settled(&change.0),
             Err(error) => self.refused(&change.0, &error),
@@ -408,14 +413,17 @@ impl Monitor {
             match self.doors.members(set) {
                 Ok(listed) => {
                     for Open { what: member, comment, left } in listed {
-                        let counts = |said: Comment| said.counts_until(left, old_count, self.ledger.boot(), now).is_some();
+                        let counts =
+                            |said: Comment| said.counts_until(left, old_count, self.ledger.boot(), now).is_some();
                         if !comment.is_none_or(counts) {
                             self.ledger.mark_member(member);
                         }
                     }
                 }
                 Err(ElementError::NoSet) => {}
-                Err(error) if self.not_added.is_first() => warn!(%set, "who is in a set of yours is not known: {error}"),
+                Err(error) if self.not_added.is_first() => {
+                    warn!(%set, "who is in a set of yours is not known: {error}");
+                }
                 Err(_) => {}
             }
         }

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::ledger::Grant;
 use super::control::Selection;
+use super::ledger::Grant;
 use crate::nft::Door;
 use crate::service::Name;
 
@@ -72,7 +72,7 @@ mod tests {
                 until,
                 bound: false,
                 token: None,
-                                kill: false,
+                kill: false,
                 spent: false,
                 members: Vec::new(),
                 asked: None,

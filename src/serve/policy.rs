@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::ledger::Grant;
 use super::frames::Frame;
+use super::ledger::Grant;
 use super::sandbox::Identity;
 use crate::nft::{Door, SetName};
 use crate::service::{Answer, Name, Port};
@@ -205,7 +205,7 @@ mod tests {
             until: now,
             bound: false,
             token: None,
-                        kill: false,
+            kill: false,
             spent: false,
             members: Vec::new(),
             asked: None,
@@ -239,12 +239,7 @@ mod tests {
             let until = now + Duration::from_secs(seconds);
             let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
             let (token, kill, spent, members, asked) = (None, false, false, Vec::new(), None);
-            policy.upholds(
-                &door,
-                &Grant { user, service, until, bound, token, kill, spent, members, asked },
-                now,
-                NOW,
-            )
+            policy.upholds(&door, &Grant { user, service, until, bound, token, kill, spent, members, asked }, now, NOW)
         };
         let narrowed = |narrow: &dyn Fn(&mut Allowance)| {
             let mut policy = policy();
