@@ -337,13 +337,14 @@ impl World {
     fn lose_table(&mut self) {
         (self.kernel.has_table, self.is_loaded) = (false, false);
         self.kernel.elements.retain(|element, _| matches!(element, Element::Member(_)));
+        self.ledger.lose_doors();
+        self.held.iter_mut().filter(|held| held.door.once).for_each(|held| held.is_spent = true);
     }
 
     fn load_table(&mut self) {
         if !self.is_loaded {
             (self.kernel.has_table, self.is_loaded) = (true, true);
             self.ledger.mark_all();
-            self.held.iter_mut().filter(|held| held.door.once).for_each(|held| held.is_spent = true);
             self.ledger.resume();
         }
     }

@@ -8,6 +8,7 @@ use netlink_packet_core::NetlinkBuffer;
 use netlink_packet_netfilter::NetfilterSubsystem;
 use netlink_packet_netfilter::nftables::TableFlags;
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
@@ -25,6 +26,9 @@ const DATAGRAM: usize = 32 << 10;
 
 /// Bytes that wait to be read: our own doors are told of too, a few hundred bytes each.
 const BUFFER: usize = 8 << 20;
+
+/// Time that the rest of a transaction may take to be told.
+const REST: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// What was changed of our table, or deleted.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
@@ -99,12 +103,19 @@ impl Watch {
             let mut datagram = Vec::with_capacity(DATAGRAM);
             match self.socket.recv(&mut datagram, 0) {
                 Ok(_) => loss = loss.max(self.told.read(&datagram, own)),
+                // Told of the beginning of a transaction, whoever acts on it would take the rest for another.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.told.is_edit && self.is_told_soon() => {
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => loss = self.told.miss(),
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    fn is_told_soon(&self) -> bool {
+        poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&REST)).is_ok_and(|ready| ready > 0)
     }
 
     /// What may have been changed beyond so many loads, since this was asked last: if there were other transactions besides,

@@ -128,11 +128,16 @@ impl Ledger {
         self.unsettled.extend(members.map(Element::Member));
     }
 
-    /// The table is there again, without its doors. Those for one connection may have let it in.
+    /// The table's doors are gone. Those for one connection may have let it in, unless the kernel had not taken them yet.
+    pub fn lose_doors(&mut self) {
+        let of_one = self.doors.iter_mut().filter(|(door, _)| door.once);
+        let taken = of_one.flat_map(|(_, grants)| grants).filter(|grant| grant.asked.is_none());
+        taken.for_each(|grant| grant.spent = true);
+    }
+
+    /// The table is there again, without its doors.
     pub fn mark_all(&mut self) {
-        let doors: Vec<Door> = self.doors.keys().copied().collect();
-        doors.iter().filter(|door| door.once).for_each(|door| self.spend(door));
-        self.unsettled.extend(doors.iter().flat_map(Element::of));
+        self.unsettled.extend(self.doors.keys().flat_map(Element::of));
     }
 
     /// What a door for one connection was opened for may have come.
@@ -409,7 +414,7 @@ mod tests {
         assert_eq!((opens(&ledger, true, now), lasts(&ledger, now)), (None, Some(60)));
         assert!(ledger.withdraw(&door(true), &"alice".parse().unwrap(), 1, now).unwrap().1);
         assert_eq!(lasts(&ledger, now), Some(30));
-        ledger.mark_all();
+        ledger.lose_doors();
         assert_eq!((opens(&ledger, true, now), lasts(&ledger, now)), (None, Some(30)), "what it let in is to last");
     }
 

@@ -294,8 +294,16 @@ impl Monitor {
     }
 
     fn read_changes(&mut self) -> io::Result<()> {
-        self.loss = self.loss.max(self.watch.loss(self.doors.number())?);
+        let loss = self.watch.loss(self.doors.number())?;
+        self.note_loss(loss);
         Ok(())
+    }
+
+    fn note_loss(&mut self, loss: Loss) {
+        if loss == Loss::Doors && self.loss != Loss::Doors {
+            self.ledger.lose_doors();
+        }
+        self.loss = self.loss.max(loss);
     }
 
     /// Somebody else has loaded doors. What one for a connection was opened for may have come.
@@ -453,6 +461,7 @@ impl Monitor {
             (Message::Release, _) => {
                 self.let_go_of_table()?;
                 if !self.is_loading {
+                    self.is_loading = true; // what is lost now is loaded anyway
                     self.hear_of_changes()?;
                     self.expect_load();
                 }
@@ -480,7 +489,7 @@ impl Monitor {
         // The loading itself has deleted rules, and added them. What others have changed meanwhile is another loss.
         let unmended = if is_there { self.take_unmended() } else { Loss::Doors };
         if unmended != Loss::Nothing {
-            self.loss = loss.max(unmended);
+            self.note_loss(unmended);
             self.let_go_of_table()?;
             return self.watch_table();
         }
