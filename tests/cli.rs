@@ -770,6 +770,18 @@ fn a_profile_is_refused_if_its_key_address_or_name_is_not_what_it_should_be() {
     Ran(paste.wait_with_output().unwrap()).fails(78, &["missing field `server_key`"]);
 }
 
+/// Its knocks would be refused, in silence.
+#[test]
+fn a_profile_for_another_key_than_that_of_this_machine_knocks_nowhere() {
+    let world = World::new();
+    world.run(&["send", "home", "--print", "hex"]).succeeds();
+    fs::rename(world.path(".config/knockq/key"), world.path("key.of.before")).unwrap();
+    world.run(&["keygen"]).succeeds();
+    let said = ["host home: this profile was made for the key", "Hint: ", "knockq host remove"];
+    world.run(&["send", "home", "--print", "hex"]).fails(78, &said);
+    world.run(&["host", "remove", "home"]).succeeds();
+}
+
 #[test]
 fn the_client_says_what_it_lacks() {
     let world = World::empty();

@@ -49,8 +49,12 @@ enum Event {
     LoadSaved,
     TableGone,
     TableLoaded,
-    /// So much was told that some was missed.
+    /// It was not there, and is again, before the daemon hears so.
+    TableBack,
+    /// So much was told that some was missed, although the table is there.
     Overflow,
+    /// A connection begins by a door for one.
+    Use(usize),
     SetGone(usize),
     SetMade(usize),
     Pass(u32),
@@ -72,7 +76,9 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1 => Just(Event::LoadSaved),
         1 => Just(Event::TableGone),
         2 => Just(Event::TableLoaded),
+        1 => Just(Event::TableBack),
         1 => Just(Event::Overflow),
+        3 => (0..4_usize).prop_map(Event::Use),
         1 => (0..SETS.len()).prop_map(Event::SetGone),
         2 => (0..SETS.len()).prop_map(Event::SetMade),
         3 => (1..15_u32).prop_map(Event::Pass),
@@ -128,6 +134,8 @@ struct Held {
     /// Found at a start: no token is known.
     token: Option<u32>,
     is_spent: bool,
+    /// Granted while there was no table.
+    waits: bool,
     members: BTreeSet<Member>,
 }
 
@@ -180,19 +188,21 @@ impl World {
         loop {
             let changes = self.ledger.take(3, now);
             if changes.is_empty() {
+                let elements = &self.kernel.elements;
+                let there = self.held.iter_mut().filter(|held| elements.contains_key(&Element::Opens(held.door)));
+                there.for_each(|held| held.waits = false);
                 return granted;
             }
             let changed = self.kernel.change(&changes, now);
             for (element, _) in changes {
                 let told = if changed.is_ok() {
                     self.ledger.settled(&element)
-                } else if !self.is_loaded {
-                    self.ledger.defer(element)
                 } else {
                     let time = self.ledger.desired(&element, now);
                     let change = (element, time);
                     match self.kernel.change(std::slice::from_ref(&change), now) {
                         Ok(()) => self.ledger.settled(&change.0),
+                        Err(()) if !self.is_loaded => self.ledger.defer(change.0),
                         Err(()) => {
                             self.ledger.refused(&change.0);
                             Vec::new()
@@ -243,9 +253,14 @@ impl World {
             Event::LoadSaved => self.load_saved(),
             Event::TableGone => self.lose_table(),
             Event::TableLoaded => self.load_table(),
-            Event::Overflow => {
-                self.lose_table();
-                self.load_table();
+            Event::TableBack => self.kernel.has_table = true,
+            Event::Overflow => self.lose_doors(),
+            Event::Use(nth) => {
+                let of_one = |element: &&Element| matches!(element, Element::Opens(door) if door.once);
+                let Some(element) = self.kernel.elements.keys().filter(of_one).nth(*nth).cloned() else { return };
+                self.kernel.elements.remove(&element);
+                let of_door = self.held.iter_mut().filter(|held| element == Element::Opens(held.door));
+                of_door.for_each(|held| held.is_spent = true);
             }
             Event::SetGone(place) => {
                 self.kernel.sets.remove(&set(*place));
@@ -287,6 +302,7 @@ impl World {
             spent: false,
             members: members.clone(),
             asked: Some(seconds),
+            waits: true,
         };
         assert!(self.ledger.insert(door, grant));
         if self.settle() != [self.tokens] {
@@ -306,6 +322,7 @@ impl World {
             until,
             token,
             is_spent: false,
+            waits: !self.kernel.elements.contains_key(&Element::Opens(door)),
             members: members.into_iter().collect(),
         });
     }
@@ -335,15 +352,23 @@ impl World {
     }
 
     fn lose_table(&mut self) {
-        (self.kernel.has_table, self.is_loaded) = (false, false);
+        self.kernel.has_table = false;
         self.kernel.elements.retain(|element, _| matches!(element, Element::Member(_)));
+        self.lose_doors();
+    }
+
+    /// What was opened before may be spent; what waits for the table cannot be.
+    fn lose_doors(&mut self) {
+        self.is_loaded = false;
         self.ledger.lose_doors();
-        self.held.iter_mut().filter(|held| held.door.once).for_each(|held| held.is_spent = true);
+        let taken = self.held.iter_mut().filter(|held| held.door.once && !held.waits);
+        taken.for_each(|held| held.is_spent = true);
     }
 
     fn load_table(&mut self) {
         if !self.is_loaded {
             (self.kernel.has_table, self.is_loaded) = (true, true);
+            self.held.iter_mut().for_each(|held| held.waits = false);
             self.ledger.mark_all();
             self.ledger.resume();
         }
@@ -378,10 +403,11 @@ impl World {
                 until,
                 token: None,
                 is_spent: spent,
+                waits: false,
                 members: BTreeSet::new(),
             });
-            let (token, asked, members, kill) = (None, None, Vec::new(), SERVICES[place].3);
-            self.ledger.adopt(door, Grant { user, service, until, bound, token, kill, spent, members, asked });
+            let (token, asked, waits, members, kill) = (None, None, false, Vec::new(), SERVICES[place].3);
+            self.ledger.adopt(door, Grant { user, service, until, bound, token, kill, spent, members, asked, waits });
         }
     }
 

@@ -304,7 +304,7 @@ impl From<ProfileError> for Failure {
             }
             ProfileError::OtherClient { .. } => failure.hint(
                 "one key belongs to one device: send this one's to the administrator, who adds it under a name of its own, \
-                 such as alice-laptop: knockq keygen --show",
+                 such as alice-laptop: knockq keygen --show. A profile of before goes by: knockq host remove NAME",
             ),
             ProfileError::OtherKey { path, is_used, .. } => failure.hint(other_key(&path, is_used)),
             ProfileError::HoldsKey { .. } => {

@@ -233,6 +233,7 @@ impl Knock {
         tell: impl Fn(Notice),
     ) -> Result<Self, SendError> {
         let own = home.key()?;
+        profile.check_client(&aim.host, own.public()).map_err(AimError::from)?;
         let server_key = &profile.server_key.0;
         let preshared = home.preshared(profile.psk_file.as_deref())?;
         let secrets = KnockSecrets::derive(Side::Client, &own, server_key, preshared.as_ref())

@@ -38,8 +38,10 @@ pub struct Grant {
     pub spent: bool,
     /// Elements of the administrator's sets that it has part in.
     pub members: Vec<Member>,
-    /// The kernel has not taken it yet: so many seconds were asked for.
+    /// Nobody was told of it yet: so many seconds were asked for.
     pub asked: Option<u32>,
+    /// The kernel has not taken it yet. Of a door for one connection, what it has taken may be gone since, and is never given again.
+    pub waits: bool,
 }
 
 impl Grant {
@@ -131,8 +133,7 @@ impl Ledger {
     /// The table's doors are gone. Those for one connection may have let it in, unless the kernel had not taken them yet.
     pub fn lose_doors(&mut self) {
         let of_one = self.doors.iter_mut().filter(|(door, _)| door.once);
-        let taken = of_one.flat_map(|(_, grants)| grants).filter(|grant| grant.asked.is_none());
-        taken.for_each(|grant| grant.spent = true);
+        of_one.flat_map(|(_, grants)| grants).filter(|grant| !grant.waits).for_each(|grant| grant.spent = true);
     }
 
     /// The table is there again, without its doors.
@@ -155,7 +156,11 @@ impl Ledger {
             && let Some(element) = self.unsettled.pop_first()
         {
             let time = self.desired(&element, now);
-            taken.push((element, time));
+            // What the kernel has of it is as it should be, or it was used.
+            let is_taken = matches!(&element, Element::Opens(door) if door.once && !self.waits(door));
+            if time.is_none() || !is_taken {
+                taken.push((element, time));
+            }
         }
         taken
     }
@@ -174,16 +179,25 @@ impl Ledger {
                 grants.filter(|grant| grant.members.contains(member)).max_by_key(|grant| grant.until)
             }
         };
-        let asked = |grant: &Grant| grant.asked.map(|seconds| Duration::from_secs(seconds.into()));
         grant.map(|grant| {
-            let left = asked(grant).unwrap_or_else(|| grant.until.saturating_duration_since(now));
-            (left, grant.comment(&self.boot))
+            let left = grant.until.saturating_duration_since(now);
+            // To the second that was asked for, which began a moment ago.
+            let rest = if grant.asked.is_some() { left.as_millis().div_ceil(1000) } else { 0 };
+            let asked = u64::try_from(rest).map_or(left, Duration::from_secs);
+            (left.max(asked), grant.comment(&self.boot))
         })
     }
 
     /// The kernel has taken an element's change: the grants that waited for it.
     pub fn settled(&mut self, element: &Element) -> Vec<(Door, Grant)> {
         let Element::Opens(door) = element else { return Vec::new() };
+        let told = self.tell(door);
+        self.doors.get_mut(door).into_iter().flatten().for_each(|grant| grant.waits = false);
+        told
+    }
+
+    /// The grants that nobody was told of, and that take the place of those before them.
+    fn tell(&mut self, door: &Door) -> Vec<(Door, Grant)> {
         let Some(grants) = self.doors.get_mut(door) else { return Vec::new() };
         let (mut told, mut is_shorter) = (Vec::new(), false);
         for place in 0..grants.len() {
@@ -202,9 +216,7 @@ impl Ledger {
                 }
             }
         }
-        if let Some((_, last)) = told.last() {
-            forget_first(grants, last);
-        }
+        told.iter().for_each(|(_, grant)| forget_first(grants, grant));
         if is_shorter {
             self.mark(door);
         }
@@ -214,17 +226,29 @@ impl Ledger {
     /// The kernel has refused an element's change: the grants that waited for it are none.
     pub fn refused(&mut self, element: &Element) -> Vec<(Door, Grant)> {
         let (Element::Opens(door) | Element::Lasts(door)) = element else { return Vec::new() };
-        let grants = self.doors.get_mut(door).map(|grants| grants.extract_if(.., |grant| grant.asked.is_some()));
-        let gone: Vec<_> = grants.into_iter().flatten().map(|grant| (*door, grant)).collect();
+        self.take_from(door, |grant| grant.asked.is_some())
+    }
+
+    fn take_from(&mut self, door: &Door, is_meant: impl Fn(&Grant) -> bool) -> Vec<(Door, Grant)> {
+        let Some(grants) = self.doors.get_mut(door) else { return Vec::new() };
+        let gone: Vec<_> = grants.extract_if(.., |grant| is_meant(grant)).map(|grant| (*door, grant)).collect();
+        if grants.is_empty() {
+            self.doors.remove(door);
+        }
         self.mark_gone(&gone);
         gone
     }
 
-    /// An element is to be changed when the table is loaded: the grants that waited for it are there, and wait on.
+    /// An element is to be changed when the table is loaded: the grants that waited for it wait on, and are told.
     pub fn defer(&mut self, element: Element) -> Vec<(Door, Grant)> {
-        let told = self.settled(&element);
+        let told = if let Element::Opens(door) = &element { self.tell(door) } else { Vec::new() };
         self.deferred.insert(element);
         told
+    }
+
+    /// Whether there is room for one more of these.
+    pub fn may_defer(&self) -> bool {
+        self.deferred.len() < 2 * MAX_DOORS
     }
 
     /// The table is loaded.
@@ -234,10 +258,7 @@ impl Ledger {
 
     /// Takes back what a token of a user's opened; tells it, and whether the user holds the door no more.
     pub fn withdraw(&mut self, door: &Door, user: &Name, token: u32, now: Instant) -> Option<(Grant, bool)> {
-        let grants = self.doors.get_mut(door)?;
-        let gone = grants.extract_if(.., |grant| grant.user == *user && grant.token == Some(token));
-        let gone: Vec<_> = gone.map(|grant| (*door, grant)).collect();
-        self.mark_gone(&gone);
+        let gone = self.take_from(door, |grant| grant.user == *user && grant.token == Some(token));
         let (_, gone) = gone.into_iter().next_back()?;
         let is_last = !self.standing(door, now).any(|grant| grant.is_renewed_by(&gone));
         Some((gone, is_last))
@@ -297,6 +318,12 @@ impl Ledger {
         self.doors.get(door).into_iter().flatten().filter(move |grant| grant.until > now)
     }
 
+    /// Whether the grant by which a connection may begin is one that the kernel has not taken yet.
+    fn waits(&self, door: &Door) -> bool {
+        let grants = self.doors.get(door).into_iter().flatten();
+        grants.rev().find(|grant| !grant.spent).is_some_and(|grant| grant.waits)
+    }
+
     /// The grant that keeps a door open for longest, or what it has let in.
     fn longest(&self, door: &Door, now: Instant) -> Option<&Grant> {
         self.standing(door, now).max_by_key(|grant| grant.until)
@@ -343,7 +370,7 @@ mod tests {
         let [user, service]: [Name; 2] = [user, "ssh"].map(|name| name.parse().unwrap());
         let until = now + Duration::from_secs(seconds.into());
         let (token, asked, members) = (Some(token), Some(seconds), Vec::new());
-        Grant { user, service, until, bound: false, token, kill: false, spent: false, members, asked }
+        Grant { user, service, until, bound: false, token, kill: false, spent: false, members, asked, waits: true }
     }
 
     /// The kernel takes it.

@@ -106,6 +106,7 @@ pub fn run() -> Result<(), MonitorError> {
         queue,
         watch,
         is_owner: false,
+        serves: false,
         is_loading: false,
         loss: Loss::Nothing,
         relay,
@@ -133,6 +134,7 @@ pub fn run() -> Result<(), MonitorError> {
     monitor.loss = monitor.take_unmended();
     monitor.take_over()?;
     monitor.keeper.send(Message::Ready, &[])?;
+    monitor.serves = true;
     monitor.watch_table()?;
     monitor.serve()
 }
@@ -143,6 +145,8 @@ struct Monitor {
     watch: Watch,
     /// The kernel leaves the table to this process alone.
     is_owner: bool,
+    /// The keeper knows that all is ready, and may be told of losses.
+    serves: bool,
     /// The keeper loads the table: it was asked to, or has said so.
     is_loading: bool,
     /// What was deleted of the table since it was loaded.
@@ -286,7 +290,7 @@ impl Monitor {
             // There is nothing to list until the table is loaded again.
             self.is_unlisted = self.compare(false).is_err();
         }
-        if self.loss != Loss::Nothing && !self.is_owner && !self.is_loading {
+        if self.loss != Loss::Nothing && self.serves && !self.is_owner && !self.is_loading {
             self.expect_load();
             self.keeper.send(Message::Lost, &[])?;
         }
@@ -300,6 +304,9 @@ impl Monitor {
     }
 
     fn note_loss(&mut self, loss: Loss) {
+        if self.is_owner {
+            return; // nobody can take away what we own; what was missed is listed
+        }
         if loss == Loss::Doors && self.loss != Loss::Doors {
             self.ledger.lose_doors();
         }
@@ -334,24 +341,27 @@ impl Monitor {
             self.hear_of_changes()?;
             match changed {
                 Ok(()) => changes.iter().for_each(|(element, _)| self.settled(element)),
-                // The table is not there, or somebody else's for a moment.
-                Err(_) if self.is_loading => changes.into_iter().for_each(|(element, _)| self.defer(element)),
                 Err(error) if changes.len() == 1 => {
-                    changes.iter().for_each(|(element, _)| self.refused(element, &error));
+                    changes.into_iter().for_each(|(element, _)| self.not_settled(element, &error));
                 }
-                Err(_) => changes.into_iter().for_each(|(element, _)| self.settle_alone(element, now)),
+                Err(_) => changes.into_iter().for_each(|(element, _)| self.settle_alone(element)),
             }
         }
     }
 
     /// One that stands in the others' way must not keep them.
-    fn settle_alone(&mut self, element: Element, now: Instant) {
-        let time = self.ledger.desired(&element, now);
+    fn settle_alone(&mut self, element: Element) {
+        let time = self.ledger.desired(&element, Instant::now());
         let change = (element, time);
         match self.doors.change([&change]) {
             Ok(()) => self.settled(&change.0),
-            Err(error) => self.refused(&change.0, &error),
+            Err(error) => self.not_settled(change.0, &error),
         }
+    }
+
+    fn not_settled(&mut self, element: Element, error: &ElementError) {
+        // The table is not there, or somebody else's for a moment.
+        if self.is_loading && self.ledger.may_defer() { self.defer(element) } else { self.refused(&element, error) }
     }
 
     fn settled(&mut self, element: &Element) {
@@ -404,8 +414,8 @@ impl Monitor {
             if let Some(until) = counts_until.filter(|_| adopts) {
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                let (token, asked) = (None, None);
-                let grant = Grant { user, service, until, bound, token, kill, spent, members, asked };
+                let (token, asked, waits) = (None, None, false);
+                let grant = Grant { user, service, until, bound, token, kill, spent, members, asked, waits };
                 // Who may be there no more leaves the sets with the door, below.
                 grant.members.iter().for_each(|member| self.ledger.mark_member(member.clone()));
                 self.ledger.adopt(door, grant);
@@ -417,25 +427,44 @@ impl Monitor {
             }
         }
         self.mark_loaded(&wrong, now);
-        for set in self.policy.sets() {
-            match self.doors.members(set) {
-                Ok(listed) => {
-                    for Open { what: member, comment, left } in listed {
-                        let counts =
-                            |said: Comment| said.counts_until(left, old_count, self.ledger.boot(), now).is_some();
-                        if !comment.is_none_or(counts) {
-                            self.ledger.mark_member(member);
-                        }
+        self.compare_members(adopts, now);
+        Ok(())
+    }
+
+    /// The same for who is in the administrator's sets. Whoever a door for one connection has let in is there until it would end.
+    fn compare_members(&mut self, adopts: bool, now: Instant) {
+        let (policy, old_count) = (self.policy.clone(), adopts && self.policy.old_count);
+        for set in policy.sets() {
+            let listed = match self.doors.members(set) {
+                Ok(listed) => listed,
+                Err(error) => {
+                    if !matches!(error, ElementError::NoSet) && self.not_added.is_first() {
+                        warn!(%set, "who is in a set of yours is not known: {error}");
                     }
+                    continue;
                 }
-                Err(ElementError::NoSet) => {}
-                Err(error) if self.not_added.is_first() => {
-                    warn!(%set, "who is in a set of yours is not known: {error}");
+            };
+            for Open { what: member, comment, left } in listed {
+                let Some(said) = comment else { continue };
+                let until = said.counts_until(left, old_count, self.ledger.boot(), now);
+                let until = until.filter(|_| policy.adds(&said.user, &said.service, set));
+                let is_known = !adopts || self.ledger.desired(&Element::Member(member.clone()), now).is_some();
+                let opening = policy.services.get(&said.service).filter(|opening| opening.once);
+                let port = member.port.or_else(|| opening?.ports.first().copied());
+                match (until, port.filter(|_| opening.is_some())) {
+                    (Some(_), _) if is_known => {}
+                    (Some(until), Some(port)) => {
+                        let door = Door { source: member.source, port, once: true };
+                        let Comment { user, service, bound, .. } = said;
+                        let (token, asked, members) = (None, None, vec![member]);
+                        let (kill, spent, waits) = (false, true, false);
+                        let grant = Grant { user, service, until, bound, token, kill, spent, members, asked, waits };
+                        self.ledger.adopt(door, grant);
+                    }
+                    _ => self.ledger.mark_member(member),
                 }
-                Err(_) => {}
             }
         }
-        Ok(())
     }
 
     /// Does what the keeper says; `false` if it is time to go.
@@ -628,6 +657,7 @@ impl Monitor {
 
     /// Answers some frames.
     fn take_frames(&mut self, most: usize) -> Result<(), MonitorError> {
+        self.hear_of_changes()?; // who has deleted a door by hand did so before it is asked for again
         for _ in 0..most {
             let Some(frame) = next_frame(&self.frames)? else { break };
             if !self.policy.permits(&frame) && !self.next_policy.as_ref().is_some_and(|next| next.permits(&frame)) {
@@ -657,8 +687,8 @@ impl Monitor {
                 let until = now + Duration::from_secs(seconds.into());
                 let members = self.members_of(&user, &door);
                 let kill = self.kills(&service);
-                let (token, asked, spent) = (Some(token), Some(seconds), false);
-                self.open(door, Grant { user, service, until, bound, token, kill, spent, members, asked });
+                let (token, asked, spent, waits) = (Some(token), Some(seconds), false, true);
+                self.open(door, Grant { user, service, until, bound, token, kill, spent, members, asked, waits });
             }
             Frame::Close { source, port, user, token } => {
                 for door in [false, true].map(|once| Door { source, port, once }) {

@@ -76,6 +76,7 @@ mod tests {
                 spent: false,
                 members: Vec::new(),
                 asked: None,
+                waits: false,
             },
         )
     }

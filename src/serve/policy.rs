@@ -209,6 +209,7 @@ mod tests {
             spent: false,
             members: Vec::new(),
             asked: None,
+            waits: false,
         };
         assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
         assert!(policy.upholds(&door("tcp/25", true), &grant("a", "mail"), now, NOW));
@@ -238,8 +239,13 @@ mod tests {
             let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
             let until = now + Duration::from_secs(seconds);
             let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
-            let (token, kill, spent, members, asked) = (None, false, false, Vec::new(), None);
-            policy.upholds(&door, &Grant { user, service, until, bound, token, kill, spent, members, asked }, now, NOW)
+            let (token, kill, spent, waits, members, asked) = (None, false, false, false, Vec::new(), None);
+            policy.upholds(
+                &door,
+                &Grant { user, service, until, bound, token, kill, spent, members, asked, waits },
+                now,
+                NOW,
+            )
         };
         let narrowed = |narrow: &dyn Fn(&mut Allowance)| {
             let mut policy = policy();

@@ -164,6 +164,17 @@ impl TokenProfile {
         }
     }
 
+    /// Whether it was made for this machine's key: the server knows no other by it.
+    ///
+    /// # Errors
+    /// [`ProfileError::OtherClient`].
+    pub fn check_client(&self, name: &Name, own: &PublicKey) -> Result<(), ProfileError> {
+        if self.client_key.0 == *own {
+            return Ok(());
+        }
+        Err(ProfileError::OtherClient { name: name.clone(), made_for: self.client_key.0, own: *own })
+    }
+
     /// The private key that this machine is to have from now on, if it has none yet. Else it must be that of the profile.
     fn key_to_take(&self, home: &Home, name: &Name) -> Result<Option<&PrivateKey>, ProfileError> {
         let name = name.clone();
@@ -176,7 +187,7 @@ impl TokenProfile {
         }
         match (self.client_key.0 == own, &self.client_private_key) {
             (true, _) => Ok(brought),
-            (false, None) => Err(ProfileError::OtherClient { name, made_for: self.client_key.0, own }),
+            (false, None) => self.check_client(&name, &own).map(|()| None),
             (false, Some(_)) => {
                 let is_elsewise = |name: &Name| {
                     Profile::load(home, name.as_str()).is_ok_and(|(_, other)| matches!(other, Profile::Knockknock(_)))
