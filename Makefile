@@ -19,6 +19,7 @@ FOR_HERE := env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS -u CARGO_TARG
 # XDG_DATA_DIRS says so, and always in /etc/fish/completions.
 PREFIX      ?= /usr/local
 BINDIR      ?= $(PREFIX)/bin
+LIBEXECDIR  ?= $(PREFIX)/libexec/knockq
 UNITDIR     ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 MANDIR      ?= $(PREFIX)/share/man
@@ -34,7 +35,7 @@ all:
 # The binary with the one capability that clients need, the daemon's two accounts, the units, which it does not enable, the
 # manual pages, and the completions of three shells.
 install uninstall:
-	@BINARY='$(BINARY)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' UNITDIR='$(UNITDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' \
+	@BINARY='$(BINARY)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' LIBEXECDIR='$(LIBEXECDIR)' UNITDIR='$(UNITDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' \
 		MANDIR='$(MANDIR)' BASHCOMPDIR='$(BASHCOMPDIR)' ZSHCOMPDIR='$(ZSHCOMPDIR)' FISHCOMPDIR='$(FISHCOMPDIR)' dist/$@
 
 # dist/man and dist/completions anew, from the command line's definitions and from docs/: after a change of either.
@@ -45,7 +46,7 @@ manual:
 # A knock opens a real gated port on a real kernel, shown step by step, and the door closes.
 demo:
 	@echo "building; the first time this takes a minute or two"
-	@$(CARGO) build --quiet --target $(TARGET) --bin knockq --example demo
+	@$(CARGO) build --quiet --target $(TARGET) --bins --example demo
 	@tests/vm/runner $(OUT)/examples/demo
 
 # Everything: unit, vectors, properties, in memory, command line, end to end on real kernels.

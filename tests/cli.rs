@@ -163,7 +163,7 @@ fn check_warns_of_an_account_that_is_missing() {
         .unwrap();
     let ran = world.check();
     ran.succeeds();
-    for account in ["nobody-of-this-name", "nobody-of-this-name-monitor"] {
+    for account in ["nobody-of-this-name", "nobody-of-this-name-gate"] {
         assert!(ran.errors().contains(&format!("warning: there is no user `{account}`")), "{}", ran.errors());
     }
 }
@@ -897,7 +897,7 @@ fn without_its_capability_send_names_the_remedy() {
     Ran(ran).fails(77, &["serve: needs root with CAP_NET_ADMIN"]);
 }
 
-/// Of the child that reads the configuration, and of the keeper.
+/// Of the child that reads the configuration, and of root.
 #[test]
 fn the_last_words_of_the_daemon_carry_priorities_for_the_journal_and_for_nobody_else() {
     let world = World::new();
@@ -1024,8 +1024,14 @@ fn a_host_without_nft_is_told_to_install_it() {
 #[test]
 fn the_daemons_processes_cannot_be_started_by_hand() {
     let world = World::new();
-    for process in ["monitor", "verifier"] {
-        world.run(&[process]).fails(1, &[process]);
+    world.run(&["engine"]).fails(1, &["engine"]);
+    for (arguments, code, said) in [
+        ([].as_slice(), 64, "gate: only `knockq serve` of the same version can start it"),
+        (&["0.0.0"], 64, "gate: only"),
+        (&[env!("CARGO_PKG_VERSION")], 1, "gate: "),
+    ] {
+        let mut gate = Command::new(env!("CARGO_BIN_EXE_knockq-gate"));
+        Ran(gate.args(arguments).stdin(Stdio::null()).output().unwrap()).fails(code, &[said]);
     }
     let config = world.config().display().to_string();
     world.run(&["configuration", "--config", &config]).fails(1, &["serve: "]);

@@ -196,17 +196,17 @@ fn a_client_that_was_two_hours_ahead_is_told_so_and_let_in_when_it_is_right() {
     let mut clock = Clock::take();
     let lab = lab();
     let daemon = lab.start();
-    let (_, verifier) = daemon.processes()[2];
+    let (_, engine) = daemon.processes()[2];
     for family in FAMILIES {
         // The server's clock stays right: it does not look while its machine's is wrong.
-        kill(verifier, Signal::SIGSTOP).unwrap();
+        kill(engine, Signal::SIGSTOP).unwrap();
         clock.set(2 * HOUR);
         let ahead = lab.knockq(&lab.alice, &["send", "server", family.flag()]);
         succeeds(&ahead);
         let said = String::from_utf8_lossy(&ahead.stderr).into_owned();
         assert!(said.contains("synchronised"), "{said}");
         clock.set(0);
-        kill(verifier, Signal::SIGCONT).unwrap();
+        kill(engine, Signal::SIGCONT).unwrap();
         stays_shut(&lab, family);
         let right = lab.knockq(&lab.alice, &["send", "server", family.flag()]);
         succeeds(&right);

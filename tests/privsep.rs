@@ -1,67 +1,55 @@
 //! docs/privsep.md says what the source says: its tables are made from it. `WRITE=1 cargo test --test privsep` writes them.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use knockq::serve::calls::{Argument, Call, MISSING, MONITOR, NEVER, VERIFIER};
+use knockq::serve::calls::{self, Argument, Call, ENGINE, MISSING, NEVER};
+use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 
-/// What runs in a process that holds a capability, once it has given up the others.
-const WITH_A_CAPABILITY: [(&str, &[&str]); 2] = [
-    (
-        "monitor",
-        &[
-            "serve/monitor.rs",
-            "serve/ledger.rs",
-            "serve/past.rs",
-            "serve/policy.rs",
-            "serve/rate.rs",
-            "serve/repeats.rs",
-            "serve/report.rs",
-            "serve/log.rs",
-            "serve/watchers.rs",
-            "serve/frames.rs",
-            "serve/channel.rs",
-            "serve/handover.rs",
-            "service.rs",
-            "queue/kernel.rs",
-            "queue/relay.rs",
-            "nft/elements.rs",
-            "nft/comment.rs",
-            "nft/list.rs",
-            "nft/sets.rs",
-            "nft/attributes.rs",
-            "nft/watch.rs",
-        ],
-    ),
-    (
-        "keeper",
-        &[
-            "serve/keeper.rs",
-            "serve/start.rs",
-            "serve/manager.rs",
-            "serve/children.rs",
-            "serve/process.rs",
-            "serve/vocabulary.rs",
-            "serve/gate.rs",
-            "serve/control.rs",
-            "serve/observers.rs",
-            "serve/report.rs",
-            "serve/log.rs",
-            "serve/watchers.rs",
-            "serve/channel.rs",
-            "serve/handover.rs",
-            "service.rs",
-            "config/secure_file.rs",
-            "nft/load.rs",
-            "nft/table.rs",
-            "nft/ruleset.rs",
-            "nft/list.rs",
-            "nft/comment.rs",
-            "nft/sessions.rs",
-            "nft/conntrack.rs",
-        ],
-    ),
+/// The gate's program, as it was linked.
+const GATE: &str = env!("CARGO_BIN_EXE_knockq-gate");
+
+/// What confines a process rather than being confined. It is counted by itself.
+const CONFINEMENT: [&str; 2] = ["serve/calls.rs", "serve/sandbox.rs"];
+
+/// Lines that the gate may have at most, and lines of confinement. They only ever get fewer.
+const MOST_OF_GATE: usize = 2380;
+const MOST_OF_CONFINEMENT: usize = 520;
+
+/// What Rust's own library is made of.
+const OF_RUST: [&str; 8] =
+    ["addr2line", "adler2", "gimli", "hashbrown", "memchr", "miniz_oxide", "object", "rustc_demangle"];
+
+/// What root's process reaches once it has started, which is not a program of its own yet.
+const ROOT: [&str; 26] = [
+    "serve/root.rs",
+    "serve/start.rs",
+    "serve/manager.rs",
+    "serve/children.rs",
+    "serve/process.rs",
+    "serve/vocabulary.rs",
+    "serve/gate_table.rs",
+    "serve/control.rs",
+    "serve/observers.rs",
+    "serve/report.rs",
+    "serve/log.rs",
+    "serve/watchers.rs",
+    "serve/channel.rs",
+    "serve/handover.rs",
+    "service.rs",
+    "config/secure_file.rs",
+    "nft/load.rs",
+    "nft/table.rs",
+    "nft/ruleset.rs",
+    "nft/list.rs",
+    "nft/lister.rs",
+    "nft/listing.rs",
+    "nft/boot.rs",
+    "nft/comment.rs",
+    "nft/sessions.rs",
+    "nft/conntrack.rs",
 ];
 
 #[test]
@@ -70,11 +58,11 @@ fn the_pages_tables_are_those_of_the_source() {
     let page = fs::read_to_string(&path).unwrap();
     let mut expected = page.clone();
     for (name, table) in [
-        ("verifier", calls(VERIFIER)),
-        ("monitor", calls(MONITOR)),
-        ("keeper", calls(NEVER)),
+        ("engine", calls(ENGINE)),
+        ("gate", calls(calls::GATE)),
+        ("root", calls(NEVER)),
         ("missing", calls(MISSING)),
-        ("lines", lines_with_a_capability()),
+        ("lines", lines_with_a_privilege()),
     ] {
         expected = with(&expected, name, &table);
     }
@@ -88,18 +76,18 @@ fn the_pages_tables_are_those_of_the_source() {
 }
 
 #[test]
-fn no_call_of_the_verifier_names_a_file_makes_a_socket_or_a_process_or_reaches_another() {
+fn no_call_of_the_engine_names_a_file_makes_a_socket_or_a_process_or_reaches_another() {
     let forbidden = [
         "open", "stat", "access", "link", "rename", "mkdir", "chmod", "chown", "exec", "clone", "fork", "socket",
         "bind", "connect", "accept", "kill", "ptrace", "pidfd", "mount", "setuid", "setgid", "cap", "seccomp",
         "landlock", "memfd", "shm", "ioctl", "dup",
     ];
-    for call in VERIFIER {
+    for call in ENGINE {
         let names_nothing = call.name == "SYS_fstat"; // a descriptor, unlike all others that look at a file
         assert!(names_nothing || !forbidden.iter().any(|word| call.name.contains(word)), "{}", call.name);
         assert!(!call.why.is_empty());
     }
-    assert!(VERIFIER.len() > 20, "the list is looked at");
+    assert!(ENGINE.len() > 20, "the list is looked at");
 }
 
 /// One line a call.
@@ -121,22 +109,87 @@ fn words(argument: &Argument) -> String {
     }
 }
 
-fn lines_with_a_capability() -> String {
+fn lines_with_a_privilege() -> String {
     let mut table = "| process | lines | of which |\n|---|---|---|\n".to_owned();
-    for (process, files) in WITH_A_CAPABILITY {
-        let counted: Vec<(&str, usize)> = files.iter().map(|file| (*file, lines_of_code(file))).collect();
+    let (confinement, gate): (Vec<_>, Vec<_>) =
+        files_of(Path::new(GATE)).into_iter().partition(|file| CONFINEMENT.contains(&file.as_str()));
+    assert_eq!(confinement, CONFINEMENT, "the binary has line tables");
+    for (what, files) in [
+        ("gate", gate),
+        ("gate: confinement", confinement),
+        ("root, beside what it shares with the gate", ROOT.map(str::to_owned).to_vec()),
+    ] {
+        let counted: Vec<(&str, usize)> = files.iter().map(|file| (file.as_str(), lines(file))).collect();
         let sum: usize = counted.iter().map(|(_, lines)| lines).sum();
         let each: Vec<String> = counted.iter().map(|(file, lines)| format!("{file} {lines}")).collect();
-        writeln!(table, "| {process} | {sum} | {} |", each.join(", ")).unwrap();
+        writeln!(table, "| {what} | {sum} | {} |", each.join(", ")).unwrap();
     }
+    let crates: Vec<String> = crates_of(Path::new(GATE)).into_iter().collect();
+    writeln!(table, "\nCrates in the gate: {}: {}.", crates.len(), crates.join(", ")).unwrap();
     table
 }
 
-/// Neither empty lines nor comments nor tests.
-fn lines_of_code(file: &str) -> usize {
+#[test]
+fn what_runs_with_a_capability_only_ever_gets_less() {
+    let sum = |is_meant: fn(&str) -> bool| {
+        let files = files_of(Path::new(GATE));
+        files.iter().filter(|file| is_meant(file)).map(|file| lines(file)).sum::<usize>()
+    };
+    let gate = sum(|file| !CONFINEMENT.contains(&file));
+    let confinement = sum(|file| CONFINEMENT.contains(&file));
+    for (lines, most) in [(gate, MOST_OF_GATE), (confinement, MOST_OF_CONFINEMENT)] {
+        assert!(lines <= most, "{lines} lines, and {most} before: what is new belongs elsewhere");
+        assert!(lines + 50 > most, "{lines} lines: lower the number to that");
+    }
+    let crates = crates_of(Path::new(GATE));
+    for none in ["serde", "postcard", "tokio", "tracing", "redb", "etherparse", "clap", "aes", "hmac", "x25519_dalek"] {
+        assert!(!crates.contains(none), "{none} is in the gate");
+    }
+    assert!(crates.contains("nfq"), "the names of crates are found: {crates:?}");
+}
+
+/// The files of ours of which there is a line in a program, by its debug information.
+fn files_of(program: &Path) -> Vec<String> {
+    let bytes = fs::read(program).unwrap();
+    let code = object::File::parse(bytes.as_slice()).unwrap();
+    let code = code.section_by_name(".text").unwrap();
+    let lines = addr2line::Loader::new(program).unwrap();
+    let ranges = lines.find_location_range(code.address(), code.address() + code.size()).unwrap();
+    let own = root().join("src");
+    let files = ranges.filter_map(|(_, _, place)| Some(PathBuf::from(place.file?).strip_prefix(&own).ok()?.to_owned()));
+    let files: BTreeSet<PathBuf> = files.collect();
+    files.into_iter().map(|file| file.to_str().unwrap().to_owned()).collect()
+}
+
+/// Whose functions a program has, by their names; but for Rust's own.
+fn crates_of(program: &Path) -> BTreeSet<String> {
+    let bytes = fs::read(program).unwrap();
+    let file = object::File::parse(bytes.as_slice()).unwrap();
+    let functions = file.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.size() > 0);
+    let names = functions.map(|symbol| format!("{:#}", rustc_demangle::demangle(symbol.name().unwrap())));
+    let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    let known: BTreeSet<String> = lock
+        .lines()
+        .filter_map(|line| line.strip_prefix("name = \""))
+        .map(|name| name.trim_end_matches('"').replace('-', "_"))
+        .collect();
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut found = BTreeSet::new();
+    for name in names {
+        for (place, _) in name.match_indices("::") {
+            let before = &name[..place];
+            let root = &before[before.rfind(|c| !is_word(c)).map_or(0, |end| end + 1)..];
+            let is_root = !before[..before.len() - root.len()].ends_with(':');
+            found.extend(known.get(root).filter(|_| is_root && root != "knockq" && !OF_RUST.contains(&root)).cloned());
+        }
+    }
+    found
+}
+
+/// All lines but those of tests.
+fn lines(file: &str) -> usize {
     let text = fs::read_to_string(root().join("src").join(file)).unwrap();
-    let code = text.split("#[cfg(test)]").next().unwrap();
-    code.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//")).count()
+    text.split("#[cfg(test)]").next().unwrap().trim_end().lines().count()
 }
 
 /// The page with a table in its place.

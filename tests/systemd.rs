@@ -232,22 +232,22 @@ fn with_a_broken_configuration_the_gate_of_last_time_stands() {
 fn the_daemon_runs_hardened_and_reloads_under_systemd() {
     let machine = Machine::boot("daemon", "");
     assert_eq!(machine.property("knockq", "ActiveState"), "active", "{}", machine.log());
-    let keeper = machine.property("knockq", "MainPID");
+    let root = machine.property("knockq", "MainPID");
     machine.says("systemctl reload knockq");
-    assert_eq!(machine.property("knockq", "MainPID"), keeper);
+    assert_eq!(machine.property("knockq", "MainPID"), root);
     for (flag, server) in [("-4", "10.9.0.1"), ("-6", "fd09::1")] {
         assert!(!machine.is_open(server), "{server}");
         machine.says(&format!("ip netns exec client knockq send server {flag} --wait 2>&1"));
         assert!(machine.is_open(server), "{server}");
     }
 
-    let status = machine.says(&format!("cat /proc/{keeper}/status"));
+    let status = machine.says(&format!("cat /proc/{root}/status"));
     for (field, value) in [("CapBnd", "00000000000031e0"), ("NoNewPrivs", "1"), ("Seccomp", "2")] {
         assert!(status.contains(&format!("{field}:\t{value}\n")), "{field}: {status}");
     }
     let accounts = machine.says("ps -eo user:32,args | grep '[k]nockq: '");
     assert!(accounts.lines().all(|line| line.starts_with("knockq")), "not as nobody: {accounts}");
-    let within = format!("nsenter -t {keeper} -m ");
+    let within = format!("nsenter -t {root} -m ");
     for (path, mode) in [("/etc/knockq", "700"), ("/var/lib/knockq", "700"), ("/run/knockq", "711")] {
         machine.says(&format!("{within} test -w {path}"));
         assert_eq!(machine.says(&format!("stat -c %a {path}")), mode);
@@ -260,9 +260,9 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
         assert!(!machine.run(&format!("{within} touch {path}/x")).status.success(), "{path}");
     }
 
-    for (restarts, role) in ["keeper", "monitor", "verifier"].into_iter().enumerate() {
+    for (restarts, role) in ["root", "gate", "engine"].into_iter().enumerate() {
         let process = match role {
-            "keeper" => machine.property("knockq", "MainPID"),
+            "root" => machine.property("knockq", "MainPID"),
             _ => machine.processes(&format!("knockq: {role}")),
         };
         assert!(!process.is_empty(), "{role}");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use knockq::packet::Flow;
-use knockq::serve::verifier::SLICE;
+use knockq::serve::engine::SLICE;
 use knockq::service::{Port, Transport};
 use knockq::verify::{Registry, Secrets, Service, SourcePolicy, User, Verifier};
 

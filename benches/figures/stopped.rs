@@ -14,7 +14,7 @@ use crate::{Row, Scale, flood, machine};
 const RATE: u32 = 50_000;
 
 pub fn rows(scale: &Scale) -> Vec<Row> {
-    ["monitor", "verifier"].into_iter().flat_map(|role| of(scale, role)).collect()
+    ["gate", "engine"].into_iter().flat_map(|role| of(scale, role)).collect()
 }
 
 fn of(scale: &Scale, role: &str) -> Vec<Row> {

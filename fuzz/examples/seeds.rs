@@ -1,16 +1,17 @@
 //! Writes the seeds that are not text: `cargo run --example seeds` in `fuzz/`. Those of text are written by hand.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
-use knockq::nft::Ruleset;
+use knockq::nft::{Comment, Door, Element, Member, Query, Ruleset};
 use knockq::packet::{Flow, Syn};
+use knockq::serve::commands::Command;
 use knockq::serve::configuration::{Fixed, Plan};
 use knockq::serve::control::{Reply, Request, Selection};
-use knockq::serve::frames::Frame;
 use knockq::serve::policy::{Allowance, Opening, Policy};
 use knockq::serve::sandbox::Identity;
 use knockq::serve::settings::Settings;
@@ -21,7 +22,7 @@ use knockq_fuzz::recorded::persona;
 fn main() {
     packets();
     knocks();
-    frames();
+    commands();
     channel();
     control();
     handed_over();
@@ -124,30 +125,28 @@ fn knocks() {
     write("handle", "any-packet", [&[0][..], &with_length(&syn(true))].concat());
 }
 
-fn frames() {
-    let name = |text: &str| text.parse::<Name>().unwrap();
-    let open = |source: &str, user: &str, service: &str, port: &str, once, seconds| Frame::Open {
-        source: source.parse().unwrap(),
-        port: port.parse().unwrap(),
-        once,
-        bound: false,
-        seconds,
-        user: name(user),
-        service: name(service),
-        token: 1_790_000_000,
+fn commands() {
+    let door = |source: &str, port: &str, once| Door { source: source.parse().unwrap(), port: port.parse().unwrap(), once };
+    let put = |element, seconds| {
+        Command::Put(element, Duration::from_secs(seconds), Comment::read("alice ssh 1234 0a1b2c3d bound").unwrap())
     };
-    let close = |source: &str, user: &str, port: &str| Frame::Close {
+    let of_set = |source: &str| Element::Member(Member {
+        set: "inet mine s".parse().unwrap(),
         source: source.parse().unwrap(),
-        port: port.parse().unwrap(),
-        user: name(user),
-        token: 1_790_000_000,
-    };
-    write("frame", "open-v4", open("192.0.2.1", "alice", "ssh", "tcp/22", false, 30).encode());
-    write("frame", "open-once-v6", open("2001:db8::1", "bob", "vpn", "udp/51820", true, 43_200).encode());
-    write("frame", "not-hers", open("192.0.2.1", "bob", "ssh", "tcp/22", false, 30).encode());
-    write("frame", "too-long", open("192.0.2.1", "alice", "ssh", "tcp/22", false, 31).encode());
-    write("frame", "close", close("192.0.2.1", "alice", "tcp/51820").encode());
-    write("frame", "close-v6", close("2001:db8::1", "carol", "tcp/80").encode());
+        port: None,
+    });
+    let (v4, v6) = (door("192.0.2.1", "tcp/22", false), door("2001:db8::1", "udp/51820", true));
+    for (name, commands) in [
+        ("put-v4", vec![put(Element::Opens(v4), 30), put(of_set("192.0.2.1"), 30)]),
+        ("put-once-v6", vec![put(Element::Lasts(v6), 43_200), put(Element::Opens(v6), 43_200)]),
+        ("too-long", vec![put(Element::Opens(v4), 31)]),
+        ("delete", vec![Command::Delete(Element::Opens(v4)), Command::Delete(of_set("2001:db8::1"))]),
+        ("known", vec![Command::Known(Element::Opens(v6), Duration::from_secs(1))]),
+        ("ask", vec![Command::Ask(of_set("192.0.2.1"), Query::Layout)]),
+        ("next", vec![Command::Next, Command::Forget, Command::Count]),
+    ] {
+        write("command", name, commands.iter().flat_map(Command::encode).collect::<Vec<u8>>());
+    }
 }
 
 /// Each message is: descriptors, what is expected, length, bytes.
@@ -179,13 +178,10 @@ fn handed_over() {
     let ssh: Name = "ssh".parse().unwrap();
     let port: Port = "tcp/22".parse().unwrap();
     let policy = Policy {
-        identity,
-        queue: 4097,
         owns_table: true,
-        answer: Answer::Reset,
         grants_per_minute: 600,
-        services: HashMap::from([(ssh.clone(), Opening { ports: vec![port], once: false, seconds: 30, kill: false })]),
-        users: HashMap::from([(
+        services: BTreeMap::from([(ssh.clone(), Opening { ports: vec![port], once: false, seconds: 30, kill: false })]),
+        users: BTreeMap::from([(
             "alice".parse().unwrap(),
             Allowance {
                 services: vec![ssh.clone()],
@@ -244,7 +240,7 @@ fn handed_over() {
         services: vec![Service { name: ssh, selector: 22, ports: vec![port], open_for: 30, once: false, kill: false }],
         users: vec![user],
     };
-    let settings = Settings { identity, server: *server.public(), store_path: "store".to_owned(), registry };
+    let settings = Settings { identity, server: *server.public(), store_path: "store".to_owned(), registry, policy };
     seed("settings", 3, postcard::to_stdvec(&settings).unwrap());
 }
 

@@ -1,4 +1,4 @@
-//! The channel between the keeper and its children, over a real pair of sockets, with real descriptors: anything but a
+//! The channel between root and its children, over a real pair of sockets, with real descriptors: anything but a
 //! message is refused, and no descriptor stays behind.
 #![no_main]
 
@@ -57,7 +57,7 @@ fn send(peer: &OwnedFd, said: &[u8], count: usize) -> bool {
 }
 
 fn is_message(said: &[u8], count: usize) -> bool {
-    matches!(said, [1..=15]) && count <= 4
+    matches!(said, [1..=16]) && count <= 5
 }
 
 fn check_received(received: io::Result<Option<(Message, Vec<OwnedFd>)>>, said: &[u8], count: usize) {

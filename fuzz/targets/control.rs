@@ -1,4 +1,4 @@
-//! The command socket, both ways, over real sockets: the keeper is asked anything, and whoever asks is answered anything.
+//! The command socket, both ways, over real sockets: root is asked anything, and whoever asks is answered anything.
 #![no_main]
 
 use std::io::{Read, Write};
@@ -12,7 +12,7 @@ use knockq_fuzz::Scratch;
 use libfuzzer_sys::fuzz_target;
 
 static KEEPER: LazyLock<(Scratch, Control)> = LazyLock::new(|| {
-    let scratch = Scratch::new("keeper");
+    let scratch = Scratch::new("root");
     let control = Control::listen(scratch.path()).unwrap();
     (scratch, control)
 });
@@ -26,13 +26,13 @@ static IMPOSTOR: LazyLock<(Scratch, UnixListener)> = LazyLock::new(|| {
 
 fuzz_target!(|bytes: &[u8]| {
     match bytes.split_first() {
-        Some((kind, request)) if kind % 8 != 0 => keeper_is_asked(request),
+        Some((kind, request)) if kind % 8 != 0 => root_is_asked(request),
         Some((_, answer)) => asker_is_answered(answer),
         None => {}
     }
 });
 
-fn keeper_is_asked(bytes: &[u8]) {
+fn root_is_asked(bytes: &[u8]) {
     let (scratch, control) = &*KEEPER;
     let mut stream = UnixStream::connect(scratch.path().join("control.sock")).unwrap();
     stream.write_all(bytes).unwrap();

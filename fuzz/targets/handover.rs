@@ -1,4 +1,4 @@
-//! What the keeper hands over as sealed memory: any bytes are refused, or are a value that can be handed on unchanged.
+//! What root hands over as sealed memory: any bytes are refused, or are a value that can be handed on unchanged.
 #![no_main]
 
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! The relay from the monitor to the verifier, over a real pipe: what was pushed arrives, and no block, however wrong, is
+//! The relay from the gate to the engine, over a real pipe: what was pushed arrives, and no block, however wrong, is
 //! believed.
 #![no_main]
 
@@ -33,7 +33,7 @@ fn check_records(block: &[u8]) {
     }
 }
 
-/// A monitor that writes anything: a block is taken whole, or is the end.
+/// A gate that writes anything: a block is taken whole, or is the end.
 async fn read_raw(bytes: &[u8]) {
     let (reader, writer) = pipe().unwrap();
     let written = rustix::io::write(&writer, bytes).unwrap_or(0);

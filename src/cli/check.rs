@@ -20,12 +20,12 @@ use super::{ConfigArg, note, print};
 use crate::client::clock::unix_now;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::nft::{self, Doors, ElementError, NftError, SetError, SetName};
+use crate::nft::{self, ElementError, Kernel, Lister, NftError, SetError, SetName};
 use crate::serve::configuration::accounts;
 use crate::serve::ending::ServeError;
+use crate::serve::engine::EngineError;
 use crate::serve::observers::{self, Status};
 use crate::serve::store::{Store, StoreError};
-use crate::serve::verifier::VerifierError;
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  knockq check --config /etc/knockq/knockq.toml")]
@@ -103,7 +103,7 @@ pub(super) fn check_store(config: &ServerConfig) -> Result<Trust, Failure> {
             },
             |daemon| trust(daemon.verifier.floor.shut(unix_now())),
         )),
-        Err(cause) => Err(VerifierError::Store { path: path.display().to_string(), cause }.into()),
+        Err(cause) => Err(EngineError::Store { path: path.display().to_string(), cause }.into()),
     }
 }
 
@@ -125,10 +125,10 @@ pub(super) fn unseen_sets(config: &ServerConfig) -> Result<Vec<&SetName>, Failur
     if named.is_empty() {
         return Ok(unseen);
     }
-    let mut doors = Doors::new()?;
+    let mut kernel = Kernel::default();
     for (set, entry) in named {
-        match doors.check_set(set) {
-            Ok(()) => {}
+        match kernel.layout(set) {
+            Ok(_) => {}
             Err(SetError::Kernel(_, ElementError::Refused(error))) if error.kind() == ErrorKind::PermissionDenied => {
                 unseen.push(set);
             }

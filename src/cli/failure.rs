@@ -15,14 +15,12 @@ use crate::config::{ConfigError, Diagnostic, FileError};
 use crate::crypto::KeyError;
 use crate::nft::{ElementError, NftError, TableError};
 use crate::packet::PersonaError;
-use crate::queue::QueueError;
 use crate::serve::control::ControlError;
 use crate::serve::ending::ServeError;
-use crate::serve::gate::GateError;
-use crate::serve::monitor::MonitorError;
+use crate::serve::engine::EngineError;
+use crate::serve::gate_table::GateError;
 use crate::serve::sandbox::SandboxError;
 use crate::serve::store::StoreError;
-use crate::serve::verifier::VerifierError;
 
 /// Something did not work.
 pub(super) const FAILED: u8 = 1;
@@ -186,6 +184,7 @@ impl From<ServeError> for Failure {
             ServeError::QueueTaken { .. } => {
                 Self::new(message).hint("is another knockq running? Else set `queue = N` in [server]")
             }
+            ServeError::NoGate { .. } => Self::new(message).hint("install both programs: make install"),
             // The child has said what was wrong.
             ServeError::ChildFailed { code, .. } => Self::new(String::new()).code(code),
             ServeError::Gate(_) => Self::new(message).hint("is another knockq running? It owns the table"),
@@ -231,33 +230,22 @@ impl From<ControlError> for Failure {
     }
 }
 
-impl From<MonitorError> for Failure {
-    fn from(error: MonitorError) -> Self {
-        let failure = Self::new(error.to_string());
-        match error {
-            MonitorError::Queue(QueueError::Taken { .. }) => failure.hint("set another `queue = N` in [server]"),
-            MonitorError::Queue(QueueError::Unsupported { .. }) => failure.hint("modprobe nfnetlink_queue"),
-            _ => failure,
-        }
-    }
-}
-
-impl From<VerifierError> for Failure {
-    fn from(error: VerifierError) -> Self {
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
         let failure = Self::new(error.to_string());
         match error {
             // Another time it may work.
-            VerifierError::Store { cause: StoreError::Failed(_), .. } => failure.hint(DISK),
-            VerifierError::Store { cause: StoreError::InUse, .. } => {
+            EngineError::Store { cause: StoreError::Failed(_), .. } => failure.hint(DISK),
+            EngineError::Store { cause: StoreError::InUse, .. } => {
                 failure.hint("if it is a daemon of before, it ends when the disk answers; see who it is with `fuser`")
             }
-            VerifierError::Store { cause: StoreError::Newer(_), .. } => failure
+            EngineError::Store { cause: StoreError::Newer(_), .. } => failure
                 .hint("install the knockq that made it, or a newer one; or make a new store: move it away, and knockq recover")
                 .code(CONFIGURATION),
-            VerifierError::Store { cause: StoreError::Damaged(_), .. } => {
+            EngineError::Store { cause: StoreError::Damaged(_), .. } => {
                 failure.hint("make a new store: knockq recover").code(CONFIGURATION)
             }
-            VerifierError::Store { .. } => failure
+            EngineError::Store { .. } => failure
                 .hint("put back the store that belongs to this server key, or make a new one: knockq recover")
                 .code(CONFIGURATION),
             _ => failure,

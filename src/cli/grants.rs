@@ -16,7 +16,7 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{CONFIG, ConfigArg, note, print, print_json, print_view};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{ConfigError, FileError, Network, ServerConfig};
-use crate::nft::{self, Door, Doors, ElementError, Ending, NftError, OpenDoor};
+use crate::nft::{self, Door, Doors, ElementError, Ending, Kernel, Lister, NftError, OpenDoor};
 use crate::serve::control::{self, ControlError, Reply, Request, Selection};
 use crate::serve::report::{self, RevokedPart};
 use crate::serve::start;
@@ -92,7 +92,7 @@ impl<'a> Shown<'a> {
 
 /// All doors that are open, as the kernel has them.
 pub(super) fn open_doors() -> Result<Vec<OpenDoor>, Failure> {
-    let mut open = Doors::new()?.open_doors().map_err(|error| match error {
+    let mut open = Kernel::default().open_doors().map_err(|error| match error {
         ElementError::NoSet => NftError::NoTable.into(),
         ElementError::Refused(error) if error.kind() == ErrorKind::PermissionDenied => {
             NftError::NotPermitted(error.to_string()).into()

@@ -101,10 +101,7 @@ enum Command {
     Configuration(serve::Configuration),
     /// One of the daemon's processes; only `knockq serve` can start it
     #[command(hide = true)]
-    Monitor(serve::Child),
-    /// One of the daemon's processes; only `knockq serve` can start it
-    #[command(hide = true)]
-    Verifier(serve::Child),
+    Engine(serve::Child),
 }
 
 impl Command {
@@ -169,8 +166,7 @@ pub fn main() -> ExitCode {
         Command::Connect(connect) => connect.run(),
         Command::Proxy(proxy) => proxy.run(),
         Command::Configuration(configuration) => configuration.run(),
-        Command::Monitor(child) => child.run_monitor(),
-        Command::Verifier(child) => child.run_verifier(),
+        Command::Engine(child) => child.run_engine(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -187,7 +183,7 @@ fn has_priorities(command: &Command) -> bool {
     match command {
         Command::Serve(serve) => serve.style().priorities,
         Command::Configuration(configuration) => configuration.style().priorities,
-        Command::Monitor(child) | Command::Verifier(child) => child.style().priorities,
+        Command::Engine(child) => child.style().priorities,
         _ => false,
     }
 }

@@ -12,9 +12,9 @@ use super::{ConfigArg, note, print};
 use crate::client::clock::{is_synchronized, unix_now};
 use crate::config::secure_file::{self, Draft, Privacy};
 use crate::config::{Seconds, ServerConfig};
+use crate::serve::engine::EngineError;
 use crate::serve::start;
 use crate::serve::store::{Remains, Safe, Store, StoreError};
-use crate::serve::verifier::VerifierError;
 
 /// What is left where a store holds what knockq has not written.
 const WAY_OUT: &str = "knockq has not written that, so trust neither this store nor the keys: make both anew with `knockq init` in \
@@ -77,7 +77,7 @@ impl Old {
             Ok(remains) => Ok(Self { is_there: true, remains, damage: None }),
             Err(StoreError::InUse) => Err(is_running(&format!("{}: {}", path.display(), StoreError::InUse))),
             Err(cause @ StoreError::Newer(_)) => {
-                Err(VerifierError::Store { path: path.display().to_string(), cause }.into())
+                Err(EngineError::Store { path: path.display().to_string(), cause }.into())
             }
             Err(damage) => Ok(Self { is_there: true, damage: Some(damage), ..lost() }),
         }

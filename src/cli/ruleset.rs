@@ -10,7 +10,7 @@ use super::failure::{CONFIGURATION, Failure};
 use super::{ConfigArg, print};
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
-use crate::nft::{self, Boot, Comment, Doors, Element, ElementError, Open, SetName};
+use crate::nft::{self, Boot, Comment, Doors, Element, ElementError, Kernel, Lister, Open, SetName};
 
 #[derive(Args)]
 #[command(
@@ -63,7 +63,7 @@ fn shut_what_is_over(old_count: bool, config: &Path) -> Result<(), Failure> {
     let is_over = |comment: Option<Comment>, left: Option<Duration>| {
         comment.is_some_and(|comment| comment.counts_until(left, old_count, &boot, Instant::now()).is_none())
     };
-    let open = match doors.open_doors() {
+    let open = match Kernel::default().open_doors() {
         Err(ElementError::NoSet) if old_count => return Ok(()), // knockq 0.1.0 had fewer sets, and doors that count
         listed => listed?,
     };
@@ -76,7 +76,7 @@ fn shut_what_is_over(old_count: bool, config: &Path) -> Result<(), Failure> {
     let users = ServerConfig::load(config).map(|config| config.users).unwrap_or_default();
     let sets: BTreeSet<&SetName> = users.iter().flat_map(|user| &user.add_to).collect();
     for set in sets {
-        for Open { what: member, comment, left } in doors.members(set).unwrap_or_default() {
+        for Open { what: member, comment, left } in Kernel::default().members(set).unwrap_or_default() {
             if is_over(comment, left) {
                 doors.change([&(Element::Member(member), None)])?;
             }

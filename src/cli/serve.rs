@@ -10,7 +10,7 @@ use super::doctor::Host;
 use super::failure::Failure;
 use crate::config::Seconds;
 use crate::serve::log::{self, Style};
-use crate::serve::{configuration, keeper, monitor, verifier};
+use crate::serve::{configuration, engine, root};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  knockq serve --config /etc/knockq/knockq.toml\n  \
@@ -31,7 +31,7 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self) -> Result<(), Failure> {
         let trial = self.trial.map(|time| Duration::from_secs(time.0.into()));
-        Ok(keeper::run(&self.config.config, trial, self.style())?)
+        Ok(root::run(&self.config.config, trial, self.style())?)
     }
 
     pub(super) fn style(&self) -> Style {
@@ -71,16 +71,10 @@ impl Configuration {
 }
 
 impl Child {
-    pub(super) fn run_monitor(self) -> Result<(), Failure> {
-        log::start("monitor", self.style());
+    pub(super) fn run_engine(self) -> Result<(), Failure> {
+        log::start("engine", self.style());
         log::end_on_panic();
-        Ok(monitor::run()?)
-    }
-
-    pub(super) fn run_verifier(self) -> Result<(), Failure> {
-        log::start("verifier", self.style());
-        log::end_on_panic();
-        Ok(verifier::run()?)
+        Ok(engine::run()?)
     }
 
     pub(super) const fn style(&self) -> Style {

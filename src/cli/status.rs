@@ -14,7 +14,7 @@ use super::{ConfigArg, print, print_json, print_view};
 use crate::client::clock;
 use crate::serve::control::ControlError;
 use crate::serve::observers;
-use crate::serve::report::{KeeperPart, LiveDoor, MonitorPart, Queue, StoreHealth, Table, VerifierPart};
+use crate::serve::report::{LiveDoor, MonitorPart, Queue, RootPart, StoreHealth, Table, VerifierPart};
 use crate::service::Name;
 
 #[derive(Args)]
@@ -201,8 +201,8 @@ pub(super) fn unseen(error: ControlError) -> Failure {
 
 impl Shown {
     fn of(status: observers::Status, now: u64) -> Self {
-        let observers::Status { keeper, verifier, monitor } = status;
-        let KeeperPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = keeper;
+        let observers::Status { root, verifier, monitor } = status;
+        let RootPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = root;
         let MonitorPart { seen, lost, opened, not_opened, doors, is_cut } = monitor;
         let is_cut = is_cut || verifier.is_cut;
         let packets = verifier.counts().map(|(reason, count)| Count { reason: reason.as_str(), count });

@@ -22,7 +22,7 @@ impl<const N: usize> Secret<N> {
     }
 }
 
-/// As raw bytes: for the sealed memory through which the keeper hands keys to the verifier, and nothing else.
+/// As raw bytes: for the sealed memory through which root hands keys to the verifier, and nothing else.
 impl<const N: usize> Serialize for Secret<N> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(&self.0)

@@ -5,12 +5,12 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
-    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
-    DataAttribute, ListAttribute, NfTablesMessage, SetAttribute, SetElementAttribute, SetElementList,
-    SetElementMessage, SetMessage, TableAttribute, TableFlags, TableMessage,
+    DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
+    TableAttribute, TableFlags, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{
@@ -22,10 +22,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::TABLE;
-use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, messages};
 use super::comment::Comment;
-use super::list::{self, Open, OpenDoor};
-use super::sets::{Layout, Member, SetError, SetName};
+use super::sets::{Member, SetName};
 use crate::service::{Port, Transport};
 
 /// The family of our table.
@@ -33,6 +31,9 @@ const INET: NetfilterProtoFamily = NetfilterProtoFamily::Inet;
 
 /// Times that a transaction is tried again when another one is in its way.
 const RETRIES: usize = 20;
+
+/// Bytes of the longest answer: the kernel lists as many elements at once as there is room for, up to this.
+const DATAGRAM: usize = 8192;
 
 /// Bytes of a comment with its terminator: one byte of length (libnftnl's `udata`).
 const COMMENT_MAX: usize = 253;
@@ -79,7 +80,22 @@ impl Element {
         door.once.then_some(Self::Lasts(*door)).into_iter().chain([Self::Opens(*door)])
     }
 
-    fn place(&self) -> Place<'_> {
+    /// One for each set of ours, to name the set by.
+    pub(super) fn one_of_each_set() -> impl Iterator<Item = Self> {
+        let [v4, v6] = [IpAddr::from([0; 4]), IpAddr::from([0; 16])];
+        [v4, v6].into_iter().flat_map(|source| {
+            let door = |once| Door { once, ..Door::first_of(source) };
+            [Self::Opens(door(false)), Self::Opens(door(true)), Self::Lasts(door(true))]
+        })
+    }
+
+    /// One of a set of the administrator's, to name the set by.
+    pub(super) fn in_set(set: &SetName) -> Self {
+        Self::Member(Member { set: set.clone(), source: IpAddr::from([0; 4]), port: None })
+    }
+
+    /// The set that it is in.
+    pub(super) fn place(&self) -> Place<'_> {
         let ours = |of: &Door, [v4, v6]: [&'static str; 2]| Place {
             family: INET,
             table: TABLE,
@@ -121,10 +137,10 @@ fn key(source: IpAddr, port: Option<Port>) -> Vec<u8> {
 type Change = (NetfilterProtoFamily, NfTablesMessage, u16);
 
 /// A set, wherever it is.
-struct Place<'a> {
-    family: NetfilterProtoFamily,
-    table: &'a str,
-    set: &'a str,
+pub(super) struct Place<'a> {
+    pub(super) family: NetfilterProtoFamily,
+    pub(super) table: &'a str,
+    pub(super) set: &'a str,
 }
 
 /// Why the kernel's sets could not be changed.
@@ -148,6 +164,9 @@ pub enum ElementError {
     /// It gave no answer.
     #[error("netlink: the kernel did not answer")]
     NoAnswer,
+    /// The gate opens no more doors within this minute.
+    #[error("more doors were asked for than grants_per_minute allows")]
+    OverRate,
 }
 
 /// How long an element has, and what it says of its grant.
@@ -169,7 +188,6 @@ pub struct Doors {
     socket: Socket,
     /// By which the kernel names this socket when it tells who has changed something.
     number: u32,
-    sequence: u32,
 }
 
 impl Doors {
@@ -178,11 +196,8 @@ impl Doors {
     /// # Errors
     /// The kernel's.
     pub fn new() -> Result<Self, ElementError> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        let number = socket.bind_auto()?.port_number();
-        socket.connect(&SocketAddr::new(0, 0))?;
-        socket.set_non_blocking(true)?;
-        Ok(Self { socket, number, sequence: 0 })
+        let (socket, number) = socket()?;
+        Ok(Self { socket, number })
     }
 
     /// Who this is when the kernel tells who has changed something.
@@ -231,113 +246,6 @@ impl Doors {
         self.transact(&BEGUN.map(flush))
     }
 
-    /// All doors that are open, and what those for one connection have let in.
-    ///
-    /// # Errors
-    /// As [`Doors::listed`].
-    pub fn open_doors(&mut self) -> Result<Vec<OpenDoor>, ElementError> {
-        self.listed().map(|listed| listed.concat())
-    }
-
-    /// The doors that are open; and those for one connection that have let it in, or may yet, where it ends with them.
-    ///
-    /// # Errors
-    /// [`ElementError::NoSet`]: there is no table; and the kernel's.
-    pub fn listed(&mut self) -> Result<[Vec<OpenDoor>; 2], ElementError> {
-        let mut listed = [Vec::new(), Vec::new()];
-        for (set, once) in SETS {
-            let place = Place { family: INET, table: TABLE, set };
-            let [open, live] = &mut listed;
-            let to = if set.starts_with("live") { live } else { open };
-            to.extend(self.list(&place, |message| list::doors(message, once).collect())?);
-        }
-        Ok(listed)
-    }
-
-    /// Who is in a set of the administrator's.
-    ///
-    /// # Errors
-    /// [`ElementError::NoSet`], and the kernel's.
-    pub fn members(&mut self, set: &SetName) -> Result<Vec<Open<Member>>, ElementError> {
-        let place = Place { family: set.family(), table: &set.table, set: &set.set };
-        self.list(&place, |message| list::members(message, set).collect())
-    }
-
-    /// The elements of a set, once more if others change tables meanwhile: then some may be missing.
-    fn list<T>(&mut self, place: &Place<'_>, read: impl Fn(&[u8]) -> Vec<T>) -> Result<Vec<T>, ElementError> {
-        let mut listed = Vec::new();
-        for _ in 0..RETRIES {
-            listed.clear();
-            let mut is_whole = true;
-            self.dump(place, |message, is_interrupted| {
-                is_whole &= !is_interrupted;
-                listed.extend(read(message));
-            })?;
-            if is_whole {
-                break;
-            }
-        }
-        Ok(listed)
-    }
-
-    fn dump(&mut self, place: &Place<'_>, mut take: impl FnMut(&[u8], bool)) -> Result<(), ElementError> {
-        let attributes = vec![SetElementList::Table(place.table.to_owned()), SetElementList::Set(place.set.to_owned())];
-        let mut request = Vec::new();
-        let asked = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
-        self.append(&mut request, place.family, asked.into(), NLM_F_DUMP);
-        self.socket.send(&request, 0)?;
-        loop {
-            // The kernel goes on with the listing when a part of it is taken.
-            let datagram = self.receive()?.ok_or(ElementError::NoAnswer)?;
-            for message in messages(&datagram) {
-                let Ok(header) = NetlinkBuffer::new_checked(message) else { continue };
-                match (header.message_type(), read(message)) {
-                    _ if header.sequence_number() != self.sequence => {} // the end of another answer
-                    (NLMSG_DONE, _) => return Ok(()),
-                    (_, Some(Err(error))) if error.kind() == io::ErrorKind::NotFound => {
-                        return Err(ElementError::NoSet);
-                    }
-                    (_, Some(Err(error))) => return Err(refused(error)),
-                    _ => take(
-                        message.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default(),
-                        header.flags() & NLM_F_DUMP_INTR != 0,
-                    ),
-                }
-            }
-        }
-    }
-
-    /// The element that a set of the administrator's has for a door; `None` where the set is for the other family. The kernel
-    /// is asked each time, for the set may be another one by now.
-    ///
-    /// # Errors
-    /// [`SetError`]: the set is not there, or cannot take a source.
-    pub fn member(&mut self, set: &SetName, door: &Door) -> Result<Option<Member>, SetError> {
-        self.layout(set).map(|layout| set.member(layout, door))
-    }
-
-    /// Whether a set of the administrator's can take sources.
-    ///
-    /// # Errors
-    /// [`SetError`]: the set is not there, or cannot take a source.
-    pub fn check_set(&mut self, set: &SetName) -> Result<(), SetError> {
-        self.layout(set).map(|_| ())
-    }
-
-    fn layout(&mut self, set: &SetName) -> Result<Layout, SetError> {
-        let fail = |error| SetError::Kernel(set.clone(), error);
-        let attributes = vec![SetAttribute::Table(set.table.clone()), SetAttribute::Name(set.set.clone())];
-        let mut request = Vec::new();
-        self.append(&mut request, set.family(), NfTablesMessage::GetSet(SetMessage { attributes }).into(), 0);
-        self.socket.send(&request, 0).map_err(|error| fail(error.into()))?;
-        let answer = self.answer().map_err(fail)?;
-        match read(&answer) {
-            Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => Err(SetError::Missing(set.clone())),
-            Some(Err(error)) => Err(fail(ElementError::Refused(error))),
-            _ => set.layout(answer.get(MESSAGE_HEADER + FAMILY_HEADER..).unwrap_or_default()),
-        }
-    }
-
     /// Makes the table, owned by this socket and persistent: then it survives another's `flush ruleset` and the death of
     /// its owner. A persistent table without an owner is adopted.
     ///
@@ -378,71 +286,66 @@ impl Doors {
     fn try_transact(&mut self, messages: &[Change]) -> Result<(), ElementError> {
         let mut batch = Vec::new();
         let last = messages.len().saturating_sub(1);
-        self.append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin.into(), 0);
+        append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin.into(), 0);
         for (place, (family, message, flags)) in messages.iter().enumerate() {
             let ack = if place == last { NLM_F_ACK } else { 0 };
-            self.append(&mut batch, *family, message.clone().into(), flags | ack);
+            append(&mut batch, *family, message.clone().into(), flags | ack);
         }
-        self.append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd.into(), 0);
+        append(&mut batch, NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd.into(), 0);
         self.socket.send(&batch, 0)?;
         self.verdict()
     }
 
-    fn append(&mut self, batch: &mut Vec<u8>, family: NetfilterProtoFamily, inner: NetfilterMessageInner, flags: u16) {
-        // A batch names its subsystem in the header of its first and last message.
-        let subsystem = match inner {
-            NetfilterMessageInner::None(_) => NetfilterSubsystem::NfTables.into(),
-            _ => 0_u8,
-        };
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        header.sequence_number = self.sequence;
-        let payload = NetfilterMessage::new(NetfilterHeader::new(family, 0, subsystem.into()), inner);
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
-        message.finalize();
-        let start = batch.len();
-        batch.resize(start + message.buffer_len(), 0);
-        message.serialize(batch.get_mut(start..).unwrap_or_default());
-    }
-
-    /// The answer to what was asked last, and not to anything before.
-    fn answer(&self) -> Result<Vec<u8>, ElementError> {
-        loop {
-            let answer = self.receive()?.ok_or(ElementError::NoAnswer)?;
-            let header = NetlinkBuffer::new_checked(&answer).map(|header| header.sequence_number());
-            if header.is_ok_and(|number| number == self.sequence) {
-                return Ok(answer);
-            }
-        }
-    }
-
     fn verdict(&self) -> Result<(), ElementError> {
         let mut verdict = Err(ElementError::NoAnswer);
-        while let Some(answer) = self.receive().transpose() {
+        while let Some(answer) = receive(&self.socket).transpose() {
             verdict = match (answer.map(|answer| read(&answer)), verdict) {
                 (Ok(Some(Ok(()))), Err(ElementError::NoAnswer)) => Ok(()),
                 (Ok(Some(Err(error))), Ok(()) | Err(ElementError::NoAnswer)) => Err(refused(error)),
                 // More was refused than could be told: what was must not be taken for the verdict on what comes next.
-                (Err(ElementError::Socket(error)), _) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
-                    Err(error.into())
-                }
-                (Err(error), _) => return Err(error),
+                (Err(error), _) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => Err(error.into()),
+                (Err(error), _) => return Err(error.into()),
                 (Ok(_), earlier) => earlier,
             };
         }
         verdict
     }
+}
 
-    /// What the kernel says next, if it does.
-    fn receive(&self) -> Result<Option<Vec<u8>>, ElementError> {
-        let mut datagram = Vec::with_capacity(8192);
-        match self.socket.recv(&mut datagram, 0) {
-            Ok(_) => Ok(Some(datagram)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+/// A socket to the kernel's packet filter, which never waits.
+pub(super) fn socket() -> io::Result<(Socket, u32)> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    let number = socket.bind_auto()?.port_number();
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.set_non_blocking(true)?;
+    Ok((socket, number))
+}
+
+/// What the kernel says next, if it does.
+pub(super) fn receive(socket: &Socket) -> io::Result<Option<Vec<u8>>> {
+    let mut datagram = Vec::with_capacity(DATAGRAM);
+    match socket.recv(&mut datagram, 0) {
+        Ok(_) => Ok(Some(datagram)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
     }
+}
+
+/// Adds a message to what is sent to the kernel.
+pub(super) fn append(batch: &mut Vec<u8>, family: NetfilterProtoFamily, inner: NetfilterMessageInner, flags: u16) {
+    // A batch names its subsystem in the header of its first and last message.
+    let subsystem = match inner {
+        NetfilterMessageInner::None(_) => NetfilterSubsystem::NfTables.into(),
+        _ => 0_u8,
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    let payload = NetfilterMessage::new(NetfilterHeader::new(family, 0, subsystem.into()), inner);
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
+    message.finalize();
+    let start = batch.len();
+    batch.resize(start + message.buffer_len(), 0);
+    message.serialize(batch.get_mut(start..).unwrap_or_default());
 }
 
 /// Whether the kernel has done what was asked, if that is what it says.
@@ -507,7 +410,7 @@ fn user_data(comment: &str) -> Vec<u8> {
     [&[0, length], text, &[0]].concat()
 }
 
-fn refused(error: io::Error) -> ElementError {
+pub(super) fn refused(error: io::Error) -> ElementError {
     if Errno::from_io_error(&error) == Some(Errno::NFILE) { ElementError::Full } else { ElementError::Refused(error) }
 }
 

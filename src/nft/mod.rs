@@ -1,11 +1,14 @@
 //! The kernel's side: the table, and the elements of its sets.
 
 mod attributes;
+pub mod boot;
 pub mod comment;
 mod conntrack;
 pub mod elements;
 pub mod flows;
 pub mod list;
+pub mod lister;
+pub mod listing;
 pub mod load;
 pub mod ruleset;
 pub mod sessions;
@@ -13,14 +16,17 @@ pub mod sets;
 pub mod table;
 pub mod watch;
 
-pub use comment::{Boot, Comment};
+pub use boot::Boot;
+pub use comment::Comment;
 pub use elements::{Door, Doors, Element, ElementError, Ownership, Time};
 pub use flows::{Ending, end, established};
 pub use list::{Open, OpenDoor};
+pub use lister::{Kernel, Lister};
+pub use listing::{Listing, Query};
 pub use load::{NftError, check, list_rules, list_ruleset};
 pub use ruleset::{Ruleset, is_of_before, is_whole};
 pub use sessions::{track_sessions, without_door};
-pub use sets::{Member, SetError, SetName};
+pub use sets::{Layout, Member, SetError, SetName};
 pub use table::{TableError, exists, install, is_live, remove, remove_of_before};
 pub use watch::{Loaded, Loss, Watch};
 

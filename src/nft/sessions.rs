@@ -7,7 +7,7 @@ use std::{fs, io};
 use ipnet::IpNet;
 
 use super::conntrack::Conntrack;
-use super::{Doors, ElementError};
+use super::{ElementError, Kernel, Lister};
 use crate::service::{Port, Transport};
 
 /// Has conntrack know the TCP connections that this host's sockets have at these ports already, each as begun by its client: on
@@ -78,7 +78,7 @@ pub fn without_door(
         ports.contains(port) && !source.is_loopback() && !trusted.iter().any(|network| network.contains(source))
     });
     if !connected.is_empty() {
-        let doors = Doors::new().and_then(|mut doors| doors.open_doors()).unwrap_or_default();
+        let doors = Kernel::default().open_doors().unwrap_or_default();
         let doors: BTreeSet<_> = doors.iter().map(|open| (open.what.source, open.what.port)).collect();
         connected.retain(|end| !doors.contains(end));
     }

@@ -80,7 +80,7 @@ pub enum SetError {
 
 /// What a set's keys are made of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Layout {
+pub struct Layout {
     is_ipv4: bool,
     has_port: bool,
 }
@@ -98,7 +98,7 @@ impl SetName {
         known.map_or(NetfilterProtoFamily::Unspec, |(_, family)| *family)
     }
 
-    /// What the kernel says of the set: its keys.
+    /// What the kernel says of the set.
     pub(super) fn layout(&self, attributes: &[u8]) -> Result<Layout, SetError> {
         let flags = number(attributes, SET_FLAGS).unwrap_or_default();
         let key = number(attributes, SET_KEY_TYPE).unwrap_or_default();
@@ -117,7 +117,7 @@ impl SetName {
     }
 
     /// The element for a door, unless its source is of the other family.
-    pub(super) fn member(&self, layout: Layout, door: &Door) -> Option<Member> {
+    pub fn member(&self, layout: Layout, door: &Door) -> Option<Member> {
         let port = layout.has_port.then_some(door.port);
         (layout.is_ipv4 == door.source.is_ipv4()).then(|| Member { set: self.clone(), source: door.source, port })
     }

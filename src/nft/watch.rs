@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use netlink_packet_core::NetlinkBuffer;
 use netlink_packet_netfilter::NetfilterSubsystem;
@@ -11,6 +11,7 @@ use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
+use rustix::net::{RecvFlags, recv};
 
 use super::TABLE;
 use super::attributes::{FAMILY_HEADER, MESSAGE_HEADER, attribute, messages, number};
@@ -42,9 +43,9 @@ pub enum Loss {
     Doors,
 }
 
-/// A socket on which the kernel tells of changes to any table.
+/// A socket on which the kernel tells of changes to any table. Whoever reads it needs no privilege.
 pub struct Watch {
-    socket: Socket,
+    socket: OwnedFd,
     told: Told,
 }
 
@@ -78,38 +79,41 @@ pub struct Loaded {
 }
 
 impl Watch {
-    /// Starts listening. It needs CAP_NET_ADMIN, for the size of its buffer.
+    /// A socket that listens, for [`Watch::new`]. It needs CAP_NET_ADMIN, for the size of its buffer.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn new() -> io::Result<Self> {
+    pub fn listen() -> io::Result<OwnedFd> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         socket.add_membership(GROUP)?;
         socket.set_non_blocking(true)?;
         set_socket_recv_buffer_size_force(&socket, BUFFER)?;
-        Ok(Self { socket, told: Told::default() })
+        socket.as_fd().try_clone_to_owned()
+    }
+
+    /// Reads from such a socket.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket, told: Told::default() }
     }
 
     /// Reads what has been told; the worst that was changed. Loading the table again changes it too: then
-    /// [`Watch::take_unmended`] tells what it has not made good. What [`Doors::number`](super::Doors::number) has added is none
-    /// of others'.
+    /// [`Watch::take_unmended`] tells what it has not made good. What sockets of these numbers have added is none of others'.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn loss(&mut self, own: u32) -> io::Result<Loss> {
+    pub fn loss(&mut self, own: [u32; 2]) -> io::Result<Loss> {
         let mut loss = Loss::Nothing;
+        let mut datagram = vec![0; DATAGRAM];
         loop {
-            let mut datagram = Vec::with_capacity(DATAGRAM);
-            match self.socket.recv(&mut datagram, 0) {
-                Ok(_) => loss = loss.max(self.told.read(&datagram, own)),
+            match recv(&self.socket, datagram.as_mut_slice(), RecvFlags::DONTWAIT) {
+                Ok((length, _)) => loss = loss.max(self.told.read(datagram.get(..length).unwrap_or_default(), own)),
                 // Told of the beginning of a transaction, whoever acts on it would take the rest for another.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.told.is_edit && self.is_told_soon() => {
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(loss),
+                Err(Errno::AGAIN) if self.told.is_edit && self.is_told_soon() => {}
+                Err(Errno::AGAIN) => return Ok(loss),
                 // More was told than the socket held: our table may have been among it.
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => loss = self.told.miss(),
-                Err(error) => return Err(error),
+                Err(Errno::NOBUFS) => loss = self.told.miss(),
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -149,14 +153,14 @@ impl AsFd for Watch {
 
 impl Told {
     /// What a datagram tells: the worst that was changed. Doors that are deleted are noted, until they are made again.
-    pub fn read(&mut self, datagram: &[u8], own: u32) -> Loss {
+    pub fn read(&mut self, datagram: &[u8], own: [u32; 2]) -> Loss {
         let mut worst = Loss::Nothing;
         for message in messages(datagram) {
             if is_end_of_transaction(message) {
                 self.edits = self.edits.saturating_add(usize::from(std::mem::take(&mut self.is_edit)));
             }
             let Some(change) = Change::read(message) else { continue };
-            let is_loaded = change.kind == NEW_ELEMENT && change.by != own;
+            let is_loaded = change.kind == NEW_ELEMENT && !own.contains(&change.by);
             if !change.is_of_our_table() {
                 self.new_sets.extend(change.set().filter(|_| change.kind == NEW_SET));
                 self.loaded
@@ -166,7 +170,7 @@ impl Told {
             }
             for Open { what: door, comment, .. } in change.doors() {
                 match change.kind {
-                    DELETE_ELEMENT if change.by != own => self.deleted.insert(door),
+                    DELETE_ELEMENT if !own.contains(&change.by) => self.deleted.insert(door),
                     _ => self.deleted.remove(&door),
                 };
                 self.loaded.doors.extend(comment.filter(|_| is_loaded).map(|_| door));
@@ -323,7 +327,7 @@ mod tests {
     use super::{Door, Loss, Member, Told};
 
     /// The daemon's socket; what has changed something has another here.
-    const OWN: u32 = 1;
+    const OWN: [u32; 2] = [1, 1];
 
     fn loss(datagram: &[u8]) -> Loss {
         Told::default().read(datagram, OWN)
@@ -459,7 +463,7 @@ mod tests {
             (7, "alice ssh 9 0000000a", true),
             (7, "alice ssh bound", true),
             (7, "my own laptop", false),
-            (OWN, "alice ssh 9 0000000a", false),
+            (OWN[0], "alice ssh 9 0000000a", false),
         ] {
             let mut all = Told::default();
             let comment = comment.as_bytes();

@@ -1,7 +1,9 @@
-//! From the kernel's queue to the verifier: SYNs are dropped at once and their headers handed on, unread.
+//! From the kernel's queue to the engine: SYNs are dropped at once and their headers handed on, unread.
 
 pub mod kernel;
+mod reader;
 pub mod relay;
 
 pub use kernel::{KernelQueue, QueueError};
-pub use relay::{RECORD_LEN, RelayReader, RelayWriter, records};
+pub use reader::{RelayReader, records};
+pub use relay::{RECORD_LEN, RelayWriter};

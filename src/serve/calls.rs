@@ -59,14 +59,15 @@ macro_rules! calls {
     };
 }
 
-/// What the verifier may do, all of its threads. No call of these takes a path, makes a socket or a process, or reaches
+/// What the engine may do, all of its threads. No call of these takes a path, makes a socket or a process, or reaches
 /// another one.
-pub const VERIFIER: &[Call] = calls! {
+pub const ENGINE: &[Call] = calls! {
     SYS_read "records from the relay; new settings; being woken by the other thread"
     SYS_write "the log; waking the other thread; what `knockq status` and `explain` show"
-    SYS_recvmsg "what the keeper says, with the descriptors of new settings"
-    SYS_sendmsg "answers to the keeper"
-    SYS_sendto "frames to the monitor; events to those who watch"
+    SYS_recvmsg "what root says, with the descriptors of new settings"
+    SYS_recvfrom "what changed in the tables; the gate's answers"
+    SYS_sendmsg "answers to root"
+    SYS_sendto "commands to the gate; events to those who watch"
     SYS_close "settings that were read; watchers who went; the store, to open it anew after a failed write"
     SYS_fcntl [Is(1, F_GET_SEALS)] "new settings: nobody can change them any more"
     SYS_fcntl [Is(1, F_DUPFD_CLOEXEC)] "the store, to open it anew after a failed write"
@@ -85,6 +86,9 @@ pub const VERIFIER: &[Call] = calls! {
     #[cfg(target_arch = "x86_64")]
     SYS_epoll_wait "waiting"
     SYS_epoll_ctl "descriptors that are waited for no more, at the end"
+    SYS_ppoll "waiting for the gate"
+    #[cfg(target_arch = "x86_64")]
+    SYS_poll "waiting for the gate"
     SYS_futex "waiting for the other thread, and for its end"
     SYS_sched_yield "waiting for the other thread, when it is about to be ready"
     SYS_clock_nanosleep "records gather under load (glibc)"
@@ -107,23 +111,23 @@ pub const VERIFIER: &[Call] = calls! {
     SYS_exit_group "the end"
 };
 
-/// What the monitor may do. It makes sockets to the packet filter and no others, and runs no program.
-pub const MONITOR: &[Call] = calls! {
-    SYS_recvfrom "packets from the queue; what changed in the tables; the kernel's answers"
-    SYS_sendto "verdicts; doors; events to those who watch"
-    SYS_write "records to the relay; the log; what `knockq status` shows"
-    SYS_recvmsg "frames; what the keeper says, with the descriptors of new settings"
-    SYS_sendmsg "answers to the keeper"
-    SYS_read "new settings"
-    SYS_lseek "the length of new settings; the proof that this list is in force"
-    SYS_close "settings that were read; watchers who went; a socket that owned the table"
-    SYS_fcntl [Is(1, F_GET_SEALS)] "new settings: nobody can change them any more"
+/// What the gate may do. It makes sockets to the packet filter and no others, and runs no program.
+pub const GATE: &[Call] = calls! {
+    SYS_recvfrom "packets from the queue; the kernel's answers"
+    SYS_sendto "verdicts; doors"
+    SYS_write "records to the relay; the log"
+    SYS_recvmsg "commands; what root says, with the descriptors of new limits"
+    SYS_sendmsg "answers to root and the engine"
+    SYS_read "new limits"
+    SYS_lseek "the length of new limits; the proof that this list is in force"
+    SYS_close "limits that were read; a socket that owned the table, or had something listed"
+    SYS_fcntl [Is(1, F_GET_SEALS)] "new limits: nobody can change them any more"
     SYS_fcntl [Is(1, F_GETFD)] "a development build looks whether what it closes is open"
     SYS_ppoll "waiting"
     #[cfg(target_arch = "x86_64")]
     SYS_poll "waiting"
 
-    SYS_socket [Is(0, AF_NETLINK), Is(2, NETLINK_NETFILTER)] "another socket for doors: the one before owned the table"
+    SYS_socket [Is(0, AF_NETLINK), Is(2, NETLINK_NETFILTER)] "another socket for doors, where the one before owned the table; one to have something listed"
     SYS_bind "that socket"
     SYS_getsockname "that socket: its number"
     SYS_connect "that socket, to the kernel"
@@ -131,7 +135,6 @@ pub const MONITOR: &[Call] = calls! {
 
     SYS_restart_syscall "waiting goes on after SIGSTOP and SIGCONT"
     SYS_clock_gettime "the time, where the kernel does not lend it as memory"
-    SYS_getrandom "seeds of hash tables"
 
     SYS_brk "memory"
     SYS_mmap [Lacks(2, PROT_EXEC)] "memory, never code"
@@ -146,7 +149,7 @@ pub const MONITOR: &[Call] = calls! {
     SYS_exit_group "the end"
 };
 
-/// What the keeper and what it runs, nft among it, never do. A list of what they may would be a list of what every
+/// What root's process and what it runs, nft among it, never do. A list of what they may would be a list of what every
 /// version of nft and its libraries does.
 pub const NEVER: &[Call] = calls! {
     SYS_socket [IsNot(0, AF_UNIX), IsNot(0, AF_NETLINK)] "a network: nothing from outside is seen here"
@@ -181,7 +184,7 @@ pub const NEVER: &[Call] = calls! {
     SYS_swapon "memory on disk"
 };
 
-/// What the keeper and what it runs find missing, as on an older kernel. A filter cannot look at its arguments, which lie in
+/// What root's process and what it runs find missing, as on an older kernel. A filter cannot look at its arguments, which lie in
 /// memory: it could make a namespace. C libraries then use `clone`.
 pub const MISSING: &[Call] = calls! {
     SYS_clone3 "a namespace of its own, with all capabilities in it"

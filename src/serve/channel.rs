@@ -1,4 +1,4 @@
-//! The connection between the keeper and a child: one-byte messages, with descriptors.
+//! The connection between root and a child: one-byte messages, with descriptors.
 //!
 //! The child finds its end as standard input, which is the one way to inherit a descriptor without unsafe code.
 
@@ -14,45 +14,47 @@ use rustix::net::{
 };
 
 /// Descriptors that one message carries at most.
-const MAX_DESCRIPTORS: usize = 4;
+const MAX_DESCRIPTORS: usize = 5;
 
 /// What is said.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Message {
-    /// Keeper to child: these descriptors are yours.
+    /// Root to child: these descriptors are yours.
     Start,
-    /// Monitor to keeper: the queue is bound, the table may be loaded.
+    /// Gate to root: the queue is bound, the table may be loaded.
     Bound,
-    /// Keeper to monitor: the table is loaded.
+    /// Root to both: the table is loaded.
     Loaded,
-    /// Child to keeper: it works; or, it has done what was asked last.
+    /// Child to root: it works; or, it has done what was asked last.
     Ready,
-    /// Monitor to keeper: somebody took the table away, load it again.
+    /// Engine to root: somebody took the table away, load it again.
     Lost,
-    /// Keeper to child: get ready for these new settings. The monitor permits what either allows from then on.
+    /// Root to engine: get ready for these new settings. Root to gate: do what these limits allow, too, from now on.
     Settings,
-    /// Verifier to keeper: it cannot.
+    /// Engine to root: it is not ready for the new settings, and will not be.
     Unable,
-    /// Keeper to child, first to the verifier: the old settings are over.
+    /// Root to both, first to the engine: the old settings are over. The gate takes packets from now on.
     Enforce,
-    /// Keeper to monitor: let go of the table, it is about to be loaded anew.
+    /// Root to both: let go of the table, it is about to be loaded anew.
     Release,
-    /// Keeper to monitor: shut these doors, and write into this memory at which connections may have begun.
+    /// Root to engine: shut these doors, and write into this memory at which connections may have begun.
     Revoke,
-    /// Keeper to child: it is time to go.
+    /// Root to child: it is time to go.
     Stop,
-    /// Keeper to child: write into this memory how it is.
+    /// Root to engine: write into this memory how it is.
     Report,
-    /// Child to keeper: it is written.
+    /// Engine to root: it is written.
     Reported,
-    /// Keeper to verifier: write into this memory what was refused last.
+    /// Root to engine: write into this memory what was refused last.
     Explain,
-    /// Keeper to child: whoever is at the other end wants to know what happens.
+    /// Root to engine: whoever is at the other end wants to know what happens.
     Watch,
+    /// Engine to root: it is ready for the new settings.
+    Prepared,
 }
 
 impl Message {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Start,
         Self::Bound,
         Self::Loaded,
@@ -68,6 +70,7 @@ impl Message {
         Self::Reported,
         Self::Explain,
         Self::Watch,
+        Self::Prepared,
     ];
 
     const fn byte(self) -> u8 {
@@ -87,6 +90,7 @@ impl Message {
             Self::Reported => 13,
             Self::Explain => 14,
             Self::Watch => 15,
+            Self::Prepared => 16,
         }
     }
 }
@@ -103,7 +107,7 @@ pub fn message_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Channel {
-    /// A keeper's end.
+    /// Root's end.
     pub const fn new(end: OwnedFd) -> Self {
         Self(end)
     }
@@ -208,7 +212,7 @@ mod tests {
     use super::{Channel, MAX_DESCRIPTORS, Message, message_pair};
 
     #[test]
-    fn a_message_with_more_descriptors_than_four_is_refused() {
+    fn a_message_with_more_descriptors_than_five_is_refused() {
         let (peer, own) = message_pair().unwrap();
         let (peer, own) = (Channel::new(peer), Channel::new(own));
         let carried = io::stderr();

@@ -1,9 +1,10 @@
-//! The keeper's children, and everything that can wake it.
+//! Root's children, and everything that can wake it.
 
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,16 +25,16 @@ const WORK: Duration = Duration::from_secs(60);
 /// The role of the child that reads the configuration. It alone comes and goes.
 pub(super) const CONFIGURATION: &str = "configuration";
 
-/// Child processes by their roles, and the signals that reach the keeper.
+/// Child processes by their roles, and the signals that reach root.
 pub(super) struct Children {
     processes: Vec<Process>,
     signals: [(i32, UnixStream); 3],
     style: Style,
-    /// Where their lines go, if not where the keeper's go.
+    /// Where their lines go, if not where root's go.
     log: Option<OwnedFd>,
 }
 
-/// What woke the keeper.
+/// What woke root.
 pub(super) enum Event {
     Signal(i32),
     Message(&'static str, Message, Vec<OwnedFd>),
@@ -70,7 +71,18 @@ impl Children {
 
     /// Starts this binary in a role.
     pub(super) fn start(&mut self, name: &'static str, arguments: &[&OsStr]) -> io::Result<()> {
-        self.processes.push(Process::spawn(name, arguments, self.style, self.log.as_ref())?);
+        let arguments = [&[name.as_ref()], arguments].concat();
+        self.spawn(name, Path::new("/proc/self/exe"), &arguments, self.style)
+    }
+
+    /// Starts the gate, a program of its own.
+    pub(super) fn start_gate(&mut self, program: &Path) -> io::Result<()> {
+        let style = Style { debug: false, ..self.style };
+        self.spawn("gate", program, &[env!("CARGO_PKG_VERSION").as_ref()], style)
+    }
+
+    fn spawn(&mut self, name: &'static str, program: &Path, arguments: &[&OsStr], style: Style) -> io::Result<()> {
+        self.processes.push(Process::spawn(name, program, arguments, style, self.log.as_ref())?);
         Ok(())
     }
 
@@ -86,8 +98,8 @@ impl Children {
     }
 
     /// Waits for a child to say one of these; hands all else that happens meanwhile to `otherwise`. What the child
-    /// `configuration` says or does waits, unless it is the one: its end is nobody else's. A hangup waits too: it asks for
-    /// what can only be done afterwards.
+    /// `configuration` says or does waits, unless it is the one: its end is nobody else's. So does what the engine says while the
+    /// gate is waited for, which is never long. A hangup waits too: it asks for what can only be done afterwards.
     pub(super) fn wait_for(
         &mut self,
         name: &'static str,
@@ -132,7 +144,8 @@ impl Children {
         observers: Option<&Observers>,
         deadline: Option<Instant>,
     ) -> Result<Option<Event>, ServeError> {
-        let is_heard = |child: &str| waited_for.is_none_or(|name| child == name || child != CONFIGURATION);
+        let is_heard =
+            |child: &str| waited_for.is_none_or(|name| child == name || (child != CONFIGURATION && name != "gate"));
         let signals = self.signals.iter().filter(|(signal, _)| waited_for.is_none() || *signal != SIGHUP);
         let signals = signals.map(|(signal, stream)| (Source::Signal(*signal), stream.as_fd()));
         let control = control.map(|control| (Source::Control, control.as_fd()));

@@ -1,6 +1,7 @@
 //! The child that reads the configuration and its keys, at the start and at each reload, and hands on what each process
 //! needs of it. A file that cannot be read or understood ends this child, and nothing else.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use super::channel::{Channel, Message};
 use super::children::CONFIGURATION;
 use super::ending::ServeError;
 use super::handover;
+use super::limits::Limits;
 use super::policy::{Allowance, Opening, Policy};
 use super::sandbox::{self, Identity, SandboxError};
 use super::settings::Settings;
@@ -22,18 +24,18 @@ use crate::crypto::PublicKey;
 use crate::nft::{self, Ruleset};
 use crate::verify::Service;
 
-/// The verifier where the configured account does not exist: `nobody`, as everywhere.
-const VERIFIER_FALLBACK: Identity = Identity { uid: 65_534, gid: 65_534 };
+/// The engine where the configured account does not exist: `nobody`, as everywhere.
+const ENGINE_FALLBACK: Identity = Identity { uid: 65_534, gid: 65_534 };
 
-/// The monitor where its account does not exist: it must not be the verifier's.
-const MONITOR_FALLBACK: Identity = Identity { uid: 65_533, gid: 65_533 };
+/// The gate where its account does not exist: it must not be the engine's.
+const GATE_FALLBACK: Identity = Identity { uid: 65_533, gid: 65_533 };
 
-/// What the keeper needs of a configuration.
+/// What root's process needs of a configuration.
 #[derive(Serialize, Deserialize)]
 pub struct Plan {
     /// What only a restart can change.
     pub fixed: Fixed,
-    /// The group of the verifier's account, whose members may look on; `None` where there is no such account.
+    /// The group of the engine's account, whose members may look on; `None` where there is no such account.
     pub observers: Option<u32>,
     /// Accounts that others stand in for.
     pub missing_accounts: Vec<String>,
@@ -60,18 +62,18 @@ pub struct Fixed {
     pub queue: u16,
     /// Who loads the table.
     pub ruleset_mode: RulesetMode,
-    /// Whom verifier and monitor become.
+    /// Whom engine and gate become.
     pub accounts: [Identity; 2],
 }
 
-/// What this child has handed to the keeper: its plan, and what is for the verifier and for the monitor.
+/// What this child has handed to root: its plan, and what is for the engine and for the gate.
 ///
 /// # Errors
 /// When it is anything else.
 pub fn take(handed: Vec<OwnedFd>) -> Result<(Plan, OwnedFd, OwnedFd), ServeError> {
     let breach = || ServeError::Breach { process: CONFIGURATION, breach: Breach::Unreadable };
-    let [plan, settings, policy] = handed.try_into().map_err(|_| breach())?;
-    Ok((handover::unseal(plan).map_err(|_| breach())?, settings, policy))
+    let [plan, settings, limits] = handed.try_into().map_err(|_| breach())?;
+    Ok((handover::unseal(plan).map_err(|_| breach())?, settings, limits))
 }
 
 impl Fixed {
@@ -89,42 +91,43 @@ impl Fixed {
     }
 }
 
-/// Reads the configuration, shows it, and hands the keeper three sealed memories: its [`Plan`], the verifier's [`Settings`],
-/// the monitor's [`Policy`].
+/// Reads the configuration, shows it, and hands root three sealed memories: its [`Plan`], the engine's [`Settings`], the
+/// gate's [`Limits`].
 ///
 /// # Errors
 /// [`ServeError::Config`] and [`ServeError::Account`] for what is wrong in the files.
 pub fn run(path: &Path, show: impl FnOnce(&ServerConfig)) -> Result<(), ServeError> {
-    let keeper = Channel::of_stdin()?;
+    let root = Channel::of_stdin()?;
     sandbox::keep_only(&[])?;
     sandbox::write_only_to(&[])?;
     let config = ServerConfig::load(path)?;
     let (accounts, missing_accounts) = accounts(&config)?;
     show(&config);
-    let [verifier, monitor] = accounts;
+    let [engine, gate] = accounts;
     let settings = Settings {
-        identity: verifier,
+        identity: engine,
         server: *config.private_key.public(),
         store_path: config.store_path().display().to_string(),
         registry: config.registry()?,
+        policy: policy(&config, was_of_before(path)),
     };
     let settings = handover::seal(&settings)?;
-    let policy = handover::seal(&policy(&config, monitor, was_of_before(path)))?;
+    let limits = handover::seal_bytes(limits(&config, gate).to_string().as_bytes())?;
     let plan = handover::seal(&plan(&config, accounts, missing_accounts))?;
-    keeper.send(Message::Ready, &[&plan, &settings, &policy].map(AsFd::as_fd))?;
+    root.send(Message::Ready, &[&plan, &settings, &limits].map(AsFd::as_fd))?;
     Ok(())
 }
 
-/// Whom verifier and monitor become, in this order, and the accounts of theirs that do not exist.
+/// Whom engine and gate become, in this order, and the accounts of theirs that do not exist.
 ///
 /// # Errors
 /// When an account is root's, or both have one user id: then each could reach into the other.
 pub fn accounts(config: &ServerConfig) -> Result<([Identity; 2], Vec<String>), ServeError> {
-    let names = [config.account.clone(), format!("{}-monitor", config.account)];
+    let names = [config.account.clone(), format!("{}-gate", config.account)];
     let found = [Identity::of_account(&names[0])?, Identity::of_account(&names[1])?];
     let missing = names.into_iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(name, _)| name).collect();
-    let [verifier, monitor] = found;
-    let accounts = [verifier.unwrap_or(VERIFIER_FALLBACK), monitor.unwrap_or(MONITOR_FALLBACK)];
+    let [engine, gate] = found;
+    let accounts = [engine.unwrap_or(ENGINE_FALLBACK), gate.unwrap_or(GATE_FALLBACK)];
     if accounts[0].uid == accounts[1].uid {
         return Err(SandboxError::Shared(config.account.clone()).into());
     }
@@ -138,7 +141,7 @@ fn was_of_before(path: &Path) -> bool {
 }
 
 fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<String>) -> Plan {
-    let [verifier, _] = accounts;
+    let [engine, _] = accounts;
     Plan {
         fixed: Fixed {
             server: *config.private_key.public(),
@@ -148,7 +151,7 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
             ruleset_mode: config.ruleset_mode,
             accounts,
         },
-        observers: (!missing_accounts.contains(&config.account)).then_some(verifier.gid),
+        observers: (!missing_accounts.contains(&config.account)).then_some(engine.gid),
         missing_accounts,
         ruleset: config.ruleset(),
         users: config.users.len(),
@@ -157,7 +160,7 @@ fn plan(config: &ServerConfig, accounts: [Identity; 2], missing_accounts: Vec<St
     }
 }
 
-fn policy(config: &ServerConfig, identity: Identity, old_count: bool) -> Policy {
+fn policy(config: &ServerConfig, old_count: bool) -> Policy {
     let kill = config.ruleset().kill; // the table asks by port, of whichever service that is
     let opening = |service: &Service| Opening {
         ports: service.ports.clone(),
@@ -177,15 +180,33 @@ fn policy(config: &ServerConfig, identity: Identity, old_count: bool) -> Policy 
     };
     let users = config.users.iter().map(|user| (user.name.clone(), allowance(user)));
     Policy {
-        identity,
-        queue: config.queue,
         owns_table: config.ruleset_mode == RulesetMode::Managed,
-        answer: config.answer,
         grants_per_minute: config.grants_per_minute,
         services: services.collect(),
         users: users.collect(),
         log_closings: config.log_closings,
         trusted: config.trusted.clone(),
         old_count,
+    }
+}
+
+fn limits(config: &ServerConfig, identity: Identity) -> Limits {
+    let mut ports = BTreeMap::new();
+    for Service { ports: guarded, once, open_for, .. } in &config.services {
+        for port in guarded {
+            let most = ports.entry((*port, *once)).or_insert(*open_for);
+            *most = (*most).max(*open_for);
+        }
+    }
+    let is_from_anywhere = config.users.iter().any(|user| user.from.is_empty());
+    Limits {
+        identity,
+        queue: config.queue,
+        owns_table: config.ruleset_mode == RulesetMode::Managed,
+        answer: config.answer,
+        grants_per_minute: config.grants_per_minute,
+        ports,
+        from: (!is_from_anywhere).then(|| config.users.iter().flat_map(|user| user.from.iter().copied()).collect()),
+        sets: config.users.iter().flat_map(|user| user.add_to.iter().cloned()).collect(),
     }
 }

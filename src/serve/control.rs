@@ -1,4 +1,4 @@
-//! The keeper's command socket: what root asks of the running daemon.
+//! Root's command socket: what root asks of the running daemon.
 //!
 //! A request and its reply are one value each, in postcard's encoding, sent in one go. Both ends are this binary.
 
@@ -27,7 +27,7 @@ use crate::service::Name;
 /// Bytes of the longest request or reply.
 const MAX_LEN: usize = 4096;
 
-/// Time that a client has to say what it wants, and to take the reply: the keeper waits for nobody.
+/// Time that a client has to say what it wants, and to take the reply: root waits for nobody.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Time that the daemon may take: as long as it waits for the files, and then for a disk. Ten thousand users take two
@@ -162,7 +162,7 @@ impl ControlError {
     }
 }
 
-/// The keeper's end.
+/// Root's end.
 pub struct Control {
     listener: UnixListener,
     path: PathBuf,

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::control::ControlError;
-use super::gate::GateError;
+use super::gate_table::GateError;
 use super::sandbox::SandboxError;
 use super::vocabulary::Breach;
 use crate::config::{ConfigError, FileError};
 
-/// Why the keeper leaves its work.
+/// Why root leaves its work.
 pub(super) enum Ended {
     /// SIGTERM or SIGINT.
     Asked,
@@ -54,6 +54,12 @@ pub enum ServeError {
         number: u16,
         /// The process, as far as the kernel tells.
         owner: String,
+    },
+    /// The gate's program is not there.
+    #[error("{}: no such file: the program that opens the doors", path.display())]
+    NoGate {
+        /// Where it should be.
+        path: PathBuf,
     },
     /// The table is not as it should be.
     #[error(transparent)]

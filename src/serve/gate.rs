@@ -1,208 +1,325 @@
-//! The table, as the keeper tends it: loaded, or only checked where the host's own nftables.conf loads it.
+//! The gate: holds CAP_NET_ADMIN, looks at no byte of a packet, and does what the engine asks, within the limits that root has set.
 
-use std::iter;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+use caps::Capability;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendFlags, recvmsg, sendmsg};
 use thiserror::Error;
-use tracing::{error, info, warn};
 
-use crate::config::secure_file::{self, Privacy};
-use crate::config::server::RulesetMode;
-use crate::nft::{self, Ruleset, TableError};
-use crate::service::Port;
+use super::admission::{Admission, NotPermitted};
+use super::channel::{Channel, Message, has_hung_up};
+use super::commands::{self, Answer, BATCH, COMMAND_LEN, Command, CommandError};
+use super::limits::{Limits, NoLimit};
+use super::sandbox::{self, SandboxError};
+use super::{calls, handover, terminal};
+use crate::nft::{Comment, Door, Doors, Element, ElementError, Listing, Ownership};
+use crate::queue::{KernelQueue, QueueError, RelayWriter};
 
-/// Times that the table is loaded again before giving up, and the time between.
-const RESTORE_TRIES: u32 = 100;
-const RESTORE_PAUSE: Duration = Duration::from_millis(10);
+/// Time between two looks at what is over.
+const TICK: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// Connections that are told of when they are cut.
-const CUTS_TOLD: usize = 8;
+/// Time that root has to say that it is time to go, when the engine has gone.
+const GRACE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
-/// Why the gate does not stand.
+/// Why the gate stops.
 #[derive(Debug, Error)]
 pub enum GateError {
-    /// It could not be loaded.
+    /// A privilege stayed.
     #[error(transparent)]
-    Table(#[from] TableError),
-    /// It is for others to load, and they have not.
-    #[error("table inet knockq is not there, or not that of this configuration (ruleset = \"external\")")]
-    NotLoaded {
-        /// The include file.
-        include_file: PathBuf,
-    },
+    Sandbox(#[from] SandboxError),
+    /// The queue is not to be had, or failed.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The kernel's tables are not to be had.
+    #[error(transparent)]
+    Elements(#[from] ElementError),
+    /// Root handed over what are no limits.
+    #[error(transparent)]
+    Limits(#[from] NoLimit),
+    /// The engine sent what it never would.
+    #[error("the engine broke the protocol ({0}); stopping")]
+    Command(#[from] CommandError),
+    /// The engine asked for what the configuration does not have.
+    #[error("the engine asked for what the configuration does not allow; stopping")]
+    NotPermitted,
+    /// The engine closed its end, and root knows of no reason.
+    #[error("the engine hung up; stopping")]
+    HungUp,
+    /// The engine's answers pile up.
+    #[error("the engine does not read what it is told; stopping")]
+    Deaf,
+    /// The table was gone when it should have been loaded.
+    #[error("table inet knockq is not there; stopping")]
+    NoTable,
+    /// A descriptor failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
 }
 
 impl GateError {
-    /// What to do before the next reload.
-    pub(super) fn hint(&self) -> String {
+    /// What to do.
+    pub const fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Table(_) => "knockq ruleset --check".to_owned(),
-            Self::NotLoaded { include_file } => {
-                format!("knockq ruleset --output {}; load nftables.conf; reload again", include_file.display())
-            }
+            Self::Queue(QueueError::Taken { .. }) => Some("set another `queue = N` in [server]"),
+            Self::Queue(QueueError::Unsupported { .. }) => Some("modprobe nfnetlink_queue"),
+            _ => None,
         }
     }
 }
 
-/// The table and who loads it.
-pub(super) struct Gate {
-    ruleset: Ruleset,
-    mode: RulesetMode,
-    include_file: PathBuf,
-    /// Nobody else can change or flush it.
-    is_ours_alone: bool,
+/// Runs the gate until root goes away; `log` takes a line, with its priority of sd-daemon(3).
+///
+/// # Errors
+/// [`GateError`]: whatever it is, all processes stop.
+pub fn run(log: fn(u8, &str)) -> Result<(), GateError> {
+    terminal::leave(c"knockq-gate")?;
+    let root = Channel::of_stdin()?;
+    let Some([relay, engine, limits]) = root.expect(Message::Start)? else { return Ok(()) };
+    let limits: Limits = handover::unseal_text(limits)?.parse()?;
+    let mut queue = KernelQueue::open(limits.queue)?;
+    let unprivileged = sandbox::give_up_privileges(limits.identity, Some(Capability::CAP_NET_ADMIN))?;
+    queue.bind()?;
+    unprivileged.allow_only(calls::GATE)?;
+    root.send(Message::Bound, &[])?;
+    let Some([]) = root.expect(Message::Loaded)? else { return Ok(()) };
+    let (relay, doors) = (RelayWriter::new(relay), Doors::new()?);
+    let mut gate = Gate {
+        log,
+        root,
+        queue,
+        relay,
+        engine,
+        doors,
+        owns_table: false,
+        admission: Admission::new(limits, Instant::now()),
+        listing: None,
+        seen: 0,
+    };
+    if !gate.own_table()? {
+        return Err(GateError::NoTable);
+    }
+    if gate.owns_table {
+        log(6, "the table is owned: nobody else can change or flush it");
+    }
+    gate.root.send(Message::Ready, &[])?;
+    match gate.serve() {
+        Err(GateError::HungUp) if gate.is_told_to_stop()? => Ok(()),
+        done => done,
+    }
+}
+
+struct Gate {
+    log: fn(u8, &str),
+    root: Channel,
+    queue: KernelQueue,
+    relay: RelayWriter,
+    engine: OwnedFd,
+    doors: Doors,
+    /// The kernel leaves the table to this process alone.
+    owns_table: bool,
+    admission: Admission,
+    listing: Option<Listing>,
+    /// Packets taken from the queue.
+    seen: u64,
 }
 
 impl Gate {
-    pub(super) const fn new(ruleset: Ruleset, mode: RulesetMode, include_file: PathBuf) -> Self {
-        Self { ruleset, mode, include_file, is_ours_alone: false }
-    }
-
-    /// Others load the table.
-    pub(super) fn is_for_others(&self) -> bool {
-        self.mode == RulesetMode::External
-    }
-
-    /// Nobody else can change or flush the table.
-    pub(super) const fn is_ours_alone(&self) -> bool {
-        self.is_ours_alone
-    }
-
-    /// Whether this ruleset would make another table.
-    pub(super) fn differs_from(&self, ruleset: &Ruleset) -> bool {
-        self.ruleset != *ruleset
-    }
-
-    /// Sees to it that the table is there as it should be.
-    pub(super) fn raise(&mut self) -> Result<(), GateError> {
-        match self.mode {
-            RulesetMode::External => self.expect_live(&self.ruleset),
-            RulesetMode::Managed => {
-                warn_of_cuts(&self.ruleset, |_| true);
-                // A gate of before let the server's answers pass, whoever had begun.
-                let kept = secure_file::read(&self.include_file, Privacy::Public);
-                if kept.is_ok_and(|kept| nft::is_of_before(&kept)) || !nft::exists().map_err(TableError::from)? {
-                    keep_sessions(&self.ruleset, |_| true);
-                }
-                self.is_ours_alone = self.install()?;
-                nft::remove_of_before();
-                self.keep();
-                Ok(())
+    fn serve(&mut self) -> Result<(), GateError> {
+        let mut last_tick = Instant::now();
+        loop {
+            let sources = [self.root.as_fd(), self.engine.as_fd(), self.queue.as_fd()];
+            let mut sources = sources.map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
+            let waited_for = sources.get_mut(..if self.admission.is_open() { 3 } else { 2 }).unwrap_or_default();
+            if let Err(error) = poll(waited_for, Some(&TICK))
+                && error != Errno::INTR
+            {
+                return Err(io::Error::from(error).into());
+            }
+            let [root, engine, queue] = sources.map(|source| !source.revents().is_empty());
+            if root && !self.hear_root()? {
+                return Ok(());
+            }
+            if engine {
+                self.answer_engine()?;
+            }
+            if queue {
+                self.take_packets()?;
+            }
+            if last_tick.elapsed().as_secs() >= TICK.tv_sec.unsigned_abs() {
+                last_tick = Instant::now();
+                self.admission.forget(last_tick);
             }
         }
     }
 
-    /// Says so if others can flush it.
-    pub(super) fn say_who_can_flush_it(&self) {
-        if self.mode == RulesetMode::Managed && !self.is_ours_alone {
-            let hint = format!("include \"{}\" in /etc/nftables.conf", self.include_file.display());
-            info!(
-                hint,
-                "others can flush the gate, for this kernel is older than Linux 6.9 or a plain table was there"
-            );
+    /// If the engine died, root knows, and tells why: waits a little for its word.
+    fn is_told_to_stop(&self) -> Result<bool, GateError> {
+        loop {
+            match poll(&mut [PollFd::new(&self.root, PollFlags::IN)], Some(&GRACE)) {
+                Ok(0) => return Ok(false),
+                Ok(_) if matches!(self.root.receive()?, Some((Message::Stop, _)) | None) => return Ok(true),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
         }
     }
 
-    /// Whether [`Gate::replace`] would work.
-    pub(super) fn could_become(&self, ruleset: &Ruleset) -> Result<(), GateError> {
-        match self.mode {
-            RulesetMode::External => self.expect_live(ruleset),
-            RulesetMode::Managed => Ok(nft::check(&ruleset.for_check()).map_err(TableError::from)?),
+    /// Does what root says; `false` if it is time to go.
+    fn hear_root(&mut self) -> Result<bool, GateError> {
+        let Some((message, mut descriptors)) = self.root.receive()? else {
+            (self.log)(3, "root is gone; stopping all, and every door closes by its own timeout");
+            return Ok(false);
+        };
+        match (message, descriptors.pop()) {
+            (Message::Stop, _) => return Ok(false),
+            (Message::Loaded, _) => {
+                self.own_table()?;
+            }
+            (Message::Release, _) => self.let_go_of_table()?,
+            (Message::Settings, Some(limits)) => self.admission.prepare(handover::unseal_text(limits)?.parse()?),
+            (Message::Enforce, _) => self.admission.enforce(),
+            _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
         }
-    }
-
-    /// Replaces the table by that of another ruleset, or leaves it as it is. What others load is only expected from now on.
-    pub(super) fn replace(&mut self, ruleset: Ruleset) -> Result<(), GateError> {
-        let mut next = Self::new(ruleset, self.mode, self.include_file.clone());
-        if self.mode == RulesetMode::Managed {
-            warn_of_cuts(&next.ruleset, |port| !self.ruleset.kill.contains(port));
-            keep_sessions(&next.ruleset, |port| !self.ruleset.guarded.contains(port));
-            next.is_ours_alone = next.install_in_spite_of_others()?; // nobody owns the table at this moment
-        }
-        *self = next;
-        Ok(())
-    }
-
-    /// Somebody changed or deleted the table: loads it again; `false` if that is for others to do, and they have not yet.
-    ///
-    /// The gate is open until this is done. Whoever deleted the table may still be at it.
-    pub(super) fn restore(&self) -> Result<bool, GateError> {
-        if self.mode == RulesetMode::External {
-            return Ok(self.is_live());
-        }
-        self.install_in_spite_of_others()?;
-        warn!("somebody else changed or deleted table inet knockq: it is loaded again, and open doors are open again");
+        self.root.send(Message::Ready, &[])?;
         Ok(true)
     }
 
-    /// Says what others have to do.
-    pub(super) fn complain(&self) {
-        let hint = format!("nft -f {}", self.include_file.display());
-        error!(
-            hint,
-            "somebody else changed or deleted table inet knockq: until it is loaded, guarded ports may be open"
-        );
-    }
-
-    /// Whatever happened: if the table is gone, the gate must not stay open. If we own it, it cannot be.
-    pub(super) fn leave_shut(&self) {
-        if self.mode == RulesetMode::Managed {
-            let _ = self.install();
+    /// Owns the table, where the kernel allows it; `false` if it is not there.
+    fn own_table(&mut self) -> Result<bool, GateError> {
+        if !self.admission.limits().owns_table {
+            return Ok(true); // whoever loads it must be able to load it again
         }
+        let ownership = self.doors.own_table()?;
+        self.owns_table = ownership == Ownership::Adopted;
+        if ownership == Ownership::Made {
+            self.let_go_of_table()?; // what was made is empty, a gate that lets all in
+        }
+        Ok(ownership != Ownership::Made)
     }
 
-    fn install(&self) -> Result<bool, TableError> {
-        nft::install(&self.ruleset.to_string())
+    /// From here on others may change the table, root among them.
+    fn let_go_of_table(&mut self) -> Result<(), GateError> {
+        self.doors = Doors::new()?; // the socket is the owner
+        self.owns_table = false;
+        Ok(())
     }
 
-    /// Whoever flushes all tables may be at it still.
-    fn install_in_spite_of_others(&self) -> Result<bool, TableError> {
-        for _ in 1..RESTORE_TRIES {
-            if let Ok(installed) = self.install() {
-                return Ok(installed);
+    /// Gives what is queued its verdict and hands the first bytes on.
+    fn take_packets(&mut self) -> Result<(), GateError> {
+        let mut pushed = Ok(());
+        let relay = &mut self.relay;
+        let taken = self.queue.drain(self.admission.limits().answer, |packet| {
+            if pushed.is_ok() {
+                pushed = relay.push(packet);
             }
-            std::thread::sleep(RESTORE_PAUSE);
+        })?;
+        self.seen = self.seen.saturating_add(u64::try_from(taken).unwrap_or(0));
+        pushed.and_then(|()| relay.flush()).map_err(|_| GateError::HungUp)
+    }
+
+    /// Takes one message of the engine's, and answers it.
+    fn answer_engine(&mut self) -> Result<(), GateError> {
+        let Some(commands) = next_message(&self.engine)? else { return Ok(()) };
+        let (errno, datagram) = match self.obey(&commands)? {
+            Ok(datagram) => (0, datagram),
+            Err(error) => (errno(&error), Vec::new()),
+        };
+        let (number, lost) = (self.doors.number(), self.relay.lost_in_all());
+        let answer = Answer { errno, owns_table: self.owns_table, number, seen: self.seen, lost };
+        let (bytes, mut nothing) = (answer.encode(&datagram), SendAncillaryBuffer::default());
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match sendmsg(&self.engine, &[IoSlice::new(&bytes)], &mut nothing, flags) {
+            Ok(_) => Ok(()),
+            Err(Errno::PIPE | Errno::CONNRESET) => Err(GateError::HungUp),
+            Err(Errno::AGAIN) => Err(GateError::Deaf),
+            Err(error) => Err(io::Error::from(error).into()),
         }
-        self.install()
     }
 
-    fn is_live(&self) -> bool {
-        nft::is_live(&self.ruleset).unwrap_or(false)
-    }
-
-    fn expect_live(&self, ruleset: &Ruleset) -> Result<(), GateError> {
-        let is_live = nft::is_live(ruleset).map_err(TableError::from)?;
-        if is_live { Ok(()) } else { Err(GateError::NotLoaded { include_file: self.include_file.clone() }) }
-    }
-
-    /// Keeps the include file beside the configuration what was loaded last, also where somebody has lost or edited it: the
-    /// next boot begins with it. What others load is theirs to write.
-    pub(super) fn keep(&self) {
-        if self.is_for_others() {
-            return;
+    /// What the kernel answers to commands.
+    fn obey(&mut self, commands: &[Command]) -> Result<Result<Vec<u8>, ElementError>, GateError> {
+        let now = Instant::now();
+        for command in commands {
+            match self.admission.admits(command, now) {
+                Ok(true) => {}
+                Ok(false) => return Ok(Err(ElementError::OverRate)),
+                Err(NotPermitted) => return Err(GateError::NotPermitted),
+            }
         }
-        let text = self.ruleset.to_string();
-        let is_kept = secure_file::read(&self.include_file, Privacy::Public).is_ok_and(|kept| *kept == text);
-        if !is_kept && let Err(error) = secure_file::replace(&self.include_file, &text, Privacy::Public) {
-            warn!("the next boot begins with the gate of before: {error}");
+        let done = match commands {
+            [Command::Next] => {
+                return Ok(self.listing.as_mut().ok_or(ElementError::NoAnswer).and_then(Listing::answer));
+            }
+            [Command::Ask(element, query)] => Listing::of(element, *query).map(|listing| self.listing = Some(listing)),
+            [Command::Forget] => self.doors.forget_begun(),
+            [Command::Count] => Ok(()),
+            changes => self.change(changes),
+        };
+        Ok(done.map(|()| Vec::new()))
+    }
+
+    /// Changes elements, all or none.
+    fn change(&mut self, commands: &[Command]) -> Result<(), ElementError> {
+        let changes = commands.iter().filter_map(|command| match command {
+            Command::Put(element, time, comment) => Some((element.clone(), Some((*time, comment.clone())))),
+            Command::Delete(element) => Some((element.clone(), None)),
+            _ => None,
+        });
+        let changes: Vec<_> = changes.collect();
+        self.doors.change(&changes)?;
+        changes.iter().for_each(|change| self.tell(change));
+        Ok(())
+    }
+
+    /// Says which door has opened, whatever the engine says of it.
+    fn tell(&mut self, (element, time): &(Element, Option<(Duration, Comment)>)) {
+        let (Element::Opens(door), Some((time, Comment { user, service, .. }))) = (element, time) else { return };
+        if self.admission.take_untold(door) {
+            let (Door { source, port, .. }, seconds) = (door, time.as_secs());
+            (self.log)(6, &format!("opened {port} to {source} for {seconds} s ({user}, {service})"));
         }
     }
 }
 
-/// Connections that are there before their port is guarded live on. What keeps conntrack from knowing them keeps no gate from
-/// standing.
-fn keep_sessions(ruleset: &Ruleset, is_new: impl Fn(&Port) -> bool) {
-    let ports: Vec<Port> = ruleset.guarded.iter().copied().filter(is_new).collect();
-    if let Err(error) = nft::track_sessions(&ports) {
-        warn!("connections from before the gate may be cut: {error}");
+/// The next message of the engine's, if there is one.
+fn next_message(engine: &OwnedFd) -> Result<Option<Vec<Command>>, GateError> {
+    let mut bytes = vec![0; BATCH * COMMAND_LEN];
+    let mut no_descriptors = RecvAncillaryBuffer::default();
+    let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC; // the length that it has, not the one that fits
+    let received = match recvmsg(engine, &mut [IoSliceMut::new(&mut bytes)], &mut no_descriptors, flags) {
+        Ok(received) if received.bytes == 0 && has_hung_up(engine) => return Err(GateError::HungUp),
+        Ok(received) => received,
+        Err(Errno::CONNRESET) => return Err(GateError::HungUp),
+        Err(Errno::AGAIN) => return Ok(None),
+        Err(error) => return Err(io::Error::from(error).into()),
+    };
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(CommandError::Descriptors.into());
     }
+    let message = bytes.get(..received.bytes).ok_or(CommandError::Length(received.bytes))?;
+    Ok(Some(commands::decode(message)?))
 }
 
-/// Says who is cut off when connections to these ports end with their door.
-fn warn_of_cuts(ruleset: &Ruleset, is_new: impl Fn(&Port) -> bool) {
-    let ports: Vec<Port> = ruleset.kill.iter().copied().filter(is_new).collect();
-    for (source, port) in nft::without_door(&ports, &ruleset.trusted, iter::empty()).iter().take(CUTS_TOLD) {
-        warn!(%source, %port, "is connected without a door, and cut: on_close = \"kill\"");
-    }
+/// How an answer says it.
+fn errno(error: &ElementError) -> i32 {
+    let errno = match error {
+        ElementError::Full => Errno::NFILE,
+        ElementError::NoSet => Errno::NOENT,
+        ElementError::OverRate => Errno::DQUOT,
+        ElementError::NoAnswer => Errno::NODATA,
+        ElementError::Refused(error) | ElementError::Socket(error) | ElementError::Connections(error) => {
+            Errno::from_io_error(error).unwrap_or(Errno::IO)
+        }
+    };
+    errno.raw_os_error()
+}
+
+/// Writes a line of the log, in one go.
+pub fn write_line(has_priorities: bool, priority: u8, text: &str) {
+    let mark = if has_priorities { format!("<{priority}>") } else { String::new() };
+    let _ = io::stderr().write_all(format!("{mark}gate: {text}\n").as_bytes());
 }

@@ -1,4 +1,4 @@
-//! Settings that the keeper hands to a child, as memory that nobody can change any more.
+//! Settings that root hands to a child, as memory that nobody can change any more.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -20,9 +20,16 @@ const MAX_LEN: u64 = 256 << 20;
 /// # Errors
 /// The kernel's.
 pub fn seal<T: Serialize>(value: &T) -> io::Result<OwnedFd> {
-    let bytes = Zeroizing::new(postcard::to_stdvec(value).map_err(io::Error::other)?);
+    seal_bytes(&Zeroizing::new(postcard::to_stdvec(value).map_err(io::Error::other)?))
+}
+
+/// Writes bytes to sealed memory.
+///
+/// # Errors
+/// The kernel's.
+pub fn seal_bytes(bytes: &[u8]) -> io::Result<OwnedFd> {
     let mut memory = File::from(memfd_create("knockq", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-    memory.write_all(&bytes)?;
+    memory.write_all(bytes)?;
     memory.rewind()?;
     fcntl_add_seals(&memory, SEALS)?;
     Ok(memory.into())
@@ -33,6 +40,18 @@ pub fn seal<T: Serialize>(value: &T) -> io::Result<OwnedFd> {
 /// # Errors
 /// When it is no sealed memory, which could change or never end, or does not hold such a value.
 pub fn unseal<T: DeserializeOwned>(memory: OwnedFd) -> io::Result<T> {
+    postcard::from_bytes(&unseal_bytes(memory)?).map_err(io::Error::other)
+}
+
+/// Reads a text back, and closes the memory.
+///
+/// # Errors
+/// As [`unseal`].
+pub fn unseal_text(memory: OwnedFd) -> io::Result<String> {
+    String::from_utf8(unseal_bytes(memory)?.to_vec()).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+fn unseal_bytes(memory: OwnedFd) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut memory = File::from(memory);
     if !fcntl_get_seals(&memory)?.contains(SEALS) || memory.seek(SeekFrom::End(0))? > MAX_LEN {
         return Err(io::ErrorKind::InvalidData.into());
@@ -41,7 +60,7 @@ pub fn unseal<T: DeserializeOwned>(memory: OwnedFd) -> io::Result<T> {
     let mut bytes = Zeroizing::new(Vec::new());
     // Without `take`, std would ask for the file's metadata, which is no call for a process without files.
     memory.take(MAX_LEN).read_to_end(&mut bytes)?;
-    postcard::from_bytes(&bytes).map_err(io::Error::other)
+    Ok(bytes)
 }
 
 #[cfg(test)]

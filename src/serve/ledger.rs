@@ -329,6 +329,19 @@ impl Ledger {
         self.standing(door, now).max_by_key(|grant| grant.until)
     }
 
+    /// Whether there is something to [`Ledger::take`].
+    pub fn is_unsettled(&self) -> bool {
+        !self.unsettled.is_empty()
+    }
+
+    /// The doors that somebody holds, or has used, and the time that each has left.
+    pub fn ends(&self, now: Instant) -> impl Iterator<Item = (&Door, Duration)> {
+        self.doors.keys().filter_map(move |door| {
+            let grant = self.longest(door, now)?;
+            Some((door, grant.until.saturating_duration_since(now)))
+        })
+    }
+
     /// Whether anybody holds a door.
     pub fn is_held(&self, door: &Door, now: Instant) -> bool {
         self.longest(door, now).is_some()

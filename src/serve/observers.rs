@@ -1,6 +1,6 @@
 //! The sockets for those who may look and do nothing: root, and the group of the daemon's account.
 //!
-//! The keeper accepts connections there and never reads from one, so there is nothing that a client could say; nor does it
+//! Root accepts connections there and never reads from one, so there is nothing that a client could say; nor does it
 //! wait for a client.
 
 use std::fs;
@@ -21,7 +21,7 @@ use rustix::net::{
 use rustix::process::umask;
 
 use super::control::{ControlError, receive_with_descriptors};
-use super::report::{self, KeeperPart, MonitorPart, VerifierPart};
+use super::report::{self, EnginePart, MonitorPart, RootPart, VerifierPart};
 use super::watchers::{self, Event};
 
 /// Bytes of the message that hands a status over: more than a quarter of the smallest send buffer, so that a socket can be
@@ -40,7 +40,7 @@ const WORK: Duration = Duration::from_secs(150);
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 64;
 
-/// The keeper's end of one socket.
+/// Root's end of one socket.
 struct Listener {
     socket: OwnedFd,
     path: PathBuf,
@@ -55,14 +55,14 @@ pub(super) enum Wish {
     Watch,
 }
 
-/// The keeper's ends.
+/// Root's ends.
 pub(super) struct Observers {
     status: Listener,
     watch: Listener,
     /// What the last one came for.
     last: Wish,
     /// Clients that have not yet taken what they were told, and their users: what is on its way to them counts against what
-    /// the keeper may send.
+    /// root may send.
     unread: Vec<(OwnedFd, u32)>,
     /// When the last was accepted, and when the next will be.
     accepted: Instant,
@@ -71,8 +71,8 @@ pub(super) struct Observers {
 
 /// What all processes tell.
 pub struct Status {
-    /// The keeper.
-    pub keeper: KeeperPart,
+    /// Root.
+    pub root: RootPart,
     /// The verifier.
     pub verifier: VerifierPart,
     /// The monitor.
@@ -80,7 +80,7 @@ pub struct Status {
 }
 
 impl Observers {
-    /// Listens, for root and this group. The keeper need not be able to give files to others: what it makes while it is of the
+    /// Listens, for root and this group. Root need not be able to give files to others: what it makes while it is of the
     /// group belongs to that.
     ///
     /// # Errors
@@ -125,12 +125,12 @@ impl Observers {
         Some((client, uid))
     }
 
-    /// Hands a client the parts of all three. Whoever does not take them has not asked.
-    pub(super) fn hand_over(&mut self, client: OwnedFd, keeper: &KeeperPart, verifier: &OwnedFd, monitor: &OwnedFd) {
-        let Ok(mut bytes) = postcard::to_stdvec(&(env!("CARGO_PKG_VERSION"), keeper)) else { return };
+    /// Hands a client what there is to tell. Whoever does not take it has not asked.
+    pub(super) fn hand_over(&mut self, client: OwnedFd, root: &RootPart, engine: &OwnedFd) {
+        let Ok(mut bytes) = postcard::to_stdvec(&(env!("CARGO_PKG_VERSION"), root)) else { return };
         bytes.resize(bytes.len().max(STATUS_LEN), 0);
-        let descriptors = [verifier.as_fd(), monitor.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let descriptors = [engine.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         if set_socket_send_buffer_size(&client, 1).is_ok() // the smallest that the kernel gives
@@ -216,9 +216,10 @@ pub fn status(directory: &Path) -> Result<Status, ControlError> {
     }
     let invalid = || io::Error::from(io::ErrorKind::InvalidData);
     let parts = || {
-        let (keeper, _) = postcard::take_from_bytes(rest).map_err(|_| invalid())?;
-        let [verifier, monitor] = descriptors.try_into().map_err(|_| invalid())?;
-        Ok(Status { keeper, verifier: report::read(verifier)?, monitor: report::read(monitor)? })
+        let (root, _) = postcard::take_from_bytes(rest).map_err(|_| invalid())?;
+        let [engine] = descriptors.try_into().map_err(|_| invalid())?;
+        let EnginePart { verifier, monitor } = report::read(engine)?;
+        Ok(Status { root, verifier, monitor })
     };
     parts().map_err(fail)
 }

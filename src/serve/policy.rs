@@ -1,35 +1,27 @@
-//! What the monitor lets the verifier ask for: its own copy, checked again.
+//! What doors there may be, by the configuration: for whom, for how long, and in which of the administrator's sets they show.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::frames::Frame;
 use super::ledger::Grant;
-use super::sandbox::Identity;
 use crate::nft::{Door, SetName};
-use crate::service::{Answer, Name, Port};
+use crate::service::{Name, Port};
 
-/// The monitor's settings.
+/// Who may hold which doors.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Policy {
-    /// Whom it becomes.
-    pub identity: Identity,
-    /// Number of the queue.
-    pub queue: u16,
     /// The table is the daemon's, not one that others load.
     pub owns_table: bool,
-    /// The verdict on every packet.
-    pub answer: Answer,
     /// Doors that may be opened in a minute at most.
     pub grants_per_minute: u32,
     /// What can be opened, by name.
-    pub services: HashMap<Name, Opening>,
+    pub services: BTreeMap<Name, Opening>,
     /// Who may open which services, and how.
-    pub users: HashMap<Name, Allowance>,
+    pub users: BTreeMap<Name, Allowance>,
     /// Doors that shut have a line in the log.
     pub log_closings: bool,
     /// Networks that are never gated.
@@ -82,20 +74,6 @@ impl Allowance {
 }
 
 impl Policy {
-    /// Whether this may be asked.
-    pub fn permits(&self, frame: &Frame) -> bool {
-        match frame {
-            // When the user expires is no breach: that may have been a moment ago.
-            Frame::Open { source, port, once, bound, seconds, user, service, .. } => {
-                self.opening(user, service, *port).is_some_and(|(allowance, opening)| {
-                    let most = allowance.open_for.map_or(opening.seconds, |cap| cap.min(opening.seconds));
-                    opening.once == *once && allowance.covers(*source, *bound) && (1..=most).contains(seconds)
-                })
-            }
-            Frame::Close { port, .. } => self.services.values().any(|opening| opening.ports.contains(port)),
-        }
-    }
-
     /// Whether a door that was opened may stay open for the time that it has left. A shorter `open_for` of the service is
     /// for the doors to come.
     pub fn upholds(&self, door: &Door, grant: &Grant, now: Instant, unix_now: u64) -> bool {
@@ -132,7 +110,7 @@ impl Policy {
 
 #[cfg(test)]
 mod tests {
-    use super::{Allowance, Answer, Door, Duration, Frame, Grant, HashMap, Identity, Instant, Opening, Policy};
+    use super::{Allowance, BTreeMap, Door, Duration, Grant, Instant, Opening, Policy};
 
     const NOW: u64 = 1_790_000_000;
 
@@ -141,57 +119,19 @@ mod tests {
             |port: &str, once, seconds| Opening { ports: vec![port.parse().unwrap()], once, seconds, kill: false };
         let name = |text: &str| text.parse().unwrap();
         Policy {
-            identity: Identity { uid: 1, gid: 1 },
-            queue: 1,
             owns_table: true,
-            answer: Answer::Drop,
             grants_per_minute: 600,
-            services: HashMap::from([
+            services: BTreeMap::from([
                 (name("ssh"), opening("tcp/22", false, 30)),
                 (name("mail"), opening("tcp/25", true, 60)),
             ]),
-            users: HashMap::from([
+            users: BTreeMap::from([
                 (name("a"), Allowance { services: vec![name("ssh"), name("mail")], ..Allowance::default() }),
                 (name("b"), Allowance { services: vec![name("ssh")], ..Allowance::default() }),
             ]),
             log_closings: false,
             old_count: false,
             trusted: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn only_what_is_configured_for_the_user_within_its_time_is_permitted() {
-        let open = |user: &str, service: &str, port: &str, once, seconds| Frame::Open {
-            source: "192.0.2.1".parse().unwrap(),
-            port: port.parse().unwrap(),
-            once,
-            bound: false,
-            seconds,
-            user: user.parse().unwrap(),
-            service: service.parse().unwrap(),
-            token: 1,
-        };
-        let policy = policy();
-        for allowed in [
-            open("a", "ssh", "tcp/22", false, 30),
-            open("b", "ssh", "tcp/22", false, 1),
-            open("a", "mail", "tcp/25", true, 60),
-        ] {
-            assert!(policy.permits(&allowed), "{allowed:?}");
-        }
-        for refused in [
-            open("a", "ssh", "tcp/22", false, 31),
-            open("a", "ssh", "tcp/22", false, 0),
-            open("a", "ssh", "tcp/22", true, 30),
-            open("a", "ssh", "udp/22", false, 30),
-            open("a", "ssh", "tcp/25", false, 30),
-            open("a", "mail", "tcp/25", false, 60),
-            open("b", "mail", "tcp/25", true, 60),
-            open("c", "ssh", "tcp/22", false, 30),
-            open("a", "web", "tcp/80", false, 1),
-        ] {
-            assert!(!policy.permits(&refused), "{refused:?}");
         }
     }
 
@@ -223,18 +163,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_user_may_no_more_is_neither_permitted_nor_upheld() {
+    fn what_a_user_may_no_more_is_not_upheld() {
         let now = Instant::now();
-        let frame = |source: &str, bound, seconds| Frame::Open {
-            source: source.parse().unwrap(),
-            port: "tcp/22".parse().unwrap(),
-            once: false,
-            bound,
-            seconds,
-            user: "b".parse().unwrap(),
-            service: "ssh".parse().unwrap(),
-            token: 1,
-        };
         let upheld = |policy: &Policy, source: &str, bound, seconds| {
             let door = Door { source: source.parse().unwrap(), port: "tcp/22".parse().unwrap(), once: false };
             let until = now + Duration::from_secs(seconds);
@@ -258,7 +188,6 @@ mod tests {
         for (source, may) in
             [("192.0.2.1", true), ("198.51.100.1", false), ("2001:db8::1", true), ("2001:db9::1", false)]
         {
-            assert_eq!(from.permits(&frame(source, false, 1)), may, "{source}");
             assert_eq!(upheld(&from, source, false, 1), may, "{source}");
         }
         let bound = narrowed(&|allowance| allowance.bound = true);
@@ -266,15 +195,12 @@ mod tests {
         let expires = narrowed(&|allowance| allowance.expires = Some(NOW + 10));
         for source in ["192.0.2.1", "2001:db8::1"] {
             for is_bound in [false, true] {
-                assert_eq!(bound.permits(&frame(source, is_bound, 1)), is_bound);
                 assert_eq!(upheld(&bound, source, is_bound, 1), is_bound);
             }
             for (seconds, may) in [(10, true), (11, false)] {
-                assert_eq!(capped.permits(&frame(source, false, seconds)), may);
-                assert_eq!(upheld(&capped, source, false, seconds.into()), may);
-                assert_eq!(upheld(&expires, source, false, seconds.into()), may);
+                assert_eq!(upheld(&capped, source, false, seconds), may);
+                assert_eq!(upheld(&expires, source, false, seconds), may);
             }
-            assert!(expires.permits(&frame(source, false, 30)), "the verifier may have decided a moment ago");
         }
     }
 }

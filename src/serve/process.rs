@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ const STOP: Duration = Duration::from_secs(5);
 /// Time that it has to be gone once it is killed: one whose disk hangs cannot be before the disk answers.
 const KILL: Duration = Duration::from_millis(500);
 
-/// A child, and the keeper's end of the channel to it.
+/// A child, and root's end of the channel to it.
 pub(super) struct Process {
     pub(super) name: &'static str,
     child: Child,
@@ -38,17 +39,18 @@ pub(super) enum End {
 }
 
 impl Process {
-    /// Starts this binary with the role as its command, these arguments, an empty environment and the channel as standard
-    /// input; its lines go to `log`, or where the keeper's go.
+    /// Starts a program with these arguments, an empty environment and the channel as standard input; its lines go to `log`, or
+    /// where root's go.
     pub(super) fn spawn(
         name: &'static str,
+        program: &Path,
         arguments: &[&OsStr],
         style: Style,
         log: Option<&OwnedFd>,
     ) -> io::Result<Self> {
         let (ours, theirs) = message_pair()?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0(format!("knockq: {name}")).arg(name).args(arguments);
+        let mut command = Command::new(program);
+        command.arg0(format!("knockq: {name}")).args(arguments);
         for (flag, is_set) in [("--priorities", style.priorities), ("--debug", style.debug)] {
             if is_set {
                 command.arg(flag);
@@ -93,7 +95,7 @@ impl Process {
 
     /// Tells it to go, and hangs up.
     pub(super) fn hang_up(&mut self) {
-        let _ = self.tell(Message::Stop, &[]); // hanging up does it too, but looks like the keeper's death
+        let _ = self.tell(Message::Stop, &[]); // hanging up does it too, but looks like root's death
         self.channel = None;
     }
 
@@ -128,14 +130,14 @@ mod tests {
         let (ours, theirs) = message_pair().unwrap();
         let child = Command::new("true").spawn().unwrap();
         let channel = Some(Channel::new(ours));
-        (Process { name: "verifier", child, channel, vocabulary: Vocabulary::new("verifier") }, Channel::new(theirs))
+        (Process { name: "engine", child, channel, vocabulary: Vocabulary::new("engine") }, Channel::new(theirs))
     }
 
     #[test]
     fn a_child_that_reads_nothing_is_named_and_nobody_waits_for_it() {
         let (mut process, theirs) = process();
         let told = (0..100_000).map(|_| process.tell(Message::Settings, &[])).find_map(Result::err);
-        assert!(matches!(told, Some(ServeError::Breach { process: "verifier", breach: Breach::Deaf })), "{told:?}");
+        assert!(matches!(told, Some(ServeError::Breach { process: "engine", breach: Breach::Deaf })), "{told:?}");
         drop(theirs);
         process.end();
     }

@@ -1,6 +1,6 @@
 //! What the daemon tells of itself: each process its part. None reads another's; the command that asked puts them together.
 //!
-//! A child writes its part into memory of a fixed size that the keeper gives it: four bytes of length, big-endian, then
+//! A child writes its part into memory of a fixed size that root gives it: four bytes of length, big-endian, then
 //! postcard.
 
 use std::fs::File;
@@ -25,9 +25,9 @@ const MEMORY: u64 = 4 << 20;
 /// Bytes of a part at most.
 const ROOM: usize = (4 << 20) - 4;
 
-/// The keeper's part. Times are seconds.
+/// Root's part. Times are seconds.
 #[derive(Serialize, Deserialize)]
-pub struct KeeperPart {
+pub struct RootPart {
     /// Since the daemon was ready.
     pub uptime: u64,
     /// How many may knock.
@@ -139,6 +139,15 @@ pub struct MonitorPart {
     pub is_cut: bool,
 }
 
+/// What the engine tells.
+#[derive(Serialize, Deserialize)]
+pub struct EnginePart {
+    /// Of knocks.
+    pub verifier: VerifierPart,
+    /// Of doors.
+    pub monitor: MonitorPart,
+}
+
 /// A door that is open.
 #[derive(Serialize, Deserialize)]
 pub struct LiveDoor {
@@ -206,10 +215,11 @@ impl Part for RefusedPart {
     }
 }
 
-impl Part for MonitorPart {
+impl Part for EnginePart {
     fn halve(&mut self) {
-        self.doors.truncate(self.doors.len() / 2);
-        self.is_cut = true;
+        self.verifier.halve();
+        self.monitor.doors.truncate(self.monitor.doors.len() / 2);
+        self.monitor.is_cut = true;
     }
 }
 
@@ -286,7 +296,7 @@ mod tests {
 
     use proptest::prelude::{any, proptest};
 
-    use super::{MEMORY, MonitorPart, Queue, RefusedPart, Seen, VerifierPart, memory, read, write};
+    use super::{EnginePart, MEMORY, Queue, RefusedPart, Seen, VerifierPart, memory, read, write};
 
     fn part(users: usize) -> VerifierPart {
         let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
@@ -332,7 +342,7 @@ mod tests {
                 file.write_all(&bytes).unwrap();
                 memory
             };
-            let _ = (read::<VerifierPart>(handed()), read::<MonitorPart>(handed()), read::<RefusedPart>(handed()));
+            let _ = (read::<VerifierPart>(handed()), read::<EnginePart>(handed()), read::<RefusedPart>(handed()));
         }
     }
 

@@ -66,7 +66,7 @@ pub enum SandboxError {
     #[error("user `{0}` is root: the daemon's processes must not be")]
     Root(String),
     /// Both accounts have one user id.
-    #[error("users `{0}` and `{0}-monitor` have the same user id: each process needs its own")]
+    #[error("users `{0}` and `{0}-gate` have the same user id: each process needs its own")]
     Shared(String),
     /// A step failed.
     #[error("cannot {step}: {cause}")]

@@ -1,12 +1,13 @@
-//! What the verifier is told by the child that reads the configuration.
+//! What the engine is told by the child that reads the configuration.
 
 use serde::{Deserialize, Serialize};
 
+use super::policy::Policy;
 use super::sandbox::Identity;
 use crate::crypto::PublicKey;
 use crate::verify::Registry;
 
-/// The verifier's settings.
+/// The engine's settings.
 #[derive(Serialize, Deserialize)]
 pub struct Settings {
     /// Whom it becomes.
@@ -15,6 +16,8 @@ pub struct Settings {
     pub server: PublicKey,
     /// What the store is called in messages.
     pub store_path: String,
-    /// Who may what.
+    /// Who may what, by their knocks.
     pub registry: Registry,
+    /// Who may hold which doors.
+    pub policy: Policy,
 }

@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use caps::Capability;
@@ -16,20 +16,23 @@ use super::children::{CONFIGURATION, Children};
 use super::configuration::{self, Fixed, Plan};
 use super::control::Control;
 use super::ending::{Ended, ServeError};
-use super::gate::{Gate, GateError};
+use super::gate_table::{GateError, GateTable};
 use super::manager::{self, NotifyState};
 use super::observers::Observers;
 use super::sandbox;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
-use crate::nft;
+use crate::nft::{self, Watch};
 use crate::queue::relay;
 
-/// What the keeper needs as long as it lives: for nft, and to end a child that does not end.
+/// What root needs as long as it lives: for nft, and to end a child that does not end.
 pub(super) const TO_WORK: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_KILL];
 
 /// What its children need until they have become others, with less.
 pub(super) const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
+
+/// The gate's program.
+const GATE: &str = "knockq-gate";
 
 /// Where the users are, beside the configuration.
 const USERS: &str = "users.d";
@@ -44,7 +47,7 @@ pub(super) struct Raised {
     pub(super) observers: Observers,
     /// How many may knock, and for how many services.
     pub(super) counts: (usize, usize),
-    pub(super) gate: Gate,
+    pub(super) gate: GateTable,
     /// What is ready, in one line.
     pub(super) summary: String,
     /// Users have come or gone since they were read, when nobody could say so yet.
@@ -58,7 +61,7 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
     children.start(CONFIGURATION, &["--config".as_ref(), config_path.as_os_str()])?;
     let (_, read) = children.wait_for(CONFIGURATION, &[Message::Ready], |_, _| Ok(()))?;
     children.dismiss(CONFIGURATION);
-    let (plan, settings, policy) = configuration::take(read)?;
+    let (plan, settings, limits) = configuration::take(read)?;
     let Plan { fixed, observers, missing_accounts, ruleset, users, services, knock_ports } = plan;
     for account in missing_accounts {
         let hint = format!("useradd --system --no-create-home --shell /usr/sbin/nologin {account}");
@@ -78,14 +81,14 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
         let hint = "boot with `lsm=landlock,...`, or a kernel with CONFIG_SECURITY_LANDLOCK";
         warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
     }
-    start_both(children, &settings, &policy, &store)?;
+    start_both(children, &gate_program()?, &settings, &limits, &store)?;
     // Until the verifier had it, `recover` could put another in its place, which would not know what is written to this one.
     if !is_at(&store, &fixed.store)? {
         return Err(ServeError::StoreReplaced { path: fixed.store }.into());
     }
     sandbox::keep_only(TO_WORK)?;
 
-    let mut gate = Gate::new(ruleset, fixed.ruleset_mode, include_file);
+    let mut gate = GateTable::new(ruleset, fixed.ruleset_mode, include_file);
     gate.raise()?;
     if let Err(ended) = show_table(children) {
         children.end();
@@ -103,23 +106,39 @@ fn last_change(config_path: &Path) -> Option<SystemTime> {
     fs::metadata(config_path.with_file_name(USERS)).and_then(|directory| directory.modified()).ok()
 }
 
-/// Starts verifier and monitor, and hands each what is its own.
-fn start_both(children: &mut Children, settings: &OwnedFd, policy: &OwnedFd, store: &OwnedFd) -> Result<(), Ended> {
+/// The program beside this one, or where it is installed.
+fn gate_program() -> Result<PathBuf, ServeError> {
+    let own = fs::read_link("/proc/self/exe")?;
+    let installed = own.ancestors().nth(2).map(|prefix| prefix.join("libexec/knockq").join(GATE));
+    let mut programs = [Some(own.with_file_name(GATE)), installed].into_iter().flatten();
+    programs.find(|program| program.exists()).ok_or_else(|| ServeError::NoGate { path: own.with_file_name(GATE) })
+}
+
+/// Starts engine and gate, and hands each what is its own.
+fn start_both(
+    children: &mut Children,
+    gate: &Path,
+    settings: &OwnedFd,
+    limits: &OwnedFd,
+    store: &OwnedFd,
+) -> Result<(), Ended> {
     let (relay_reader, relay_writer) = relay::pipe()?;
-    let (frames_of_verifier, frames_of_monitor) = message_pair()?;
-    children.start("verifier", &[])?;
-    children.tell("verifier", Message::Start, &[&relay_reader, &frames_of_verifier, settings, store])?;
-    children.wait_for("verifier", &[Message::Ready], |_, _| Ok(()))?;
-    children.start("monitor", &[])?;
-    children.tell("monitor", Message::Start, &[&relay_writer, &frames_of_monitor, policy])?;
-    children.wait_for("monitor", &[Message::Bound], |_, _| Ok(()))?;
+    let (commands, commanded) = message_pair()?;
+    children.start("engine", &[])?;
+    children.tell("engine", Message::Start, &[&relay_reader, &commands, &Watch::listen()?, settings, store])?;
+    children.wait_for("engine", &[Message::Ready], |_, _| Ok(()))?;
+    children.start_gate(gate)?;
+    children.tell("gate", Message::Start, &[&relay_writer, &commanded, limits])?;
+    children.wait_for("gate", &[Message::Bound], |_, _| Ok(()))?;
     Ok(())
 }
 
-/// Tells the monitor that the table is loaded. Doors that were open before are there still.
+/// Tells both that the table is loaded: doors that were open before are there still. From then on the gate takes packets.
 fn show_table(children: &mut Children) -> Result<(), Ended> {
-    children.tell("monitor", Message::Loaded, &[])?;
-    children.wait_for("monitor", &[Message::Ready], |_, _| Ok(()))?;
+    for (child, message) in [("gate", Message::Loaded), ("engine", Message::Loaded), ("gate", Message::Enforce)] {
+        children.tell(child, message, &[])?;
+        children.wait_for(child, &[Message::Ready], |_, _| Ok(()))?;
+    }
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! A child's distance from whoever started the keeper.
+//! A child's distance from whoever started root.
 
 use std::ffi::CStr;
 use std::io::{self, IsTerminal};
@@ -9,8 +9,8 @@ use std::sync::atomic::AtomicBool;
 use rustix::fs::{Mode, OFlags};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-/// A session of its own, without the keeper's terminal: neither does its Ctrl-C come here, nor could anything be typed into
-/// it from here. When it is time, the keeper hangs up, and so signals are ignored.
+/// A session of its own, without root's terminal: neither does its Ctrl-C come here, nor could anything be typed into
+/// it from here. When it is time, root hangs up, and so signals are ignored.
 ///
 /// # Errors
 /// The kernel's.

@@ -1,14 +1,14 @@
-//! What a child may say to the keeper, which is root, and when. All else is a breach.
+//! What a child may say to root, and when. All else is a breach.
 //!
 //! | child | may say | when |
 //! |---|---|---|
-//! | `configuration` | `Ready`, with plan, settings and policy | once |
-//! | `verifier` | `Ready` | once after each `Start`, `Settings` and `Enforce` |
-//! | `verifier` | `Unable` | once after `Settings`, instead |
-//! | `monitor` | `Bound` | once after `Start` |
-//! | `monitor` | `Ready` | once after the first `Loaded`, and each `Settings`, `Enforce`, `Release` and `Revoke` |
-//! | either | `Reported` | once after each `Report` and `Explain`, whatever else it was asked |
-//! | `monitor` | `Lost` | once after each `Loaded`, the first time not before its `Ready`; no more once it has answered `Release` |
+//! | `configuration` | `Ready`, with plan, settings and limits | once |
+//! | `engine` | `Ready` | once after each `Start`, `Enforce`, `Release` and `Revoke`, and the first `Loaded` |
+//! | `engine` | `Prepared` or `Unable` | once after each `Settings`, whatever else it was asked |
+//! | `engine` | `Reported` | once after each `Report` and `Explain`, whatever else it was asked |
+//! | `engine` | `Lost` | once after each `Loaded`, the first time not before its `Ready`; no more once it has answered `Release` |
+//! | `gate` | `Bound` | once after `Start` |
+//! | `gate` | `Ready` | once after each `Loaded`, `Settings`, `Enforce` and `Release` |
 
 use thiserror::Error;
 
@@ -24,6 +24,8 @@ pub(super) struct Vocabulary {
     asked: Option<Message>,
     /// It was told to report, and has not.
     owes_report: bool,
+    /// It was told to prepare, and has not.
+    owes_preparation: bool,
     /// It has said that it serves.
     serves: bool,
     /// It may say that the table is lost.
@@ -54,22 +56,27 @@ impl Vocabulary {
     /// Of a child that was just started. What `configuration` shall do, it is told by its arguments.
     pub(super) fn new(child: &'static str) -> Self {
         let asked = (child == "configuration").then_some(Message::Start);
-        Self { child, asked, owes_report: false, serves: false, may_lose: false }
+        Self { child, asked, owes_report: false, owes_preparation: false, serves: false, may_lose: false }
     }
 
     /// The child is told this.
-    pub(super) const fn tell(&mut self, message: Message) {
+    pub(super) fn tell(&mut self, message: Message) {
         match message {
             Message::Loaded if self.serves => self.may_lose = true,
+            Message::Settings if self.is_engine() => self.owes_preparation = true,
             Message::Report | Message::Explain => self.owes_report = true,
             Message::Watch => {} // no answer
             message => self.asked = Some(message),
         }
     }
 
+    fn is_engine(&self) -> bool {
+        self.child == "engine"
+    }
+
     /// Whatever the child says now is a breach, until it is told something.
     pub(super) const fn is_to_be_silent(&self) -> bool {
-        self.asked.is_none() && !self.may_lose && !self.owes_report
+        self.asked.is_none() && !self.may_lose && !self.owes_report && !self.owes_preparation
     }
 
     /// The child says this, with so many descriptors.
@@ -81,15 +88,16 @@ impl Vocabulary {
             self.may_lose = false;
         } else if said == Message::Reported && self.owes_report {
             self.owes_report = false;
+        } else if matches!(said, Message::Prepared | Message::Unable) && self.owes_preparation {
+            self.owes_preparation = false;
         } else {
             let asked = self.asked.take();
             if !asked.is_some_and(|asked| answers(self.child, asked).contains(&said)) {
                 return Err(Breach::Unasked(said));
             }
-            self.serves |= asked == Some(Message::Loaded);
-            match asked {
-                Some(Message::Loaded) => self.may_lose = true,
-                Some(Message::Release) => self.may_lose = false, // it has let go of the table itself
+            match asked.filter(|_| self.is_engine()) {
+                Some(Message::Loaded) => (self.serves, self.may_lose) = (true, true),
+                Some(Message::Release) => self.may_lose = false, // what is lost now is loaded anyway
                 _ => {}
             }
         }
@@ -98,14 +106,14 @@ impl Vocabulary {
     }
 }
 
-/// What a child may answer.
+/// What a child may answer to what it has one answer to.
 fn answers(child: &str, asked: Message) -> &'static [Message] {
     use Message as M;
     match (child, asked) {
-        ("configuration", M::Start) | ("verifier", M::Start | M::Enforce) => &[M::Ready],
-        ("verifier", M::Settings) => &[M::Ready, M::Unable],
-        ("monitor", M::Start) => &[M::Bound],
-        ("monitor", M::Loaded | M::Settings | M::Enforce | M::Release | M::Revoke) => &[M::Ready],
+        ("gate", M::Start) => &[M::Bound],
+        ("configuration", M::Start)
+        | ("gate", M::Loaded | M::Settings | M::Enforce | M::Release)
+        | ("engine", M::Start | M::Loaded | M::Enforce | M::Release | M::Revoke) => &[M::Ready],
         _ => &[],
     }
 }
@@ -113,14 +121,14 @@ fn answers(child: &str, asked: Message) -> &'static [Message] {
 #[cfg(test)]
 mod tests {
     use super::Message::{
-        self, Bound, Enforce, Explain, Loaded, Lost, Ready, Release, Report, Reported, Revoke, Settings, Start, Stop,
-        Unable, Watch,
+        self, Bound, Enforce, Explain, Loaded, Lost, Prepared, Ready, Release, Report, Reported, Revoke, Settings,
+        Start, Stop, Unable, Watch,
     };
     use super::{Breach, Vocabulary};
 
-    const ALL: [Message; 15] = [
+    const ALL: [Message; 16] = [
         Start, Bound, Loaded, Ready, Lost, Settings, Unable, Enforce, Release, Revoke, Stop, Report, Reported, Explain,
-        Watch,
+        Watch, Prepared,
     ];
 
     /// What a child with this past may say now.
@@ -144,58 +152,63 @@ mod tests {
         (told, told)
     }
 
+    /// What an engine that serves may say after this.
+    fn engine(more: &[(Message, Message)]) -> Vec<Message> {
+        may_say("engine", &[&[(Start, Ready), (Loaded, Ready)], more].concat())
+    }
+
     #[test]
     fn a_child_may_only_answer_and_only_what_it_was_asked() {
         assert_eq!(may_say("configuration", &[]), [Ready]);
-        assert_eq!(may_say("verifier", &[]), []);
-        assert_eq!(may_say("monitor", &[]), []);
-        for (told, answers) in [(Start, &[Ready][..]), (Settings, &[Ready, Unable]), (Enforce, &[Ready]), (Stop, &[])] {
-            assert_eq!(may_say("verifier", &[only(told)]), answers, "{told:?}");
+        assert_eq!(may_say("engine", &[]), []);
+        assert_eq!(may_say("gate", &[]), []);
+        assert_eq!(may_say("engine", &[only(Start)]), [Ready]);
+        for told in [Enforce, Release, Revoke] {
+            assert_eq!(engine(&[only(told)]), [Ready, Lost], "{told:?}");
         }
-        assert_eq!(may_say("monitor", &[only(Start)]), [Bound]);
-        let serving = [(Start, Bound), (Loaded, Ready)];
-        for told in [Settings, Enforce, Release, Revoke] {
-            assert_eq!(may_say("monitor", &[&serving[..], &[only(told)]].concat()), [Ready, Lost], "{told:?}");
+        assert_eq!(may_say("gate", &[only(Start)]), [Bound]);
+        for told in [Loaded, Settings, Enforce, Release] {
+            assert_eq!(may_say("gate", &[(Start, Bound), only(told)]), [Ready], "{told:?}");
         }
+        assert_eq!(may_say("gate", &[(Start, Bound), only(Stop)]), []);
         assert_eq!(may_say("stranger", &[only(Start)]), []);
     }
 
     #[test]
     fn an_answer_is_good_once() {
-        assert_eq!(may_say("verifier", &[(Start, Ready)]), []);
-        assert_eq!(may_say("verifier", &[(Start, Ready), (Settings, Unable)]), []);
-        assert_eq!(may_say("monitor", &[(Start, Bound)]), []);
-        assert_eq!(may_say("monitor", &[(Start, Bound), (Loaded, Ready), (Revoke, Ready)]), [Lost]);
+        assert_eq!(may_say("engine", &[(Start, Ready)]), []);
+        assert_eq!(engine(&[(Settings, Unable)]), [Lost]);
+        assert_eq!(engine(&[(Settings, Prepared)]), [Lost]);
+        assert_eq!(engine(&[(Revoke, Ready)]), [Lost]);
+        assert_eq!(may_say("gate", &[(Start, Bound)]), []);
+        assert_eq!(may_say("gate", &[(Start, Bound), (Loaded, Ready)]), []);
         let mut configuration = Vocabulary::new("configuration");
         assert_eq!(configuration.hear(Ready, 3), Ok(()));
         assert_eq!(configuration.hear(Ready, 3), Err(Breach::Unasked(Ready)));
     }
 
     #[test]
-    fn the_table_is_lost_once_for_each_time_that_it_was_loaded_and_never_before_the_monitor_serves() {
-        let serving = [(Start, Bound), (Loaded, Ready)];
-        let after = |more: &[(Message, Message)]| may_say("monitor", &[&serving[..], more].concat());
-        assert_eq!(may_say("monitor", &[(Start, Bound), only(Loaded)]), [Ready]);
-        assert_eq!(after(&[]), [Lost]);
-        assert_eq!(after(&[(Revoke, Lost)]), [Ready], "once; the answer may still come");
-        assert_eq!(after(&[(Revoke, Lost), only(Loaded)]), [Ready, Lost]);
-        assert_eq!(after(&[only(Loaded), only(Loaded)]), [Lost]);
-        assert_eq!(after(&[(Release, Ready)]), [], "it has let go of the table itself");
-        assert_eq!(after(&[(Release, Ready), only(Loaded)]), [Lost]);
+    fn the_table_is_lost_once_for_each_time_that_it_was_loaded_and_never_before_the_engine_serves() {
+        assert_eq!(may_say("engine", &[(Start, Ready), only(Loaded)]), [Ready]);
+        assert_eq!(engine(&[]), [Lost]);
+        assert_eq!(engine(&[(Revoke, Lost)]), [Ready], "once; the answer may still come");
+        assert_eq!(engine(&[(Revoke, Lost), only(Loaded)]), [Ready, Lost]);
+        assert_eq!(engine(&[only(Loaded), only(Loaded)]), [Lost]);
+        assert_eq!(engine(&[(Release, Ready)]), [], "what is lost now is loaded anyway");
+        assert_eq!(engine(&[(Release, Ready), only(Loaded)]), [Lost]);
     }
 
     #[test]
-    fn a_report_is_good_once_and_beside_any_other_answer() {
-        let serving = [(Start, Bound), (Loaded, Ready)];
-        let after = |more: &[(Message, Message)]| may_say("monitor", &[&serving[..], more].concat());
-        assert_eq!(after(&[only(Report)]), [Lost, Reported]);
-        assert_eq!(after(&[(Report, Reported)]), [Lost]);
-        assert_eq!(after(&[only(Watch)]), [Lost]);
-        assert_eq!(after(&[only(Revoke), only(Watch)]), [Ready, Lost]);
-        assert_eq!(may_say("verifier", &[(Start, Ready), only(Explain)]), [Reported]);
-        assert_eq!(after(&[only(Revoke), only(Report)]), [Ready, Lost, Reported]);
-        assert_eq!(after(&[only(Revoke), (Report, Reported)]), [Ready, Lost], "the answer may still come");
-        assert_eq!(may_say("verifier", &[(Start, Ready), only(Settings), only(Report)]), [Ready, Unable, Reported]);
+    fn reports_and_preparations_are_good_once_and_beside_any_other_answer() {
+        assert_eq!(engine(&[only(Report)]), [Lost, Reported]);
+        assert_eq!(engine(&[(Report, Reported)]), [Lost]);
+        assert_eq!(engine(&[only(Watch)]), [Lost]);
+        assert_eq!(engine(&[only(Revoke), only(Watch)]), [Ready, Lost]);
+        assert_eq!(may_say("engine", &[(Start, Ready), only(Explain)]), [Reported]);
+        assert_eq!(engine(&[only(Revoke), only(Report)]), [Ready, Lost, Reported]);
+        assert_eq!(engine(&[only(Revoke), (Report, Reported)]), [Ready, Lost], "the answer may still come");
+        assert_eq!(engine(&[only(Settings), only(Revoke)]), [Ready, Lost, Unable, Prepared]);
+        assert_eq!(engine(&[only(Settings), only(Revoke), (Report, Prepared)]), [Ready, Lost, Reported]);
     }
 
     #[test]
@@ -203,8 +216,8 @@ mod tests {
         for count in [0, 2, 4] {
             assert_eq!(Vocabulary::new("configuration").hear(Ready, count), Err(Breach::Descriptors(Ready, count)));
         }
-        let mut verifier = Vocabulary::new("verifier");
-        verifier.tell(Start);
-        assert_eq!(verifier.hear(Ready, 1), Err(Breach::Descriptors(Ready, 1)));
+        let mut engine = Vocabulary::new("engine");
+        engine.tell(Start);
+        assert_eq!(engine.hear(Ready, 1), Err(Breach::Descriptors(Ready, 1)));
     }
 }

@@ -84,7 +84,7 @@ pub(super) fn admit(socket: OwnedFd, uid: u32) -> bool {
     has_place
 }
 
-/// Tells one more whom the keeper has let in.
+/// Tells one more whom root has let in.
 pub(super) fn add(socket: OwnedFd) {
     admit(socket, ROOT);
 }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc as channel;
 use tracing::{error, info, warn};
 
 use super::clock::unix_now;
+use super::policy::Policy;
 use super::repeats::Trouble;
 use super::settings::Settings;
 use super::store::{Store, StoreError};
@@ -24,9 +25,9 @@ pub(super) const WAITING: usize = 1024;
 /// Claims that one commit takes.
 const BATCH: usize = 64;
 
-/// Time that the store may take to be closed when this process ends: the disk may be slow, and the keeper waits for five seconds.
+/// Time that the store may take to be closed when this process ends: the disk may be slow, and root waits for five seconds.
 /// A store that is not closed is as whole; it takes longer to open. A thread that waits for a disk that hangs cannot end, nor
-/// then can this process: the keeper leaves it behind.
+/// then can this process: root leaves it behind.
 const CLOSING: Duration = Duration::from_secs(2);
 
 /// Why the database may panic. It keeps its own order, and checks it when the store is opened.
@@ -44,8 +45,8 @@ pub(super) enum Work {
 pub(super) enum Done {
     /// The disk took a batch of claims, or did not.
     Recorded(Result<Vec<Recorded>, Vec<Refusal>>),
-    /// A verifier by the new settings, which knows no more of the past than the store does; or there can be none.
-    Prepared(Option<Box<Verifier>>),
+    /// Verifier and policy by the new settings; the verifier knows no more of the past than the store does; or there can be none.
+    Prepared(Option<Box<(Verifier, Policy)>>),
 }
 
 /// The thread beside the lookups. When this is dropped, the thread ends after the batch that it writes, whatever waits, and
@@ -155,9 +156,9 @@ impl Writer {
     }
 }
 
-fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Verifier> {
-    let Settings { registry, .. } = handover::unseal(settings)?;
-    prepare(store, registry).map_err(io::Error::other)
+fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<(Verifier, Policy)> {
+    let Settings { registry, policy, .. } = handover::unseal(settings)?;
+    Ok((prepare(store, registry).map_err(io::Error::other)?, policy))
 }
 
 /// A verifier by these settings, with the counters that the store knows. Of users whose count it may have forgotten, no knock

@@ -124,7 +124,7 @@ impl User {
     }
 }
 
-/// All that the verifier knows: made by the keeper from checked files, so names, keys and selectors are unique and every
+/// All that the verifier knows: made by root from checked files, so names, keys and selectors are unique and every
 /// place in [`User::services`] exists.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Registry {

@@ -56,44 +56,44 @@ const PR_SET_DUMPABLE: u64 = 4;
 const PROT_EXEC: u64 = 4;
 
 #[test]
-fn a_forbidden_call_kills_the_verifier_and_stops_all() {
+fn a_forbidden_call_kills_the_engine_and_stops_all() {
     let lab = Lab::new();
     for call in FORBIDDEN {
-        is_deadly(&lab, "verifier", first_thread, call);
+        is_deadly(&lab, "engine", first_thread, call);
     }
     for call in [("bind", 49, [0; 3]), ("connect", 42, [0; 3]), ("dup", 32, [0; 3]), ("fcntl", 72, [0, F_SETOWN, 1])] {
-        is_deadly(&lab, "verifier", first_thread, call);
+        is_deadly(&lab, "engine", first_thread, call);
     }
 }
 
 const F_SETOWN: u64 = 8;
 
 #[test]
-fn a_forbidden_call_of_the_verifiers_other_thread_kills_it_too() {
+fn a_forbidden_call_of_the_engines_other_thread_kills_it_too() {
     let lab = Lab::new();
     for call in FORBIDDEN.into_iter().filter(|(name, ..)| ["openat", "socket", "execve", "clone"].contains(name)) {
-        is_deadly(&lab, "verifier", other_thread, call);
+        is_deadly(&lab, "engine", other_thread, call);
     }
 }
 
 #[test]
-fn a_forbidden_call_kills_the_monitor_and_stops_all() {
+fn a_forbidden_call_kills_the_gate_and_stops_all() {
     let lab = Lab::new();
     for call in FORBIDDEN {
-        is_deadly(&lab, "monitor", first_thread, call);
+        is_deadly(&lab, "gate", first_thread, call);
     }
 }
 
 #[test]
-fn a_keeper_that_turns_to_the_network_or_to_another_process_is_killed() {
+fn a_root_that_turns_to_the_network_or_to_another_process_is_killed() {
     let lab = Lab::new();
     for (name, number, arguments) in FORBIDDEN {
         if ["ptrace", "process_vm_readv", "mount", "unshare", "bpf"].contains(&name) || arguments[0] == AF_INET {
-            is_deadly(&lab, "keeper", first_thread, (name, number, arguments));
+            is_deadly(&lab, "root", first_thread, (name, number, arguments));
         }
     }
     for call in [("clone", 56, [CLONE_NEWUSER | SIGCHLD, 0, 0]), ("move_mount", 429, [0; 3])] {
-        is_deadly(&lab, "keeper", first_thread, call);
+        is_deadly(&lab, "root", first_thread, call);
     }
     const CLONE3: u64 = 435;
     let daemon = lab.start();
@@ -101,35 +101,35 @@ fn a_keeper_that_turns_to_the_network_or_to_another_process_is_killed() {
 }
 
 #[test]
-fn a_keeper_writes_nowhere_but_beside_its_configuration_and_its_socket() {
+fn a_root_writes_nowhere_but_beside_its_configuration_and_its_socket() {
     const OPEN: u64 = 2;
     const O_RDONLY: u64 = 0;
     const O_WRONLY_CREAT: u64 = 0o101;
     let lab = Lab::new();
     let path = |name: &str| lab.directory.path.join(name).to_str().unwrap().to_owned();
-    // The paths must be in the keeper's own memory: its environment is.
+    // The paths must be in root's own memory: its environment is.
     let paths = [path("elsewhere"), path("etc/beside"), path("run/beside")];
     let names = ["ELSEWHERE", "BESIDE_CONFIGURATION", "BESIDE_SOCKET"];
     let mut daemon = Daemon::spawn(&lab, &[0, 1, 2].map(|place| (names[place], paths[place].as_str())));
     daemon.wait_for("knockq: ready");
-    let keeper = daemon.pid();
-    let stat = fs::read_to_string(format!("/proc/{keeper}/stat")).unwrap();
+    let root = daemon.pid();
+    let stat = fs::read_to_string(format!("/proc/{root}/stat")).unwrap();
     let environment_start: u64 = stat.rsplit(' ').nth(2).unwrap().parse().unwrap();
-    let environment = String::from_utf8(fs::read(format!("/proc/{keeper}/environ")).unwrap()).unwrap();
+    let environment = String::from_utf8(fs::read(format!("/proc/{root}/environ")).unwrap()).unwrap();
     let address = |name: &str| {
         let variable = format!("{name}=");
         environment_start + u64::try_from(environment.find(&variable).unwrap() + variable.len()).unwrap()
     };
     fs::write(&paths[0], "").unwrap();
-    assert!(call(keeper, OPEN, [address(names[0]), O_RDONLY, 0]).unwrap() >= 0, "it reads anywhere");
-    let written = call(keeper, OPEN, [address(names[0]), O_WRONLY_CREAT, 0o600]);
+    assert!(call(root, OPEN, [address(names[0]), O_RDONLY, 0]).unwrap() >= 0, "it reads anywhere");
+    let written = call(root, OPEN, [address(names[0]), O_WRONLY_CREAT, 0o600]);
     if kernel_has_landlock() {
         assert_eq!(written, Ok(-i64::from(Errno::EACCES as i32)));
     } else {
         assert!(daemon.log().contains("this kernel has no Landlock: one lock less"), "{}", daemon.log());
     }
     for name in &names[1..] {
-        assert!(call(keeper, OPEN, [address(name), O_WRONLY_CREAT, 0o600]).unwrap() >= 0, "{name}");
+        assert!(call(root, OPEN, [address(name), O_WRONLY_CREAT, 0o600]).unwrap() >= 0, "{name}");
     }
 }
 
@@ -140,8 +140,8 @@ fn an_allowed_call_kills_nobody() {
     const READ: u64 = 0;
     let lab = Lab::new();
     let daemon = lab.start();
-    let [_, (_, monitor), (_, verifier)] = daemon.processes();
-    for (thread, number) in [(verifier, LSEEK), (other_thread(verifier), LSEEK), (monitor, READ)] {
+    let [_, (_, gate), (_, engine)] = daemon.processes();
+    for (thread, number) in [(engine, LSEEK), (other_thread(engine), LSEEK), (gate, READ)] {
         let no_descriptor = [u64::MAX, 0, 0];
         assert_eq!(call(thread, number, no_descriptor), Ok(-i64::from(Errno::EBADF as i32)));
     }
@@ -161,15 +161,15 @@ fn each_process_has_its_own_user_and_no_more_than_it_needs() {
     let mut users = BTreeSet::new();
     for (role, process) in daemon.processes() {
         let kept = match role {
-            "keeper" => KILL | NET_ADMIN,
-            "monitor" => NET_ADMIN,
+            "root" => KILL | NET_ADMIN,
+            "gate" => NET_ADMIN,
             _ => 0,
         };
         assert!(users.insert(Status::of(process).field("Uid")), "{role} shares its user");
         for thread in threads(process) {
             let status = Status::of(thread);
             let mut sets = vec![("CapEff", kept), ("CapPrm", kept), ("CapInh", 0), ("CapAmb", 0)];
-            if role != "keeper" {
+            if role != "root" {
                 sets.push(("CapBnd", kept));
                 assert_eq!(status.field("Groups"), "", "{role}");
             }
@@ -179,13 +179,13 @@ fn each_process_has_its_own_user_and_no_more_than_it_needs() {
             assert_eq!(status.field("NoNewPrivs"), "1", "{role}");
             assert_eq!(status.field("Seccomp"), "2", "{role} {thread}: a filter");
         }
-        if role != "keeper" {
+        if role != "root" {
             assert!(fs::read(format!("/proc/{process}/environ")).unwrap().is_empty(), "{role}");
             // The kernel gives what belongs to a process that cannot be dumped to root.
             assert_eq!(fs::metadata(format!("/proc/{process}/environ")).unwrap().uid(), 0, "{role}");
         }
     }
-    assert_eq!(threads(daemon.processes()[2].1).len(), 2, "the verifier's filter is on both of its threads");
+    assert_eq!(threads(daemon.processes()[2].1).len(), 2, "the engine's filter is on both of its threads");
 }
 
 /// A kernel that refuses a step, and one that says it is done and does nothing.
@@ -202,12 +202,12 @@ fn a_privilege_that_cannot_be_given_up_starts_nothing() {
         (317, LIES, "every system call can be made, after it was given up"),
         (LANDLOCK_RESTRICT_SELF, REFUSES, "cannot leave the files: "),
         (LANDLOCK_RESTRICT_SELF, LIES, "any file can be written, after it was given up"),
-        (116, REFUSES, "verifier: cannot leave all groups: "), // setgroups
-        (116, LIES, "verifier: a supplementary group is left, after it was given up"),
-        (119, REFUSES, "verifier: cannot change the group: "), // setresgid
-        (119, LIES, "verifier: the group is root's, after it was given up"),
-        (117, REFUSES, "verifier: cannot change the user: "), // setresuid
-        (117, LIES, "verifier: the user is root, after it was given up"),
+        (116, REFUSES, "engine: cannot leave all groups: "), // setgroups
+        (116, LIES, "engine: a supplementary group is left, after it was given up"),
+        (119, REFUSES, "engine: cannot change the group: "), // setresgid
+        (119, LIES, "engine: the group is root's, after it was given up"),
+        (117, REFUSES, "engine: cannot change the user: "), // setresuid
+        (117, LIES, "engine: the user is root, after it was given up"),
     ] {
         if number == LANDLOCK_RESTRICT_SELF && !kernel_has_landlock() {
             continue; // nothing is asked of it
@@ -230,9 +230,9 @@ fn a_kernel_without_landlock_is_warned_of_and_locks_nobody_out() {
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
     }
-    let (_, verifier) = daemon.processes()[2];
+    let (_, engine) = daemon.processes()[2];
     let open = FORBIDDEN[1];
-    assert_eq!(call(verifier, open.1, open.2), Err(Signal::SIGSYS), "it still opens no file");
+    assert_eq!(call(engine, open.1, open.2), Err(Signal::SIGSYS), "it still opens no file");
 }
 
 /// One that is older than the proof, as far as it shows: its threads do not tell their filters.
@@ -332,14 +332,14 @@ fn is_deadly(lab: &Lab, role: &str, thread: fn(Pid) -> Pid, (name, number, argum
     let processes = daemon.processes();
     let (_, process) = processes.into_iter().find(|(other, _)| *other == role).unwrap();
     assert_eq!(call(thread(process), number, arguments), Err(Signal::SIGSYS), "{role} lives on after {name}");
-    if role != "keeper" {
+    if role != "root" {
         assert_eq!(daemon.end(), Some(1), "{}", daemon.log());
     }
     eventually("the others' end", || processes.iter().all(|(_, pid)| kill(*pid, None).is_err()));
     let log = daemon.log();
     let after: Vec<&str> = log.lines().skip_while(|line| !line.contains("ready")).skip(1).collect();
-    let line = if role == "keeper" {
-        "monitor: error: the keeper is gone".to_owned()
+    let line = if role == "root" {
+        "gate: root is gone".to_owned()
     } else {
         format!("{role} was killed for a system call that it never makes")
     };

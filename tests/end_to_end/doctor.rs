@@ -78,7 +78,7 @@ fn doctor_tells_whether_the_gate_stands_whether_the_daemon_reads_its_queue_and_w
     let daemon = lab.start();
     let ready = lab.doctor();
     ready.has("table", "ok", &["loaded, and that of this configuration"]);
-    ready.has("queue", "ok", &["the daemon reads it, process", "(knockq-monitor)"]);
+    ready.has("queue", "ok", &["the daemon reads it, process", "(knockq-gate)"]);
     ready.has("include-file", "ok", &["knockq.nft: is up to date"]);
 
     lab.set("trusted = [\"192.0.2.0/24\"]");
@@ -465,10 +465,10 @@ fn doctor_sees_whether_the_sets_that_users_are_added_to_are_there() {
 #[test]
 fn doctor_sees_a_store_that_is_not_safe_and_accounts_that_are_missing() {
     let lab = Lab::new();
-    lab.doctor().has("accounts", "note", &["there is no user `knockq`, `knockq-monitor`", "useradd"]);
+    lab.doctor().has("accounts", "note", &["there is no user `knockq`, `knockq-gate`", "useradd"]);
     let passwd = lab.directory.path.join("passwd");
     let own = fs::read_to_string("/etc/passwd").unwrap();
-    let accounts = "knockq:x:990:990::/:/bin/false\nknockq-monitor:x:991:991::/:/bin/false\n";
+    let accounts = "knockq:x:990:990::/:/bin/false\nknockq-gate:x:991:991::/:/bin/false\n";
     fs::write(&passwd, format!("{own}{accounts}")).unwrap();
     let found = lab.server.sh(&format!(
         "unshare -m sh -c 'mount --bind {} /etc/passwd; {} doctor --config {} || :'",

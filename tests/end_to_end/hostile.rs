@@ -278,9 +278,9 @@ fn send(socket: &OwnedFd, family: Family, packet: &[u8]) {
 
 type Role = (&'static str, Pid);
 
-/// KiB that monitor and verifier have in memory.
+/// KiB that gate and engine have in memory.
 fn memory(daemon: &Daemon) -> Vec<(Role, u64)> {
-    let children = daemon.processes().into_iter().filter(|(name, _)| *name != "keeper");
+    let children = daemon.processes().into_iter().filter(|(name, _)| *name != "root");
     children.map(|role| (role, resident(role.1))).collect()
 }
 

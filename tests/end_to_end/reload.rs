@@ -181,16 +181,16 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
             for network in 0..5 {
                 lab.trust(&format!("192.0.2.{network}"));
                 let before = daemon.log().matches("knockq: reloaded").count();
-                let keeper = Traced::attach(daemon.pid());
+                let root = Traced::attach(daemon.pid());
                 daemon.signal(Signal::SIGHUP);
                 // One reads the configuration, one has the kernel check the new table, one loads it.
                 for _ in 0..3 {
-                    let child = keeper.run_to_child();
+                    let child = root.run_to_child();
                     let knocked = sent.load(Ordering::Relaxed);
                     eventually("a knock meanwhile", || sent.load(Ordering::Relaxed) > knocked);
                     child.release();
                 }
-                keeper.release();
+                root.release();
                 eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
             }
             drop(until_dropped);

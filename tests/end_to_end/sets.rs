@@ -226,7 +226,7 @@ fn a_set_that_is_missing_or_of_another_type_is_shown_by_the_check_and_keeps_nobo
         }
     }
     let mut daemon = lab.start();
-    daemon.wait_for("monitor: warning: who knocks is not added: set inet mine nets must have the flag timeout");
+    daemon.wait_for("engine: warning: who knocks is not added: set inet mine nets must have the flag timeout");
     for family in FAMILIES {
         lab.let_in("john", family);
         lab.alice.gets_in(family.server(), 22);

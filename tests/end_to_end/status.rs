@@ -212,8 +212,8 @@ fn without_the_daemons_account_status_is_for_root_alone() {
 fn who_asks_for_the_status_and_never_takes_it_holds_nothing_up_but_others_who_ask() {
     let lab = Lab::new();
     let daemon = lab.start();
-    let keeper = daemon.pid();
-    let descriptors = || fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+    let root = daemon.pid();
+    let descriptors = || fs::read_dir(format!("/proc/{root}/fd")).unwrap().count();
     let before = descriptors();
     let mut clients: Vec<OwnedFd> = (0..40).map(|_| lab.observer("status.sock")).collect();
     shutdown(&clients[0], Shutdown::Both).unwrap(); // that is no way to take what was told

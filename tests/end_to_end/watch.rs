@@ -125,14 +125,14 @@ fn a_watcher_sees_grants_refusals_revocations_and_reloads_as_they_happen() {
             "\"message\":\"granted\",\"user\":\"alice\",\"service\":\"ssh\"",
             &format!("\"source\":\"{source}\""),
         ]);
-        text.says(&["Z monitor: granted user=alice service=ssh", &format!("source={source} port=tcp/22 seconds=3600")]);
+        text.says(&["Z engine: granted user=alice service=ssh", &format!("source={source} port=tcp/22 seconds=3600")]);
         send();
         json.says(&[
-            "\"process\":\"verifier\",\"level\":\"warning\",\"message\":\"refused\",\"reason\":\"replayed\"",
+            "\"process\":\"engine\",\"level\":\"warning\",\"message\":\"refused\",\"reason\":\"replayed\"",
             &source,
         ]);
         text.says(&[
-            "Z verifier: warning: refused reason=replayed user=alice",
+            "Z engine: warning: refused reason=replayed user=alice",
             &source,
             "hint=\"this knock was spent before\"",
         ]);
@@ -208,7 +208,8 @@ fn watching_is_for_root_and_the_group_of_the_daemons_account_and_for_so_many() {
     assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o777), (0, 65_534, 0o660));
     assert_eq!(lab.as_member(4242, &["watch", "--runtime", &runtime]).status.code(), Some(77));
 
-    let descriptors = || daemon.processes().map(|(_, pid)| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count());
+    let [(_, root), _, (_, engine)] = daemon.processes();
+    let descriptors = || [root, engine].map(|pid| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count());
     let before = descriptors();
     let watchers: Vec<OwnedFd> = (0..16).map(|_| lab.observer("watch.sock")).collect();
     eventually("all of them", || descriptors() == before.map(|count| count + 16));

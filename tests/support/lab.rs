@@ -504,17 +504,17 @@ impl Daemon {
         }
     }
 
-    /// Ids of keeper, monitor and verifier.
+    /// Ids of root, gate and engine.
     pub fn processes(&self) -> [(&'static str, Pid); 3] {
-        let keeper = self.child.id();
-        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+        let root = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{root}/task/{root}/children")).unwrap();
         let of = |role: &str| {
             let is_role = |pid: &&str| {
                 fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().starts_with(&format!("knockq: {role}"))
             };
             Pid::from_raw(children.split_whitespace().find(is_role).unwrap().parse().unwrap())
         };
-        [("keeper", Pid::from_raw(keeper.cast_signed())), ("monitor", of("monitor")), ("verifier", of("verifier"))]
+        [("root", Pid::from_raw(root.cast_signed())), ("gate", of("gate")), ("engine", of("engine"))]
     }
 
     pub fn pid(&self) -> Pid {

@@ -1,7 +1,7 @@
 //! knockq, but for one of its processes, which belongs to an attacker. It hands its end of the channel to the test, which
-//! plays it from then on, and sits there: it ends for no word of the keeper, only with the test.
+//! plays it from then on, and sits there: it ends for no word of root, only with the test.
 //!
-//! Which process, and where the test listens, is in the keeper's environment, for its children have none. If nobody listens
+//! Which process, and where the test listens, is in root's environment, for its children have none. If nobody listens
 //! there, the process is what it should be.
 
 use std::fs::{self, File};
@@ -13,7 +13,8 @@ use std::process::ExitCode;
 use knockq::serve::channel::{Channel, Message};
 
 fn main() -> ExitCode {
-    match std::env::args().nth(1).and_then(|role| player(&role)) {
+    let name = std::env::args().next().unwrap_or_default();
+    match name.strip_prefix("knockq: ").and_then(player) {
         Some(test) => be_played(test),
         None => knockq::cli::main(),
     }

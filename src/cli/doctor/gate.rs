@@ -15,7 +15,7 @@ use crate::serve::ending::ServeError;
 use crate::serve::start::refuse_taken_queue;
 
 /// What the daemon's process that reads the queue is called.
-const MONITOR: &str = "(knockq-monitor)";
+const MONITOR: &str = "(knockq-gate)";
 
 const MISSING: &str = "there is no table inet knockq: guarded ports are open to all";
 const CHANGED: &str = "table inet knockq is not that of this configuration: one of them was changed, by hand";
@@ -59,7 +59,7 @@ pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
 
 /// A gate that goes away by itself, if this one does.
 pub(super) fn trial(config: &ServerConfig) -> Option<Finding> {
-    let left = ask_daemon(config)?.keeper.table.trial?;
+    let left = ask_daemon(config)?.root.table.trial?;
     let message = format!("the gate is on trial: in {} it is gone, and guarded ports are open to all", time_left(left));
     Some(Finding::note("trial", message).hint("when a knock has let you in: knockq confirm"))
 }

@@ -119,12 +119,12 @@ fn a_copy_that_comes_during_the_write_of_the_first_opens_no_second_door() {
 
 fn a_copy_comes(lab: &Lab, family: Family) {
     let daemon = knock::start(lab);
-    let (_, verifier) = daemon.processes()[2];
+    let (_, engine) = daemon.processes()[2];
     let granted =
         || daemon.log().matches(&format!("granted user=alice service=ssh source={} ", family.alice())).count();
     let says = |line: &str| eventually(line, || daemon.log().contains(line));
     let source = format!("user=alice source={}", family.alice());
-    let writer = Traced::attach(other_thread(verifier));
+    let writer = Traced::attach(other_thread(engine));
     let knock = Knock::new(lab, family);
     knock.send(lab);
     writer.run_to(&[FDATASYNC]);
@@ -136,7 +136,7 @@ fn a_copy_comes(lab: &Lab, family: Family) {
     assert_eq!(granted(), 1);
     lab.revoke(&["--all"]);
 
-    let writer = Traced::attach(other_thread(verifier));
+    let writer = Traced::attach(other_thread(engine));
     let knock = Knock::with_source(lab, family, "none");
     knock.send(lab);
     writer.run_to(&[FDATASYNC]);

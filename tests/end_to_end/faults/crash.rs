@@ -9,7 +9,7 @@ use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually};
 use crate::seconds_left;
 
 /// Who is killed, in this order.
-const VICTIMS: [&[&str]; 4] = [&["verifier"], &["monitor"], &["keeper"], &["keeper", "monitor", "verifier"]];
+const VICTIMS: [&[&str]; 4] = [&["engine"], &["gate"], &["root"], &["root", "gate", "engine"]];
 
 /// Seconds that a door stays open.
 const OPEN_FOR: f64 = 3600.0;
@@ -29,26 +29,30 @@ fn kill_and_bury(daemon: &mut Daemon, victims: &[&str], held: Held) {
         // The death of one may have ended the next.
         assert!(matches!(kill(pid, Signal::SIGKILL), Ok(()) | Err(Errno::ESRCH)));
     }
-    // The verifier ends although its writer is held; the monitor does only when it looks.
-    if held.role == "verifier" || victims.contains(&held.role) {
+    // The engine ends although its writer is held; the gate does only when it looks.
+    if held.role == "engine" || victims.contains(&held.role) {
         held.thread.bury();
     } else {
         held.thread.release();
     }
     let code = daemon.end();
-    assert_eq!(code, if victims.contains(&"keeper") { None } else { Some(1) }, "{}", daemon.log());
+    assert_eq!(code, if victims.contains(&"root") { None } else { Some(1) }, "{}", daemon.log());
     eventually("the end of all", || processes.iter().all(|(_, pid)| kill(*pid, None::<Signal>).is_err()));
     let log = daemon.log();
     let lines: Vec<&str> = log
         .lines()
         .skip(told)
-        .filter(|line| !["granted user=alice", "debug: ", "refused reason="].iter().any(|other| line.contains(other)))
+        .filter(|line| {
+            !["granted user=alice", "gate: opened", "debug: ", "refused reason="]
+                .iter()
+                .any(|other| line.contains(other))
+        })
         .collect();
     match victims {
         [_, _, _] => assert!(lines.len() <= 1, "nobody is left but who sees the first die: {lines:?}"),
         [victim] => {
             let died = format!("{victim} was killed by signal 9; stopping all");
-            let line = if *victim == "keeper" { "the keeper is gone; stopping all" } else { &died };
+            let line = if *victim == "root" { "root is gone; stopping all" } else { &died };
             assert!(matches!(lines[..], [only] if only.contains(line)), "{lines:?}");
         }
         _ => unreachable!(),
@@ -57,23 +61,23 @@ fn kill_and_bury(daemon: &mut Daemon, victims: &[&str], held: Held) {
 
 /// The thread that writes counters, held when it is about to make this call for knocks.
 fn hold_writer(lab: &Lab, daemon: &Daemon, knocks: &[Knock], call: u64) -> Held {
-    let (_, verifier) = daemon.processes()[2];
-    let writer = Traced::attach(other_thread(verifier));
+    let (_, engine) = daemon.processes()[2];
+    let writer = Traced::attach(other_thread(engine));
     knocks.iter().for_each(|knock| knock.send(lab));
     writer.run_to(&[call]);
-    Held { role: "verifier", thread: writer }
+    Held { role: "engine", thread: writer }
 }
 
-/// The monitor, held when the kernel has the elements that it sent, and it does not know of the last one yet.
-fn hold_monitor(lab: &Lab, daemon: &Daemon, knocks: &[Knock]) -> Held {
-    let (_, monitor) = daemon.processes()[1];
-    let monitor = Traced::attach(monitor);
+/// The gate, held when the kernel has the elements that it sent, and it does not know of the last one yet.
+fn hold_gate(lab: &Lab, daemon: &Daemon, knocks: &[Knock]) -> Held {
+    let (_, gate) = daemon.processes()[1];
+    let gate = Traced::attach(gate);
     knocks.iter().for_each(|knock| knock.send(lab));
     while knocks.iter().any(|knock| lab.door(knock.family.alice(), 22).is_none()) {
-        monitor.run_to(&[SENDTO]); // verdicts, then the elements
-        assert!(monitor.finish() > 0);
+        gate.run_to(&[SENDTO]); // verdicts, then the elements
+        assert!(gate.finish() > 0);
     }
-    Held { role: "monitor", thread: monitor }
+    Held { role: "gate", thread: gate }
 }
 
 /// The next knock opens, as if nothing had been; then all is shut again.
@@ -113,7 +117,7 @@ fn a_knock_whose_verifier_is_killed_before_the_durable_write_opens_nothing() {
     for family in FAMILIES {
         let knock = Knock::new(&lab, family);
         let held = hold_writer(&lab, &daemon, std::slice::from_ref(&knock), FDATASYNC);
-        kill_and_bury(&mut daemon, &["verifier"], held);
+        kill_and_bury(&mut daemon, &["engine"], held);
         knock.has_opened_nothing(&lab);
         daemon = knock::start(&lab);
         assert_eq!(lab.door(family.alice(), 22), None);
@@ -146,7 +150,7 @@ fn killed_after_the_element_a_knock_is_spent_and_its_grant_stays_with_its_time()
     let mut daemon = knock::start(&lab);
     for victims in VICTIMS {
         let knocks = Knock::both(&lab);
-        let held = hold_monitor(&lab, &daemon, &knocks);
+        let held = hold_gate(&lab, &daemon, &knocks);
         kill_and_bury(&mut daemon, victims, held);
         let left = |knock: &Knock| {
             let element = lab.door(knock.family.alice(), 22).expect("it was earned");

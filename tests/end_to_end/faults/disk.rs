@@ -79,9 +79,9 @@ fn a_full_disk_is_told_once_when_it_is_full_and_once_when_it_is_not() {
 fn a_disk_that_takes_no_writes_for_a_time_opens_nothing_and_service_resumes_by_itself() {
     let lab = Lab::new();
     let daemon = lab.start();
-    let (_, verifier) = daemon.processes()[2];
+    let (_, engine) = daemon.processes()[2];
     for (times, family) in (1..).zip(FAMILIES) {
-        let writer = Traced::attach(other_thread(verifier));
+        let writer = Traced::attach(other_thread(engine));
         for _ in 0..3 {
             lab.knock(family, &[]);
             writer.run_to(&[PWRITE64, FDATASYNC, FTRUNCATE]);
@@ -124,8 +124,8 @@ fn knocks_wait_for_a_slow_disk_up_to_a_bound_and_others_are_decided_meanwhile() 
     let lab = Lab::with("open_for = \"10m\"");
     lab.set("window = \"10m\"\ngrants_per_minute = 60000");
     let daemon = lab.start();
-    let (_, verifier) = daemon.processes()[2];
-    let granted = || count(&daemon, "monitor: granted");
+    let (_, engine) = daemon.processes()[2];
+    let granted = || count(&daemon, "engine: granted");
     let mut knocks = Knocks::new(&lab);
     let sockets = FAMILIES.map(|family| (family, lab.alice.enter(|| raw_socket(family))));
     let spent = sockets.each_ref().map(|(family, socket)| {
@@ -136,7 +136,7 @@ fn knocks_wait_for_a_slow_disk_up_to_a_bound_and_others_are_decided_meanwhile() 
     eventually("doors", || granted() == 2);
     lab.control(&["revoke", "--all", "--config", lab.config().to_str().unwrap()]);
 
-    let writer = Traced::attach(other_thread(verifier));
+    let writer = Traced::attach(other_thread(engine));
     send(&sockets[0].1, Family::V4, &knocks.bound(Family::V4));
     writer.run_to(&[FDATASYNC]);
     for number in 0..WAITING + 50 {
@@ -171,17 +171,17 @@ fn knocks_wait_for_a_slow_disk_up_to_a_bound_and_others_are_decided_meanwhile() 
 }
 
 #[test]
-fn a_verifier_that_is_killed_between_two_writes_of_a_commit_leaves_the_one_before_and_knocks_open_at_once() {
+fn an_engine_that_is_killed_between_two_writes_of_a_commit_leaves_the_one_before_and_knocks_open_at_once() {
     let lab = Lab::new();
     for (writes, family) in (2..).zip(FAMILIES) {
         let mut daemon = lab.start();
-        let (_, verifier) = daemon.processes()[2];
-        let writer = Traced::attach(other_thread(verifier));
+        let (_, engine) = daemon.processes()[2];
+        let writer = Traced::attach(other_thread(engine));
         lab.knock(family, &[]);
         for _ in 0..writes {
             assert_eq!(writer.run_to(&[PWRITE64, FDATASYNC]), PWRITE64);
         }
-        kill(verifier, Signal::SIGKILL).unwrap();
+        kill(engine, Signal::SIGKILL).unwrap();
         writer.bury();
         assert_eq!(daemon.end(), Some(1));
         let daemon = lab.start();

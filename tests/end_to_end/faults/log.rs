@@ -73,7 +73,7 @@ fn the_log_stays_under_ten_lines_a_second_whatever_arrives() {
     }
     quietly(&daemon, "a user who knocks as fast as she can", || lab.alice.enter(|| once(&bound)));
     assert_eq!(count(&daemon, "the counters can be written again"), 1, "{}", daemon.log());
-    assert!(count(&daemon, "monitor: granted") > 50, "{}", daemon.log());
+    assert!(count(&daemon, "engine: granted") > 50, "{}", daemon.log());
     quietly(&daemon, "tokens that come from two addresses", || lab.mallory.enter(|| once(&two_sources)));
     daemon_says(&daemon, "withdrawn reason=spent_twice user=alice");
     quietly(&daemon, "knocks that were copied", || lab.mallory.enter(|| again_and_again(&replays)));
@@ -81,7 +81,7 @@ fn the_log_stays_under_ten_lines_a_second_whatever_arrives() {
     quietly(&daemon, "more doors than may open", || lab.alice.enter(|| once(&more)));
     daemon_says(&daemon, "refused reason=over_rate user=alice");
     let minutes = 2 + usize::try_from(start.elapsed().as_secs() / 60).unwrap();
-    assert!(count(&daemon, "monitor: granted") <= minutes * GRANTS / 2, "{}", daemon.log());
+    assert!(count(&daemon, "engine: granted") <= minutes * GRANTS / 2, "{}", daemon.log());
     quietly(&daemon, "the counts of a minute", || daemon_says(&daemon, "refused reason=replayed user=alice count="));
     daemon.stop();
 }
@@ -127,7 +127,7 @@ fn quietly(daemon: &Daemon, what: &str, work: impl FnOnce() + Send) {
 }
 
 fn most_lines_in_a_second(daemon: &Daemon, is_over: &AtomicBool) -> usize {
-    let lines = || daemon.log().lines().filter(|line| !line.contains("monitor: granted")).count();
+    let lines = || daemon.log().lines().filter(|line| !line.contains("engine: granted")).count();
     let (mut seen, mut most) = (VecDeque::from([(Instant::now(), lines())]), 0);
     while !is_over.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_millis(50));

@@ -10,8 +10,8 @@ use crate::lab::{Daemon, Family, Lab, eventually};
 
 /// The store before each call that the second knock's counter takes to be written. The first one's is on the disk.
 fn cut_short(lab: &Lab, daemon: &mut Daemon, first: &Knock, second: &Knock) -> Vec<Vec<u8>> {
-    let (_, verifier) = daemon.processes()[2];
-    let writer = Traced::attach(other_thread(verifier));
+    let (_, engine) = daemon.processes()[2];
+    let writer = Traced::attach(other_thread(engine));
     first.send(lab);
     writer.run_to(&[FDATASYNC]);
     assert_eq!(writer.finish(), 0);

@@ -19,9 +19,9 @@ fn reloads(daemon: &Daemon) -> usize {
     daemon.log().matches("knockq: reloaded").count()
 }
 
-/// The keeper's child in this role, if there is one now.
-pub(super) fn child(keeper: Pid, role: &str) -> Option<Pid> {
-    let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap_or_default();
+/// Root's child in this role, if there is one now.
+pub(super) fn child(root: Pid, role: &str) -> Option<Pid> {
+    let children = fs::read_to_string(format!("/proc/{root}/task/{root}/children")).unwrap_or_default();
     let is_it = |pid: &&str| {
         let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
         command.is_ok_and(|command| command.starts_with(&format!("knockq: {role}")))
@@ -63,7 +63,7 @@ impl Knocks<'_> {
     #[track_caller]
     fn all_granted(&self, daemon: &Daemon) -> MutexGuard<'_, ()> {
         let none_on_its_way = self.sending.lock().unwrap();
-        let grants = || daemon.log().matches("monitor: granted").count();
+        let grants = || daemon.log().matches("engine: granted").count();
         eventually("a grant for each knock", || grants() == self.sent.load(Ordering::Relaxed));
         none_on_its_way
     }
@@ -139,7 +139,16 @@ fn a_hundred_hangups_while_all_else_goes_wrong_too_lose_no_knock_and_no_grant() 
     let told = log.matches("knockq: reloaded").count() + log.matches("the configuration of before stays").count();
     assert!((2..=101).contains(&told), "{told} lines for 101 hangups");
     let is_expected = |line: &&str| {
-        let known = ["granted", "reloaded", "it is loaded again", "not reloaded", "unknown field", "no_such_key", "^"];
+        let known = [
+            "granted",
+            "gate: opened",
+            "reloaded",
+            "it is loaded again",
+            "not reloaded",
+            "unknown field",
+            "no_such_key",
+            "^",
+        ];
         known.iter().any(|known| line.contains(known))
     };
     let more: Vec<&str> = log.lines().skip_while(|line| !line.contains("ready")).skip(1).collect();
@@ -199,14 +208,14 @@ fn a_reload_that_waits_for_the_disk_for_too_long_is_refused_and_done_when_the_di
 fn a_hangup_that_comes_while_the_daemon_starts_is_done_when_it_is_ready() {
     let lab = Lab::new();
     let mut daemon = Daemon::spawn(&lab, &[]);
-    let keeper = Traced::attach(daemon.pid());
+    let root = Traced::attach(daemon.pid());
     // It waits for each of its children in turn.
     for _ in 0..4 {
-        keeper.run_to(&[PPOLL]);
+        root.run_to(&[PPOLL]);
         daemon.signal(Signal::SIGHUP);
     }
     assert!(!daemon.log().contains("ready"), "it was to be hung up on before: {}", daemon.log());
-    keeper.release();
+    root.release();
     daemon.wait_for("knockq: ready");
     daemon.wait_for("knockq: reloaded");
     for family in FAMILIES {
@@ -220,19 +229,19 @@ fn a_hangup_that_comes_while_the_daemon_starts_is_done_when_it_is_ready() {
 /// Its files are read, and nobody can tell it of a change yet: it is about to wait for the child that has read them.
 fn start_and_hold_after_reading(lab: &Lab) -> (Daemon, Traced) {
     let daemon = Daemon::spawn(lab, &[]);
-    let keeper = Traced::attach(daemon.pid());
-    keeper.run_to(&[PPOLL]);
+    let root = Traced::attach(daemon.pid());
+    root.run_to(&[PPOLL]);
     eventually("reading", || child(daemon.pid(), "configuration").is_none()); // it has ended, and waits to be buried
-    (daemon, keeper)
+    (daemon, root)
 }
 
 #[test]
 fn a_user_who_is_removed_while_the_daemon_starts_is_not_in_it() {
     let lab = Lab::with("open_for = \"1h\"");
-    let (mut daemon, keeper) = start_and_hold_after_reading(&lab);
+    let (mut daemon, root) = start_and_hold_after_reading(&lab);
     let config = lab.config().display().to_string();
     let removed = lab.knockq(&lab.server, &["user", "remove", "alice", "--config", &config]);
-    keeper.release();
+    root.release();
     succeeds(&removed);
     daemon.wait_for("knockq: ready");
     daemon.wait_for("knockq: reloaded users=0");

@@ -82,6 +82,7 @@ fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_
     let program = lab.directory.path.join("knockq");
     let this_version = format!("cat {}", knockq().display());
     replace(&lab, &program, &this_version);
+    replace(&lab, &program.with_file_name("knockq-gate"), &format!("{this_version}-gate"));
     let start = || {
         let mut daemon = Daemon::spawn_program(&program, &lab, &[], &[]);
         daemon.wait_for("knockq: ready");
@@ -116,20 +117,23 @@ fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_
 fn a_renewal_that_the_kernel_refuses_leaves_the_grant_of_before() {
     let lab = knock::lab();
     let daemon = lab.start();
-    let (_, monitor) = daemon.processes()[1];
+    let (_, gate) = daemon.processes()[1];
     // The second comes soon after the first, and may only be counted.
-    let lines = ["not granted: netlink: Bad file descriptor", "more could not be opened, like the one before doors=1"];
+    let lines = [
+        "not granted: netlink: the kernel refused the change: Bad file descriptor",
+        "more could not be opened, like the one before doors=1",
+    ];
     let told = || lines.map(|line| daemon.log().matches(line).count()).iter().sum::<usize>();
     for (family, refused) in FAMILIES.into_iter().zip(1..) {
         renew(&lab, "alice", family);
         let before = lab.door(family.alice(), 22).map(|door| seconds_left(&door)).unwrap();
-        let monitor = Traced::attach(monitor);
+        let gate = Traced::attach(gate);
         lab.knock(family, &[]);
-        monitor.run_to(&[SENDTO]); // the verdict
-        monitor.finish();
-        monitor.run_to(&[SENDTO]); // the element
-        monitor.refuse(Errno::EBADF);
-        monitor.release();
+        gate.run_to(&[SENDTO]); // the verdict
+        gate.finish();
+        gate.run_to(&[SENDTO]); // the element
+        gate.refuse(Errno::EBADF);
+        gate.release();
         eventually("a refusal", || told() == refused);
         let (user, left) = listed(&lab, family);
         assert!(user == "alice" && left as f64 <= before, "{user} {left} {before}");

@@ -144,7 +144,7 @@ fn a_server_without_its_key_or_its_store_starts_nothing_and_leaves_the_last_gate
     FAMILIES.iter().for_each(|family| lab.serves(*family));
 }
 
-/// Another process may have it only for a moment: a verifier of before that waits for the disk, or `knockq check`.
+/// Another process may have it only for a moment: a engine of before that waits for the disk, or `knockq check`.
 #[test]
 fn a_store_that_another_process_still_has_open_is_named_and_the_next_start_has_it() {
     let lab = Lab::new();
@@ -159,21 +159,21 @@ fn a_store_that_another_process_still_has_open_is_named_and_the_next_start_has_i
     FAMILIES.iter().for_each(|family| lab.serves(*family));
 }
 
-/// Its verifier has the file of before, and has not opened it yet.
+/// Its engine has the file of before, and has not opened it yet.
 fn start_and_recover_meanwhile(lab: &Lab) -> Daemon {
     let config = lab.config().display().to_string();
     for _ in 0..50 {
         let mut daemon = Daemon::spawn(lab, &[]);
-        let keeper = daemon.pid();
-        let verifier = loop {
-            if let Some(verifier) = child(keeper, "verifier") {
-                break verifier;
+        let root = daemon.pid();
+        let engine = loop {
+            if let Some(engine) = child(root, "engine") {
+                break engine;
             }
             thread::sleep(Duration::from_millis(1));
         };
-        kill(verifier, Signal::SIGSTOP).unwrap();
+        kill(engine, Signal::SIGSTOP).unwrap();
         let recovered = lab.knockq(&lab.server, &["recover", "--config", &config]).status.success();
-        kill(verifier, Signal::SIGCONT).unwrap();
+        kill(engine, Signal::SIGCONT).unwrap();
         if recovered {
             return daemon;
         }

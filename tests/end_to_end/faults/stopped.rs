@@ -38,15 +38,15 @@ fn what_was_sent_to_a_process_that_stands_still_opens_when_it_goes_on() {
 }
 
 #[test]
-fn a_verifier_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once() {
+fn an_engine_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once() {
     stands_still(2, |daemon, _| {
-        let told = "the verifier is slower than the SYNs come: some were dropped unseen";
+        let told = "the engine is slower than the SYNs come: some were dropped unseen";
         eventually("the count of what it did not see", || count(daemon, told) > 0);
     });
 }
 
 #[test]
-fn a_monitor_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once() {
+fn a_gate_that_stands_still_under_a_flood_costs_no_memory_and_goes_on_at_once() {
     stands_still(1, |_, dropped| assert!(dropped > 0, "the kernel dropped nothing"));
 }
 
@@ -88,7 +88,7 @@ fn stands_still(place: usize, is_counted: impl Fn(&Daemon, u64)) {
 }
 
 #[test]
-fn while_the_keeper_stands_still_knocks_go_on_and_a_reload_waits() {
+fn while_root_stands_still_knocks_go_on_and_a_reload_waits() {
     let lab = Lab::with("open_for = \"3s\"");
     let daemon = lab.start();
     kill(daemon.pid(), Signal::SIGSTOP).unwrap();
@@ -107,7 +107,7 @@ fn while_the_keeper_stands_still_knocks_go_on_and_a_reload_waits() {
 
 /// As one whose disk hangs, a thread that a debugger holds cannot be killed for good: its process is not gone before both let go.
 #[test]
-fn a_verifier_that_cannot_be_killed_because_its_disk_hangs_keeps_nobody_from_stopping() {
+fn an_engine_that_cannot_be_killed_because_its_disk_hangs_keeps_nobody_from_stopping() {
     for (trial, call) in [(&[][..], PWRITE64), (&["--try", "1h"], FDATASYNC)] {
         let lab = Lab::with("open_for = \"1h\"");
         let mut daemon = Daemon::spawn_with(&lab, trial, &[]);
@@ -141,10 +141,10 @@ fn a_gate_that_nobody_confirms_goes_although_the_disk_hangs() {
     writer.bury();
 }
 
-/// The verifier's thread that writes counters, held when it is about to make this call for a knock.
+/// The engine's thread that writes counters, held when it is about to make this call for a knock.
 fn hold_writer(lab: &Lab, daemon: &Daemon, call: u64) -> Traced {
-    let (_, verifier) = daemon.processes()[2];
-    let writer = Traced::attach(other_thread(verifier));
+    let (_, engine) = daemon.processes()[2];
+    let writer = Traced::attach(other_thread(engine));
     lab.knock(Family::V4, &[]);
     writer.run_to(&[call]);
     writer

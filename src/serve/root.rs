@@ -1,4 +1,4 @@
-//! The keeper: root, but it sees no packet and no frame. It has the configuration read, starts the others, tends the table,
+//! Root: root, but it sees no packet and no frame. It has the configuration read, starts the others, tends the table,
 //! does what root asks, and stops all when one of the others dies.
 
 use std::fs;
@@ -18,11 +18,11 @@ use super::clock::unix_now;
 use super::configuration::{self, Fixed, Plan};
 use super::control::{self, Control, Reply, Request};
 use super::ending::{Ended, ServeError};
-use super::gate::Gate;
+use super::gate_table::GateTable;
 use super::log::{self, Style};
 use super::manager::{self, NotifyState};
 use super::observers::Observers;
-use super::report::{self, KeeperPart, Queue, Table};
+use super::report::{self, Queue, RootPart, Table};
 use super::start::{self, Raised, TO_START, TO_WORK, take_gate_away};
 use super::vocabulary::Breach;
 use super::{calls, handover, sandbox, terminal, watchers};
@@ -58,9 +58,9 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
     let config_path = path::absolute(config_path)?;
     let ended = match start::bring_up(&mut children, &config_path, trial) {
         Ok(raised) => {
-            let (mut keeper, control) = Keeper::new(children, config_path, raised, trial);
-            let Err(ended) = keeper.watch(&control);
-            keeper.stop(ended)
+            let (mut root, control) = Root::new(children, config_path, raised, trial);
+            let Err(ended) = root.watch(&control);
+            root.stop(ended)
         }
         Err(ended) => {
             children.end();
@@ -78,11 +78,11 @@ pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<
 }
 
 /// The daemon, once all of it works.
-struct Keeper {
+struct Root {
     children: Children,
     config_path: PathBuf,
     fixed: Fixed,
-    gate: Gate,
+    gate: GateTable,
     observers: Observers,
     started: Instant,
     /// How many may knock, and for how many services.
@@ -105,7 +105,7 @@ struct Keeper {
     late: Option<Vec<UnixStream>>,
 }
 
-impl Keeper {
+impl Root {
     fn new(children: Children, config_path: PathBuf, raised: Raised, trial: Option<Duration>) -> (Self, Control) {
         let Raised { fixed, control, observers, counts, gate, summary, is_outdated } = raised;
         let trial = trial.map(|time| {
@@ -116,7 +116,7 @@ impl Keeper {
             );
             Instant::now() + time
         });
-        let keeper = Self {
+        let root = Self {
             children,
             config_path,
             fixed,
@@ -133,7 +133,7 @@ impl Keeper {
             askers: Vec::new(),
             late: is_outdated.then(Vec::new),
         };
-        (keeper, control)
+        (root, control)
     }
 
     /// Does what comes, until it is told to stop or a child dies.
@@ -152,8 +152,8 @@ impl Keeper {
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
                 Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.bury(child))),
-                Some(Event::Message("monitor", Message::Lost, _)) => self.restore()?,
-                Some(Event::Message("verifier", Message::Ready | Message::Unable, _)) => self.catch_up()?,
+                Some(Event::Message("engine", Message::Lost, _)) => self.restore()?,
+                Some(Event::Message("engine", Message::Prepared | Message::Unable, _)) => self.catch_up()?,
                 Some(Event::Message(process, said, _)) => {
                     return Err(ServeError::Breach { process, breach: Breach::Unasked(said) }.into());
                 }
@@ -178,12 +178,11 @@ impl Keeper {
     /// Somebody changed or deleted the table.
     fn restore(&mut self) -> Result<(), Ended> {
         let look = Instant::now() + LOOK;
-        if self.gate.restore()? {
+        if restore(&mut self.children, &self.gate)? {
             if self.look.take().is_some() {
                 info!("table inet knockq is as it should be again, and open doors are open again");
                 self.tell_status();
             }
-            self.children.tell("monitor", Message::Loaded, &[])?;
         } else if self.look.replace(look).is_none() {
             self.gate.complain();
             self.tell_status();
@@ -203,7 +202,7 @@ impl Keeper {
             Some((Request::Revoke(selection), stream)) => {
                 match handover::seal(&selection).and_then(|selection| Ok((selection, report::memory()?))) {
                     Ok((selection, memory)) => {
-                        self.ask("monitor", Message::Revoke, &[&memory, &selection])?;
+                        self.ask("engine", Message::Revoke, &[&memory, &selection])?;
                         control::hand_over(&stream, &memory);
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
@@ -213,7 +212,7 @@ impl Keeper {
             Some((Request::Explain, stream)) => {
                 match report::memory() {
                     Ok(memory) => {
-                        self.ask_for("verifier", Message::Explain, &[&memory], &[Message::Reported])?;
+                        self.ask_for("engine", Message::Explain, &[&memory], &[Message::Reported])?;
                         control::hand_over(&stream, &memory);
                     }
                     Err(error) => control::reply(stream, &busy(&error.to_string())),
@@ -233,19 +232,17 @@ impl Keeper {
         if self.children.has(CONFIGURATION) { Ok(()) } else { self.reload_once_more() }
     }
 
-    /// Hands somebody who looks on what all three tell of themselves. Nothing of it is looked at here.
+    /// Hands somebody who looks on what the daemon tells of itself. Nothing of it is looked at here.
     fn tell_observer(&mut self) -> Result<(), Ended> {
         let Some(client) = self.observers.accept_status() else { return Ok(()) };
-        let (Ok(verifier), Ok(monitor)) = (report::memory(), report::memory()) else { return Ok(()) };
-        for (child, memory) in [("verifier", &verifier), ("monitor", &monitor)] {
-            self.ask_for(child, Message::Report, &[memory], &[Message::Reported])?;
-        }
+        let Ok(engine) = report::memory() else { return Ok(()) };
+        self.ask_for("engine", Message::Report, &[&engine], &[Message::Reported])?;
         let part = self.part();
-        self.observers.hand_over(client, &part, &verifier, &monitor);
+        self.observers.hand_over(client, &part, &engine);
         self.catch_up_with_reloads()
     }
 
-    /// Has all three tell somebody what happens.
+    /// Has somebody told what happens.
     fn admit_watcher(&mut self) -> Result<(), Ended> {
         let Some((client, uid)) = self.observers.accept_watcher() else { return Ok(()) };
         let Ok(copy) = client.try_clone() else { return Ok(()) };
@@ -253,17 +250,14 @@ impl Keeper {
             watchers::turn_away(client);
             return Ok(());
         }
-        for child in ["verifier", "monitor"] {
-            self.children.tell(child, Message::Watch, &[&client])?;
-        }
-        Ok(())
+        Ok(self.children.tell("engine", Message::Watch, &[&client])?)
     }
 
-    fn part(&self) -> KeeperPart {
+    fn part(&self) -> RootPart {
         let now = Instant::now();
         let (users, services) = self.counts;
         let queues = fs::read_to_string(start::QUEUES).unwrap_or_default();
-        KeeperPart {
+        RootPart {
             uptime: now.duration_since(self.started).as_secs(),
             users,
             services,
@@ -349,7 +343,7 @@ impl Keeper {
     /// prepares beside its work, and the table changes in one transaction.
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
         self.dismiss_reader();
-        let (plan, settings, policy) = configuration::take(read)?;
+        let (plan, settings, limits) = configuration::take(read)?;
         let Plan { fixed, ruleset, users, services, knock_ports, .. } = plan;
         if self.is_preparing {
             return self.refuse(WAITS_FOR_DISK, DISK_HINT);
@@ -362,9 +356,9 @@ impl Keeper {
         {
             return self.refuse(&error.to_string(), &error.hint());
         }
-        match self.ask("verifier", Message::Settings, &[&settings]) {
-            Ok(true) => {}
-            Ok(false) => return self.refuse("the counters of its users cannot be read", "journalctl -u knockq"),
+        match self.ask_for("engine", Message::Settings, &[&settings], &[Message::Prepared, Message::Unable]) {
+            Ok(Message::Prepared) => {}
+            Ok(_) => return self.refuse("the counters of its users cannot be read", "journalctl -u knockq"),
             // Its lookups go on, and a new daemon would wait for the same disk.
             Err(Ended::Failed(ServeError::TooSlow(_))) => {
                 self.is_preparing = true;
@@ -372,17 +366,18 @@ impl Keeper {
             }
             Err(ended) => return Err(ended),
         }
-        // The monitor permits what either configuration does until the verifier asks by the new one alone.
-        self.ask("monitor", Message::Settings, &[&policy])?;
-        self.ask("verifier", Message::Enforce, &[])?;
-        self.ask("monitor", Message::Enforce, &[])?;
+        // The gate permits what either configuration does until the engine asks by the new one alone.
+        self.ask("gate", Message::Settings, &[&limits])?;
+        self.ask("engine", Message::Enforce, &[])?;
+        self.ask("gate", Message::Enforce, &[])?;
         if self.gate.differs_from(&ruleset) {
-            self.ask("monitor", Message::Release, &[])?;
+            self.ask("engine", Message::Release, &[])?;
+            self.ask("gate", Message::Release, &[])?;
             self.gate.replace(ruleset)?;
             if self.gate.is_for_others() {
                 self.restore()?;
             } else {
-                self.children.tell("monitor", Message::Loaded, &[])?;
+                show(&mut self.children)?;
             }
         }
         self.gate.keep();
@@ -404,11 +399,9 @@ impl Keeper {
         self.reload(None)
     }
 
-    /// Asks a child for something and waits until it is done; `false` if it is unable. If the table is taken away
-    /// meanwhile, that comes first.
-    fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<bool, Ended> {
-        let answer = self.ask_for(name, message, descriptors, &[Message::Ready, Message::Unable])?;
-        Ok(answer == Message::Ready)
+    /// Asks a child for something and waits until it is done. If the table is taken away meanwhile, that comes first.
+    fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<(), Ended> {
+        self.ask_for(name, message, descriptors, &[Message::Ready]).map(drop)
     }
 
     /// The same, for one of these answers.
@@ -424,16 +417,15 @@ impl Keeper {
         children.tell(name, message, descriptors)?;
         let answer = children.wait_for(name, answers, |children, event| match event {
             // It is about to be loaded anyway, and until then it must have no owner.
-            Event::Message("monitor", Message::Lost, _) if message == Message::Release => Ok(()),
-            Event::Message("monitor", Message::Lost, _) if gate.restore()? => {
-                Ok(children.tell("monitor", Message::Loaded, &[])?)
-            }
-            Event::Message("monitor", Message::Lost, _) => {
-                *look = Some(Instant::now() + LOOK);
-                gate.complain();
+            Event::Message("engine", Message::Lost, _) if message == Message::Release => Ok(()),
+            Event::Message("engine", Message::Lost, _) => {
+                if !restore(children, gate)? {
+                    *look = Some(Instant::now() + LOOK);
+                    gate.complain();
+                }
                 Ok(())
             }
-            Event::Message("verifier", ..) => {
+            Event::Message("engine", ..) => {
                 *is_preparing = false;
                 late.get_or_insert_default();
                 Ok(())
@@ -455,6 +447,27 @@ impl Keeper {
         self.children.end();
         if self.trial.is_none() { ended } else { take_gate_away(ended) }
     }
+}
+
+/// Loads the table again, of which the gate lets go; `false` if that is for others to do, and they have not yet.
+fn restore(children: &mut Children, gate: &GateTable) -> Result<bool, Ended> {
+    tell_gate(children, Message::Release)?;
+    let is_right = gate.restore()?;
+    if is_right {
+        show(children)?;
+    }
+    Ok(is_right)
+}
+
+/// The table is loaded.
+fn show(children: &mut Children) -> Result<(), Ended> {
+    tell_gate(children, Message::Loaded)?;
+    Ok(children.tell("engine", Message::Loaded, &[])?)
+}
+
+fn tell_gate(children: &mut Children, message: Message) -> Result<(), Ended> {
+    children.tell("gate", message, &[])?;
+    children.wait_for("gate", &[Message::Ready], |_, _| Ok(())).map(drop)
 }
 
 fn busy(why: &str) -> Reply {

@@ -1,4 +1,4 @@
-//! The verifier: reads what anyone on the network can send, and can do nothing itself.
+//! The engine: reads what anyone on the network can send, decides what opens for whom, and can do nothing itself.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -19,18 +19,22 @@ use tracing::{debug, info, warn};
 
 use super::channel::{Channel, Message};
 use super::clock::{Clock, Jump, unix_now};
+use super::control::Selection;
 use super::figures::Figures;
-use super::frames::Frame;
+use super::gate_link::GateLink;
+use super::policy::Policy;
+use super::reconciler::Reconciler;
 use super::refusals::Refusals;
 use super::repeats::Trouble;
-use super::report;
+use super::report::{self, EnginePart};
 use super::sandbox::{self, SandboxError};
 use super::settings::Settings;
 use super::store::{Origin, Safe, Store, StoreError};
 use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
+use crate::nft::Boot;
 use crate::queue::{RelayReader, records};
-use crate::verify::{Claim, Decision, Grant, Recorded, Refusal, Verifier, Withdrawal};
+use crate::verify::{Claim, Decision, Recorded, Refusal, Verifier, Withdrawal};
 
 /// Keys that the index moves on by at one go: about a third of a millisecond.
 pub const SLICE: usize = 1_000;
@@ -38,14 +42,14 @@ pub const SLICE: usize = 1_000;
 /// Time between two looks at the clock.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Time that the keeper has to say that it is time to go, when the monitor has gone.
+/// Time that root has to say that it is time to go, when the gate has gone.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Why the verifier stops.
+/// Why the engine stops.
 #[derive(Debug, Error)]
-pub enum VerifierError {
+pub enum EngineError {
     /// A privilege stayed.
-    #[error("verifier: {0}")]
+    #[error("engine: {0}")]
     Sandbox(#[from] SandboxError),
     /// The counters are not to be had.
     #[error("{path}: {cause}")]
@@ -56,38 +60,54 @@ pub enum VerifierError {
         cause: StoreError,
     },
     /// A descriptor failed.
-    #[error("verifier: {0}")]
-    Io(#[from] io::Error),
-    /// The monitor closed its end, and the keeper knows of no reason.
-    #[error("verifier: the monitor hung up; stopping")]
+    #[error("engine: {0}")]
+    Io(io::Error),
+    /// The gate closed its end, and root knows of no reason.
+    #[error("engine: the gate hung up; stopping")]
     HungUp,
+    /// The gate stands still.
+    #[error("engine: the gate gave no answer within a minute; stopping")]
+    Silent,
     /// The thread that writes counters is gone.
-    #[error("verifier: the thread that writes counters is gone; stopping")]
+    #[error("engine: the thread that writes counters is gone; stopping")]
     WriterGone,
 }
 
-/// Runs the verifier until the keeper goes away.
+impl From<io::Error> for EngineError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::TimedOut => Self::Silent,
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::HungUp,
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// Runs the engine until root's process goes away.
 ///
 /// # Errors
-/// [`VerifierError`]: whatever it is, all processes stop.
-pub fn run() -> Result<(), VerifierError> {
-    terminal::leave(c"knockq-verifier")?;
+/// [`EngineError`]: whatever it is, all processes stop.
+pub fn run() -> Result<(), EngineError> {
+    terminal::leave(c"knockq-engine")?;
     give_memory_back()?;
-    let keeper = Channel::of_stdin()?;
-    let Some([relay, frames, settings, store]) = keeper.expect(Message::Start)? else { return Ok(()) };
-    let Settings { identity, server, store_path, registry } = handover::unseal(settings)?;
+    let root = Channel::of_stdin()?;
+    let Some([relay, gate, watch, settings, store]) = root.expect(Message::Start)? else { return Ok(()) };
+    let Settings { identity, server, store_path, registry, policy } = handover::unseal(settings)?;
+    let boot = Boot::this()?;
     let unprivileged = sandbox::give_up_privileges(identity, None)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let _inside = runtime.enter();
-    let keeper_speaks = socket(keeper.as_fd().try_clone_to_owned()?)?;
-    let (relay, frames) = (RelayReader::new(relay)?, socket(frames)?);
+    let root_speaks = socket(root.as_fd().try_clone_to_owned()?)?;
+    let relay = RelayReader::new(relay)?;
+    let reconciler = Reconciler::new(GateLink::new(gate), watch, policy, boot);
+    let tables = socket(reconciler.as_fd().try_clone_to_owned()?)?;
     let writing = writer::start()?;
     let store = File::from(store);
     let origin = Origin::of(&store)?;
-    unprivileged.allow_only(calls::VERIFIER)?;
+    unprivileged.allow_only(calls::ENGINE)?;
 
-    let fail = |cause| VerifierError::Store { path: store_path.clone(), cause };
+    let fail = |cause| EngineError::Store { path: store_path.clone(), cause };
     let safe = Safe::after(unix_now(), registry.window, registry.counted());
     let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
     let floor = store.floor().map_err(fail)?;
@@ -103,13 +123,14 @@ pub fn run() -> Result<(), VerifierError> {
         (None, None) => {}
     }
     let verifier = writer::prepare(&mut store, registry).map_err(fail)?;
-    writing.store.send(store).map_err(|_| VerifierError::WriterGone)?;
-    keeper.send(Message::Ready, &[])?;
+    writing.store.send(store).map_err(|_| EngineError::WriterGone)?;
+    root.send(Message::Ready, &[])?;
     let process = Process {
-        keeper,
-        keeper_speaks,
+        root,
+        root_speaks,
         relay,
-        frames,
+        reconciler,
+        tables,
         writing,
         verifier,
         next: None,
@@ -135,15 +156,17 @@ fn give_memory_back() -> io::Result<()> {
 }
 
 struct Process {
-    keeper: Channel,
+    root: Channel,
     /// The same, for the runtime to wait for.
-    keeper_speaks: UnixDatagram,
+    root_speaks: UnixDatagram,
     relay: RelayReader,
-    frames: UnixDatagram,
+    reconciler: Reconciler,
+    /// Where the kernel tells of changes to the tables.
+    tables: UnixDatagram,
     writing: Writing,
     verifier: Verifier,
-    /// What is to take its place.
-    next: Option<Box<Verifier>>,
+    /// What is to take the place of verifier and policy.
+    next: Option<Box<(Verifier, Policy)>>,
     refusals: Refusals,
     figures: Figures,
     /// The packets of claims whose counters are being written, or wait for it, in the order in which they are.
@@ -156,93 +179,135 @@ struct Process {
 }
 
 impl Process {
-    async fn serve(mut self) -> Result<(), VerifierError> {
+    async fn serve(mut self) -> Result<(), EngineError> {
+        match self.work().await {
+            // If the gate died, root knows, and tells why.
+            Err(EngineError::HungUp) if self.is_told_to_stop().await? => Ok(()),
+            done => done,
+        }
+    }
+
+    async fn work(&mut self) -> Result<(), EngineError> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let is_behind = self.is_behind || self.reconciler.is_behind();
             tokio::select! {
                 biased;
-                said = hear(&self.keeper, &self.keeper_speaks) => {
+                said = hear(&self.root, &self.root_speaks) => {
                     if !self.obey(said?)? {
                         return Ok(());
                     }
                 }
-                done = self.writing.done.recv() => self.take(done.ok_or(VerifierError::WriterGone)?).await?,
-                _ = tick.tick() => self.tick(),
+                done = self.writing.done.recv() => self.take(done.ok_or(EngineError::WriterGone)?)?,
+                _ = tick.tick() => self.tick()?,
+                changed = self.tables.readable() => {
+                    changed?;
+                    self.hear_of_changes()?;
+                }
                 block = self.relay.read() => {
-                    let Some(block) = block? else { return self.part_from_monitor().await };
+                    let Some(block) = block? else { return Err(EngineError::HungUp) };
                     let decisions = decide(&mut self.verifier, &mut self.refusals, &mut self.figures, block);
-                    self.carry_out(decisions).await?;
+                    self.carry_out(decisions)?;
                 }
-                () = tokio::task::yield_now(), if self.is_behind => {
-                    self.is_behind = self.verifier.advance(unix_now(), SLICE);
+                () = tokio::task::yield_now(), if is_behind => {
+                    self.is_behind = self.is_behind && self.verifier.advance(unix_now(), SLICE);
                 }
+            }
+            if self.reconciler.is_behind() {
+                self.reconciler.settle_some()?;
+            }
+            if self.reconciler.take_lost() {
+                self.root.send(Message::Lost, &[])?;
             }
         }
     }
 
-    /// If the monitor died, the keeper knows, and tells why.
-    async fn part_from_monitor(&self) -> Result<(), VerifierError> {
-        let is_told_to_stop = async {
-            while !matches!(hear(&self.keeper, &self.keeper_speaks).await?, Some((Message::Stop, _)) | None) {}
-            Ok(())
-        };
-        tokio::time::timeout(GRACE, is_told_to_stop).await.unwrap_or(Err(VerifierError::HungUp))
+    /// All that was told is read: there is no more until the socket says so.
+    fn hear_of_changes(&mut self) -> io::Result<()> {
+        let mut heard = Ok(());
+        let _ = self.tables.try_io(Interest::READABLE, || {
+            heard = self.reconciler.hear_of_changes();
+            io::Result::<()>::Err(io::ErrorKind::WouldBlock.into())
+        });
+        heard
     }
 
-    async fn carry_out(&mut self, decisions: Vec<(Decision, Vec<u8>)>) -> Result<(), VerifierError> {
+    async fn is_told_to_stop(&self) -> Result<bool, EngineError> {
+        let is_told_to_stop = async {
+            while !matches!(hear(&self.root, &self.root_speaks).await?, Some((Message::Stop, _)) | None) {}
+            Ok(true)
+        };
+        tokio::time::timeout(GRACE, is_told_to_stop).await.unwrap_or(Ok(false))
+    }
+
+    fn carry_out(&mut self, decisions: Vec<(Decision, Vec<u8>)>) -> Result<(), EngineError> {
         for (decision, packet) in decisions {
             match decision {
                 Decision::Refused(refusal) => self.refuse(&refusal, &packet),
                 Decision::Claimed(claim) => self.claim(claim, packet)?,
-                Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal, &packet).await,
+                Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal, &packet),
             }
         }
         Ok(())
     }
 
-    /// Does what the keeper says; `false` if it is time to go.
-    fn obey(&mut self, said: Option<(Message, Vec<OwnedFd>)>) -> Result<bool, VerifierError> {
-        match said {
-            Some((Message::Settings, mut descriptors)) => {
-                let settings = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-                match self.writing.work.try_send(Work::Prepare(settings)) {
-                    Ok(()) => {}
-                    Err(mpsc::TrySendError::Full(_)) => self.keeper.send(Message::Unable, &[])?,
-                    Err(mpsc::TrySendError::Disconnected(_)) => return Err(VerifierError::WriterGone),
+    /// Does what root says; `false` if it is time to go.
+    fn obey(&mut self, said: Option<(Message, Vec<OwnedFd>)>) -> Result<bool, EngineError> {
+        let Some((message, mut descriptors)) = said else { return Ok(false) };
+        let answer = match (message, descriptors.pop()) {
+            (Message::Stop, _) => return Ok(false),
+            (Message::Loaded, _) => {
+                if !self.reconciler.loaded()? {
+                    return Ok(true);
                 }
+                Message::Ready
             }
-            Some((Message::Enforce, _)) => {
+            (Message::Release, _) => {
+                self.reconciler.released()?;
+                Message::Ready
+            }
+            (Message::Settings, Some(settings)) => match self.writing.work.try_send(Work::Prepare(settings)) {
+                Ok(()) => return Ok(true),
+                Err(mpsc::TrySendError::Full(_)) => Message::Unable,
+                Err(mpsc::TrySendError::Disconnected(_)) => return Err(EngineError::WriterGone),
+            },
+            (Message::Enforce, _) => {
                 if let Some(next) = self.next.take() {
-                    self.verifier.succeed(*next);
+                    let (verifier, policy) = *next;
+                    self.verifier.succeed(verifier);
                     self.figures.keep(self.verifier.users());
+                    self.reconciler.enforce(policy)?;
                 }
-                self.keeper.send(Message::Ready, &[])?;
+                Message::Ready
             }
-            Some((Message::Watch, descriptors)) => descriptors.into_iter().for_each(|watcher| {
+            (Message::Watch, Some(watcher)) => {
                 watchers::add(watcher);
-            }),
-            Some((Message::Report, mut descriptors)) => {
+                return Ok(true);
+            }
+            (Message::Revoke, Some(selection)) => {
                 let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+                let selection: Selection = handover::unseal(selection)?;
+                report::write(memory, self.reconciler.revoke(&selection)?)?;
+                Message::Ready
+            }
+            (Message::Report, Some(memory)) => {
                 let narrowed = self.verifier.narrowed(unix_now()).cloned().collect();
-                report::write(
-                    memory,
-                    self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor()),
-                )?;
-                self.keeper.send(Message::Reported, &[])?;
+                let verifier = self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor());
+                report::write(memory, EnginePart { verifier, monitor: self.reconciler.part() })?;
+                Message::Reported
             }
-            Some((Message::Explain, mut descriptors)) => {
-                let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+            (Message::Explain, Some(memory)) => {
                 report::write(memory, self.figures.refused_part(self.verifier.accepted(), self.verifier.floor()))?;
-                self.keeper.send(Message::Reported, &[])?;
+                Message::Reported
             }
-            Some((Message::Stop, _)) | None => return Ok(false),
-            Some(_) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
-        }
+            _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+        };
+        self.root.send(answer, &[])?;
         Ok(true)
     }
 
-    fn claim(&mut self, claim: Claim, packet: Vec<u8>) -> Result<(), VerifierError> {
+    fn claim(&mut self, claim: Claim, packet: Vec<u8>) -> Result<(), EngineError> {
         match self.writing.work.try_send(Work::Record(claim)) {
             Ok(()) => {
                 self.claimed.push_back(packet);
@@ -254,14 +319,14 @@ impl Process {
                 }
                 self.refuse(&claim.give_up(), &packet);
             }
-            Err(_) => return Err(VerifierError::WriterGone),
+            Err(_) => return Err(EngineError::WriterGone),
         }
         Ok(())
     }
 
-    async fn take(&mut self, done: Done) -> Result<(), VerifierError> {
+    fn take(&mut self, done: Done) -> Result<(), EngineError> {
         match done {
-            Done::Recorded(Ok(recorded)) => self.settle(recorded).await,
+            Done::Recorded(Ok(recorded)) => self.settle(recorded)?,
             Done::Recorded(Err(refusals)) => {
                 self.figures.recorded(false, unix_now());
                 for refusal in refusals {
@@ -271,44 +336,34 @@ impl Process {
                 self.tell_waiting();
             }
             Done::Prepared(next) => {
-                let outcome = if next.is_some() { Message::Ready } else { Message::Unable };
+                let outcome = if next.is_some() { Message::Prepared } else { Message::Unable };
                 self.next = next;
-                self.keeper.send(outcome, &[])?;
+                self.root.send(outcome, &[])?;
             }
         }
         Ok(())
     }
 
-    async fn settle(&mut self, recorded: Vec<Recorded>) {
+    fn settle(&mut self, recorded: Vec<Recorded>) -> Result<(), EngineError> {
         self.figures.recorded(true, unix_now());
+        self.reconciler.hear_of_changes()?; // who has deleted a door by hand did so before it is asked for again
         for recorded in recorded {
             let packet = self.claimed.pop_front().unwrap_or_default();
             match self.verifier.settle(&recorded, unix_now()) {
                 Ok(grant) => {
                     self.figures.granted(&grant, unix_now());
-                    self.open(grant).await;
+                    self.reconciler.grant(grant);
                 }
                 Err(refusal) => self.refuse(&refusal, &packet),
             }
         }
         self.tell_waiting();
+        Ok(())
     }
 
-    async fn open(&self, grant: Grant) {
-        let Grant { user, service, source, ports, open_for: seconds, once, bound, token, .. } = grant;
-        for port in ports {
-            let (user, service) = (user.clone(), service.clone());
-            self.ask(&Frame::Open { source, port, once, bound, seconds, user, service, token }).await;
-        }
-    }
-
-    async fn withdraw(&mut self, withdrawal: Withdrawal, packet: &[u8]) {
+    fn withdraw(&mut self, withdrawal: Withdrawal, packet: &[u8]) {
         self.figures.withdrawn(&withdrawal, packet, unix_now());
-        let Withdrawal { user, source, token, .. } = &withdrawal;
-        for port in &withdrawal.ports {
-            let (source, port, user, token) = (*source, *port, user.clone(), *token);
-            self.ask(&Frame::Close { source, port, user, token }).await;
-        }
+        self.reconciler.withdraw(&withdrawal);
         self.refusals.withdrawn(withdrawal, Instant::now());
     }
 
@@ -319,12 +374,6 @@ impl Process {
 
     fn tell_waiting(&mut self) {
         self.figures.waiting(self.claimed.len(), unix_now());
-    }
-
-    async fn ask(&self, frame: &Frame) {
-        if self.frames.send(&frame.encode()).await.is_err() {
-            debug!("the monitor is gone"); // so is its end of the relay, which ends this process
-        }
     }
 
     /// The index follows the clock by itself; this only tells.
@@ -343,7 +392,7 @@ impl Process {
         }
     }
 
-    fn tick(&mut self) {
+    fn tick(&mut self) -> Result<(), EngineError> {
         self.watch_clock();
         let now = unix_now();
         self.is_behind = self.verifier.advance(now, SLICE);
@@ -353,14 +402,15 @@ impl Process {
             info!("the counters of all knocks that waited are written");
         }
         self.refusals.tell_narrowed(self.verifier.narrowed(now));
+        Ok(self.reconciler.tick()?)
     }
 }
 
-/// What the keeper says; `None` when it is gone.
-async fn hear(keeper: &Channel, keeper_speaks: &UnixDatagram) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+/// What root says; `None` when it is gone.
+async fn hear(root: &Channel, root_speaks: &UnixDatagram) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
     loop {
-        keeper_speaks.readable().await?;
-        match keeper_speaks.try_io(Interest::READABLE, || keeper.receive()) {
+        root_speaks.readable().await?;
+        match root_speaks.try_io(Interest::READABLE, || root.receive()) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             said => return said,
         }
