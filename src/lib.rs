@@ -16,7 +16,7 @@
 //! | [`queue`] | the kernel's queue, and the relay of packet headers |
 //! | [`nft`] | the table, and the elements of its sets |
 //! | [`config`] | files that administrators and users edit |
-//! | [`serve`] | the daemon: root, monitor, verifier |
+//! | [`serve`] | the daemon: root, gate, engine |
 //! | [`client`] | profiles, counters, and the one packet |
 //! | [`cli`] | words into calls |
 //!

@@ -8,7 +8,7 @@ use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
 
 use knockq::crypto::{Binding, KnockKey, KnockSecrets, PrivateKey, PublicKey, Side};
-use knockq::serve::store::{Doubt, Origin, Remains, Safe, Store, StoreError};
+use knockq::serve::store::{OldStore, Origin, Store, StoreError, StoreFloor, Suspicion};
 use knockq::verify::{Counters, Floor, Fresh};
 
 /// Bytes of a page of redb's.
@@ -42,7 +42,7 @@ impl Subject {
         let server = *key.public();
         let own: Vec<PrivateKey> = (0..USERS).map(|_| PrivateKey::generate().unwrap()).collect();
         let users: Vec<PublicKey> = own.iter().map(|own| *own.public()).collect();
-        Store::create(create(&path), &server, Safe::default()).unwrap();
+        Store::create(create(&path), &server, StoreFloor::default()).unwrap();
         let mut store = reopen(&path, server, FLOOR).unwrap();
         let mut counters = Counters::default();
         // What matters of an opened token here is its counter alone.
@@ -66,7 +66,7 @@ impl Subject {
         let opened = reopen(&self.path, self.server, FLOOR);
         let counters = opened.and_then(|mut store| {
             let counters = store.last_counters(self.users.iter().copied())?;
-            Ok((store.doubt() == Some(Doubt::Shortened), counters, store.floor()?))
+            Ok((store.doubt() == Some(Suspicion::Shortened), counters, store.floor()?))
         });
         match counters {
             Ok((has_lost, counters, floor)) => {
@@ -108,7 +108,7 @@ fn open(path: &PathBuf) -> File {
 fn reopen(path: &PathBuf, server: PublicKey, floor: u64) -> Result<Store, StoreError> {
     let file = open(path);
     let origin = Origin::of(&file).unwrap();
-    Store::open(file, server, origin, Safe { floor, since: 0 })
+    Store::open(file, server, origin, StoreFloor { floor, since: 0 })
 }
 
 fn create(path: &PathBuf) -> File {
@@ -149,7 +149,7 @@ fn a_store_that_is_refused_or_only_read_stays_as_it_is() {
         let other = *PrivateKey::generate().unwrap().public();
         let refused = reopen(&subject.path, other, FLOOR);
         assert!(matches!(refused, Err(StoreError::OtherServer(_))));
-        assert_eq!(Remains::read(open(&subject.path)).unwrap().len(), subject.users.len());
+        assert_eq!(OldStore::read(open(&subject.path)).unwrap().len(), subject.users.len());
         assert!(fs::read(&subject.path).unwrap() == *contents);
     }
 }
@@ -228,7 +228,7 @@ fn a_commit_of_which_only_some_pages_arrived_is_taken_back_and_nothing_of_before
         let mut again = reopen(&subject.path, subject.server, 0).unwrap();
         assert!(again.doubt().is_none() && again.floor().unwrap() == Floor::new(FLOOR));
         drop(again);
-        assert_eq!(Remains::read(open(&subject.path)).unwrap().floor(), FLOOR);
+        assert_eq!(OldStore::read(open(&subject.path)).unwrap().floor(), FLOOR);
     }
     let mut none = after.clone();
     none[..PAGE].copy_from_slice(page_of(&opened, 0));

@@ -18,7 +18,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use killer::run_until_call;
 use knockq::crypto::PrivateKey;
-use knockq::serve::store::{Origin, Safe, Store};
+use knockq::serve::store::{Origin, Store, StoreFloor};
 use world::{KNOCKQ, Ran, World, json};
 
 const PROFILES: &str = "profiles";
@@ -236,7 +236,7 @@ fn a_store_that_is_made_anew_waits_for_every_count_until_it_is_set_once_whatever
         let path = world.stores().into_iter().find(|path| path.ends_with("counters.redb")).unwrap();
         let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
         let origin = Origin::of(&file).unwrap();
-        Store::open(file, *server.public(), origin, Safe::default()).unwrap().forgot().unwrap()
+        Store::open(file, *server.public(), origin, StoreFloor::default()).unwrap().forgot().unwrap()
     };
     assert!(as_of("bob.toml") >= forgot());
     let alice = world.path("etc/users.d/alice.toml");
@@ -321,9 +321,9 @@ fn a_name_that_is_taken_by_other_keys_is_named_before_anything_is_written() {
 }
 
 /// What makes a profile one that nobody should trust, and what is said then.
-type Doubt = (&'static str, fn(&Path), &'static [&'static str]);
+type Suspicion = (&'static str, fn(&Path), &'static [&'static str]);
 
-const DOUBTS: [Doubt; 21] = [
+const DOUBTS: [Suspicion; 21] = [
     ("cipher.key", |path| mode(path, 0o640), &["cipher.key: must not be readable by others", "Hint: chmod 600"]),
     ("mac.key", |path| mode(path, 0o604), &["mac.key: must not be readable by others", "Hint: chmod 600"]),
     ("counter", |path| mode(path, 0o666), &["counter: must not be writable by others", "Hint: chmod go-w"]),

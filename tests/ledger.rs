@@ -1,12 +1,15 @@
 //! The ledger against a model of the kernel: whatever happens, in any order, the kernel's sets hold what the grants say, no
-//! more, and no less.
+//! more, and no less. And the gate never takes what the ledger has it asked for the work of an intruder.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use knockq::nft::{Boot, Comment, Door, Element, Member, SetName, Time};
+use knockq::serve::admission::Admission;
+use knockq::serve::commands::Command;
 use knockq::serve::ledger::{Grant, Ledger};
+use knockq::serve::limits::Limits;
 use proptest::prelude::*;
 
 const USERS: [&str; 3] = ["alice", "bob", "carol"];
@@ -58,6 +61,8 @@ enum Event {
     SetGone(usize),
     SetMade(usize),
     Pass(u32),
+    /// A reload after which doors are open for so many seconds at most.
+    Shorten(u32),
     Restart,
 }
 
@@ -82,6 +87,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1 => (0..SETS.len()).prop_map(Event::SetGone),
         2 => (0..SETS.len()).prop_map(Event::SetMade),
         3 => (1..15_u32).prop_map(Event::Pass),
+        1 => (1..40_u32).prop_map(Event::Shorten),
         1 => Just(Event::Restart),
     ];
     proptest::collection::vec(event, 1..60)
@@ -144,6 +150,9 @@ struct World {
     boot: Boot,
     ledger: Ledger,
     kernel: Kernel,
+    gate: Admission,
+    /// Seconds that a door is open at most.
+    most: u32,
     held: Vec<Held>,
     /// The table is loaded, as far as the daemon knows.
     is_loaded: bool,
@@ -168,6 +177,15 @@ fn member(place: usize, door: &Door) -> Option<Member> {
     fits.then(|| Member { set: set(place), source: door.source, port })
 }
 
+/// All services for so many seconds, both sets, and no end of doors.
+fn limits(most: u32) -> Limits {
+    let port = |(_, port, once, _): (&str, &str, bool, bool)| {
+        format!("{} {port} {most}\n", if once { "once" } else { "port" })
+    };
+    let sets = SETS.map(|set| format!("set {set}\n")).concat();
+    format!("rate 1000000\nfrom any\n{sets}{}", SERVICES.map(port).concat()).parse().unwrap()
+}
+
 impl World {
     fn new() -> Self {
         let boot = Boot::this().unwrap();
@@ -179,10 +197,31 @@ impl World {
         };
         let (now, ledger) = (Instant::now(), Ledger::new(boot));
         let (held, saved, last) = (Vec::new(), BTreeMap::new(), Vec::new());
-        Self { now, boot, ledger, kernel, held, is_loaded: true, saved, tokens: 0, last }
+        let mut gate = Admission::new(limits(40), now);
+        gate.enforce();
+        Self { now, boot, ledger, kernel, gate, most: 40, held, is_loaded: true, saved, tokens: 0, last }
     }
 
-    /// As the monitor does it. Tells which tokens were granted.
+    /// The gate lets it through, and the kernel takes it.
+    fn change(&mut self, changes: &[(Element, Option<Time>)]) -> Result<(), ()> {
+        for (element, time) in changes {
+            let command = match time {
+                Some((left, comment)) => Command::Put(element.clone(), *left, comment.clone()),
+                None => Command::Delete(element.clone()),
+            };
+            let time = time.as_ref().map_or(Duration::MAX, |(time, _)| *time);
+            assert_eq!(self.gate.admits(&command, self.now), Ok(Some(time)), "{command:?}");
+        }
+        self.kernel.change(changes, self.now)?;
+        for (element, time) in changes {
+            if let (Element::Opens(door), Some(_)) = (element, time) {
+                self.gate.opens(door);
+            }
+        }
+        Ok(())
+    }
+
+    /// As the reconciler does it. Tells which tokens were granted.
     fn settle(&mut self) -> Vec<u32> {
         let (now, mut granted) = (self.now, Vec::new());
         loop {
@@ -193,14 +232,18 @@ impl World {
                 there.for_each(|held| held.waits = false);
                 return granted;
             }
-            let changed = self.kernel.change(&changes, now);
+            let (waiting, changes): (Vec<_>, Vec<_>) = changes
+                .into_iter()
+                .partition(|change| !self.is_loaded && matches!(change, (Element::Member(_), Some(_))));
+            waiting.into_iter().for_each(|(element, _)| drop(self.ledger.defer(element)));
+            let changed = self.change(&changes);
             for (element, _) in changes {
                 let told = if changed.is_ok() {
                     self.ledger.settled(&element)
                 } else {
                     let time = self.ledger.desired(&element, now);
                     let change = (element, time);
-                    match self.kernel.change(std::slice::from_ref(&change), now) {
+                    match self.change(std::slice::from_ref(&change)) {
                         Ok(()) => self.ledger.settled(&change.0),
                         Err(()) if !self.is_loaded => self.ledger.defer(change.0),
                         Err(()) => {
@@ -276,8 +319,14 @@ impl World {
             Event::Pass(seconds) => {
                 self.now += Duration::from_secs((*seconds).into());
                 self.kernel.forget(self.now);
+                self.gate.forget(self.now);
                 let over = self.ledger.forget(self.now);
                 assert!(over.iter().all(|(_, grant)| grant.until <= self.now));
+            }
+            Event::Shorten(most) => {
+                self.most = *most;
+                self.gate.prepare(limits(*most));
+                self.gate.enforce();
             }
             Event::Restart => self.restart(),
         }
@@ -288,6 +337,7 @@ impl World {
         let (door, (name, _, once, kill)) = (door(service, source), SERVICES[service]);
         self.tokens += 1;
         let token = Some(self.tokens);
+        let seconds = seconds.min(self.most);
         let until = self.now + Duration::from_secs(seconds.into());
         let members = (0..SETS.len()).filter(|place| sets[*place]).filter_map(|place| member(place, &door));
         let members: Vec<Member> = members.collect();
@@ -409,6 +459,14 @@ impl World {
             let (token, asked, waits, members, kill) = (None, None, false, Vec::new(), SERVICES[place].3);
             self.ledger.adopt(door, Grant { user, service, until, bound, token, kill, spent, members, asked, waits });
         }
+        self.gate = Admission::new(limits(self.most), self.now);
+        for (door, left) in self.ledger.ends(self.now) {
+            assert_eq!(
+                self.gate.admits(&Command::Known(Element::Opens(*door), left), self.now),
+                Ok(Some(Duration::MAX))
+            );
+        }
+        self.gate.enforce();
     }
 
     /// What the kernel should hold.

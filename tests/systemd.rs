@@ -80,7 +80,7 @@ systemctl enable network-up ssh.socket
 
 /// What the Makefile says.
 const PLACES: &str = r"
-export DESTDIR= BINDIR=/usr/local/bin UNITDIR=/usr/local/lib/systemd/system SYSUSERSDIR=/usr/local/lib/sysusers.d
+export DESTDIR= BINDIR=/usr/local/bin LIBEXECDIR=/usr/local/libexec/knockq UNITDIR=/usr/local/lib/systemd/system SYSUSERSDIR=/usr/local/lib/sysusers.d
 export MANDIR=/usr/local/share/man BASHCOMPDIR=/usr/local/share/bash-completion/completions
 export ZSHCOMPDIR=/usr/local/share/zsh/site-functions FISHCOMPDIR=/usr/local/share/fish/vendor_completions.d
 ";

@@ -126,15 +126,14 @@ fn knocks() {
 }
 
 fn commands() {
-    let door = |source: &str, port: &str, once| Door { source: source.parse().unwrap(), port: port.parse().unwrap(), once };
+    let door =
+        |source: &str, port: &str, once| Door { source: source.parse().unwrap(), port: port.parse().unwrap(), once };
     let put = |element, seconds| {
         Command::Put(element, Duration::from_secs(seconds), Comment::read("alice ssh 1234 0a1b2c3d bound").unwrap())
     };
-    let of_set = |source: &str| Element::Member(Member {
-        set: "inet mine s".parse().unwrap(),
-        source: source.parse().unwrap(),
-        port: None,
-    });
+    let of_set = |source: &str| {
+        Element::Member(Member { set: "inet mine s".parse().unwrap(), source: source.parse().unwrap(), port: None })
+    };
     let (v4, v6) = (door("192.0.2.1", "tcp/22", false), door("2001:db8::1", "udp/51820", true));
     for (name, commands) in [
         ("put-v4", vec![put(Element::Opens(v4), 30), put(of_set("192.0.2.1"), 30)]),

@@ -309,7 +309,7 @@ impl World {
     }
 
     fn enforce(&mut self, (registry, verifier): (Registry, Verifier)) {
-        self.verifier.succeed(verifier);
+        self.verifier.replace_with(verifier);
         self.last.retain(|key, _| registry.users.iter().any(|user| user.public_key == *key));
         self.registry = registry;
     }

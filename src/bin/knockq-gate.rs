@@ -8,7 +8,7 @@ use knockq::serve::gate::{self, write_line};
 fn main() -> ExitCode {
     if env::args().nth(1).as_deref() != Some(env!("CARGO_PKG_VERSION")) {
         write_line(false, 3, "only `knockq serve` of the same version can start it");
-        return ExitCode::from(64);
+        return ExitCode::FAILURE;
     }
     panic::set_hook(Box::new(|panic| {
         log(3, &format!("a fault in knockq: {}; stopping", panic.payload_as_str().unwrap_or("it panicked")));

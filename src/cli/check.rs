@@ -45,7 +45,7 @@ impl Check {
         }
         match check_store(&config)? {
             Trust::Whole => {}
-            Trust::Shut(said) | Trust::Doubt(said) | Trust::Unknown(said) => note(&format!("warning: {said}")),
+            Trust::Shut(said) | Trust::Suspicion(said) | Trust::Unknown(said) => note(&format!("warning: {said}")),
         }
         warn_of_ephemeral_ports(&config);
         warn_of_cuts(&config);
@@ -73,7 +73,7 @@ pub(super) enum Trust {
     /// No knocks are accepted until a time that is known.
     Shut(String),
     /// Nor for a window after the next start.
-    Doubt(String),
+    Suspicion(String),
     /// Somebody has it open, and does not say.
     Unknown(String),
 }
@@ -87,7 +87,7 @@ pub(super) fn check_store(config: &ServerConfig) -> Result<Trust, Failure> {
         None => Trust::Whole,
     };
     match Store::check(file.map_err(ServeError::Store)?, config.private_key.public()) {
-        Ok((Some(doubt), _)) => Ok(Trust::Doubt(format!(
+        Ok((Some(doubt), _)) => Ok(Trust::Suspicion(format!(
             "{}: {doubt}; to be safe, no knock of before will be taken, and users can knock again a window after the \
              start, those with a knockknock profile when their count is set",
             path.display()
@@ -101,7 +101,7 @@ pub(super) fn check_store(config: &ServerConfig) -> Result<Trust, Failure> {
                 let is_asked = "is in use, and the daemon does not tell whether it is in doubt";
                 Trust::Unknown(format!("{}: {is_asked}", path.display()))
             },
-            |daemon| trust(daemon.verifier.floor.shut(unix_now())),
+            |daemon| trust(daemon.knocks.floor.shut(unix_now())),
         )),
         Err(cause) => Err(EngineError::Store { path: path.display().to_string(), cause }.into()),
     }

@@ -20,7 +20,7 @@ use crate::config::secure_file::{self, Privacy};
 use crate::config::server::{RUNTIME_DIRECTORY, STATE_DIRECTORY};
 use crate::config::{FileError, ServerConfig};
 use crate::crypto::{KnockPorts, KnockPortsError, PrivateKey};
-use crate::serve::store::{Safe, Store};
+use crate::serve::store::{Store, StoreFloor};
 use crate::service::{HostAddress, Port, Transport};
 
 /// Knock ports that are chosen where none are given.
@@ -285,7 +285,7 @@ impl Made {
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|cause| FileError::Io { path: path.to_owned(), cause })?;
         self.0.push(path.to_owned());
-        Store::create(file, key.public(), Safe { floor: 0, since: unix_now() })
+        Store::create(file, key.public(), StoreFloor { floor: 0, since: unix_now() })
             .map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))
     }
 

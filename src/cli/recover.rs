@@ -14,7 +14,7 @@ use crate::config::secure_file::{self, Draft, Privacy};
 use crate::config::{Seconds, ServerConfig};
 use crate::serve::engine::EngineError;
 use crate::serve::start;
-use crate::serve::store::{Remains, Safe, Store, StoreError};
+use crate::serve::store::{OldStore, Store, StoreError, StoreFloor};
 
 /// What is left where a store holds what knockq has not written.
 const WAY_OUT: &str = "knockq has not written that, so trust neither this store nor the keys: make both anew with `knockq init` in \
@@ -47,7 +47,7 @@ impl Recover {
 
         secure_file::create_directory(&config.state)?;
         let window = u64::from(config.window.0).saturating_add(self.ahead.0.into());
-        let safe = Safe::after(now, window, config.registry()?.counted());
+        let safe = StoreFloor::after(now, window, config.registry()?.counted());
         let (draft, file) = Draft::new(&path, Privacy::Secret)?;
         Store::create_after(&old.remains, file, config.private_key.public(), safe)
             .map_err(|cause| Failure::new(format!("{}: {cause}", path.display())))?;
@@ -61,19 +61,19 @@ impl Recover {
 /// The store that is to be replaced, if there is one.
 struct Old {
     is_there: bool,
-    remains: Remains,
+    remains: OldStore,
     /// Why nothing of it can be taken over.
     damage: Option<StoreError>,
 }
 
 impl Old {
     fn find(path: &Path) -> Result<Self, Failure> {
-        let lost = || Self { is_there: false, remains: Remains::default(), damage: None };
+        let lost = || Self { is_there: false, remains: OldStore::default(), damage: None };
         let file = match secure_file::open(path, Privacy::Secret, OpenOptions::new().read(true).write(true)) {
             Err(error) if error.kind() == Some(ErrorKind::NotFound) => return Ok(lost()),
             other => other?,
         };
-        match Remains::read(file) {
+        match OldStore::read(file) {
             Ok(remains) => Ok(Self { is_there: true, remains, damage: None }),
             Err(StoreError::InUse) => Err(is_running(&format!("{}: {}", path.display(), StoreError::InUse))),
             Err(cause @ StoreError::Newer(_)) => {
@@ -156,7 +156,7 @@ fn report(path: &Path, kept: Option<&Path>, old: &Old) -> String {
     format!("Made a new counter store: {}\n{fate}.\n", path.display())
 }
 
-fn waiting(now: u64, floor: u64, remains: &Remains, config: &ServerConfig) -> String {
+fn waiting(now: u64, floor: u64, remains: &OldStore, config: &ServerConfig) -> String {
     let mut text = format!(
         "No knock of before can be replayed. Users can knock again in {} s\n",
         remains.floor().max(floor).saturating_sub(now).saturating_add(1)

@@ -14,7 +14,7 @@ use super::{ConfigArg, print, print_json, print_view};
 use crate::client::clock;
 use crate::serve::control::ControlError;
 use crate::serve::observers;
-use crate::serve::report::{LiveDoor, MonitorPart, Queue, RootPart, StoreHealth, Table, VerifierPart};
+use crate::serve::report::{DoorsPart, KnocksPart, LiveDoor, Queue, RootPart, StoreHealth, Table};
 use crate::service::Name;
 
 #[derive(Args)]
@@ -201,9 +201,9 @@ pub(super) fn unseen(error: ControlError) -> Failure {
 
 impl Shown {
     fn of(status: observers::Status, now: u64) -> Self {
-        let observers::Status { root, verifier, monitor } = status;
+        let observers::Status { root, knocks: verifier, doors } = status;
         let RootPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = root;
-        let MonitorPart { seen, lost, opened, not_opened, doors, is_cut } = monitor;
+        let DoorsPart { seen, lost, opened, not_opened, doors, is_cut } = doors;
         let is_cut = is_cut || verifier.is_cut;
         let packets = verifier.counts().map(|(reason, count)| Count { reason: reason.as_str(), count });
         let packets: Vec<Count> = packets.collect();
@@ -257,7 +257,7 @@ impl Syns {
 }
 
 impl Store {
-    fn of(verifier: &VerifierPart, waits_for_disk: bool, now: u64) -> Self {
+    fn of(verifier: &KnocksPart, waits_for_disk: bool, now: u64) -> Self {
         let StoreHealth { written, failing, waiting, waiting_since } = verifier.store;
         let is_slow = waiting_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
         let is_silent = is_slow || waits_for_disk;
@@ -275,7 +275,7 @@ impl Store {
     }
 }
 
-fn knocks(verifier: VerifierPart) -> Vec<Knocks> {
+fn knocks(verifier: KnocksPart) -> Vec<Knocks> {
     let knocks = verifier.users.into_iter().map(|(user, seen)| Knocks {
         user,
         granted: seen.granted.map(|(at, source, service)| LastGrant { at, source, service }),
@@ -451,7 +451,7 @@ impl Shown {
             (
                 "knockq_relay_dropped_total",
                 "counter",
-                "SYNs that the verifier never saw",
+                "SYNs that the engine never saw",
                 one(self.syns.dropped_by_relay),
             ),
             ("knockq_packets_total", "counter", "Packets by their end", reasons),

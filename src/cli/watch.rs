@@ -93,12 +93,12 @@ mod tests {
     fn an_event_is_shown_as_the_log_has_it_and_nothing_in_it_reaches_the_terminal_unseen() {
         for (event, shown) in [
             (
-                r#"{"time":0,"process":"monitor","level":"info","message":"granted","user":"alice","seconds":6}"#,
-                "1970-01-01 00:00:00Z monitor: granted user=alice seconds=6",
+                r#"{"time":0,"process":"engine","level":"info","message":"granted","user":"alice","seconds":6}"#,
+                "1970-01-01 00:00:00Z engine: granted user=alice seconds=6",
             ),
             (
-                r#"{"time":1,"process":"verifier","level":"warning","message":"refused","hint":"a b"}"#,
-                "1970-01-01 00:00:01Z verifier: warning: refused hint=\"a b\"",
+                r#"{"time":1,"process":"engine","level":"warning","message":"refused","hint":"a b"}"#,
+                "1970-01-01 00:00:01Z engine: warning: refused hint=\"a b\"",
             ),
             (
                 r#"{"process":"\u001b[2J","message":"\n","\u0007":"\u001b[m","x":{"y":"\u001b\u009b"}}"#,

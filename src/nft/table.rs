@@ -26,7 +26,7 @@ pub enum TableError {
 /// # Errors
 /// [`TableError`]; what was there is there still.
 pub fn install(ruleset: &str) -> Result<bool, TableError> {
-    // Made and let go at once: nft fills the orphan, then the monitor adopts it.
+    // Made and let go at once: nft fills the orphan, then the gate adopts it.
     let ownership = Doors::new()?.own_table()?;
     let persists = ownership != Ownership::Unsupported;
     // nft 1.0.6 cannot name such a table's flags, so it must not try to add it.

@@ -114,7 +114,7 @@ impl Children {
                     return Ok((said, descriptors));
                 }
                 Some(Event::Signal(SIGTERM | SIGINT)) => return Err(Ended::Asked),
-                Some(Event::Gone(child)) => return Err(Ended::Failed(self.bury(child))),
+                Some(Event::Gone(child)) => return Err(Ended::Failed(self.stop_all(child))),
                 Some(other) => otherwise(self, other)?,
                 None => {}
             }
@@ -188,7 +188,7 @@ impl Children {
 
     /// Ends all children, of which this one has hung up, and tells the cause: one that was killed, or else one that failed,
     /// or else this one. A child whose peer is gone ends quietly.
-    pub(super) fn bury(&mut self, gone: &'static str) -> ServeError {
+    pub(super) fn stop_all(&mut self, gone: &'static str) -> ServeError {
         let mut ends = self.end();
         ends.sort_by_key(|(process, _)| *process != gone);
         let signalled = ends.iter().find_map(|(process, end)| match end {

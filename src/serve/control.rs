@@ -43,7 +43,7 @@ pub enum Request {
     Revoke(Selection),
     /// Keep the gate that `serve --try` set up.
     Confirm,
-    /// Hand over what the verifier knows of the packets that were refused last.
+    /// Hand over what the engine knows of the packets that were refused last.
     Explain,
 }
 

@@ -29,7 +29,7 @@ use super::repeats::Trouble;
 use super::report::{self, EnginePart};
 use super::sandbox::{self, SandboxError};
 use super::settings::Settings;
-use super::store::{Origin, Safe, Store, StoreError};
+use super::store::{Origin, Store, StoreError, StoreFloor};
 use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
 use crate::nft::Boot;
@@ -66,7 +66,7 @@ pub enum EngineError {
     #[error("engine: the gate hung up; stopping")]
     HungUp,
     /// The gate stands still.
-    #[error("engine: the gate gave no answer within a minute; stopping")]
+    #[error("engine: the gate gave no answer within 45 seconds; stopping")]
     Silent,
     /// The thread that writes counters is gone.
     #[error("engine: the thread that writes counters is gone; stopping")]
@@ -77,7 +77,11 @@ impl From<io::Error> for EngineError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::TimedOut => Self::Silent,
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::HungUp,
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::NotConnected => Self::HungUp,
             _ => Self::Io(error),
         }
     }
@@ -108,7 +112,7 @@ pub fn run() -> Result<(), EngineError> {
     unprivileged.allow_only(calls::ENGINE)?;
 
     let fail = |cause| EngineError::Store { path: store_path.clone(), cause };
-    let safe = Safe::after(unix_now(), registry.window, registry.counted());
+    let safe = StoreFloor::after(unix_now(), registry.window, registry.counted());
     let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
     let floor = store.floor().map_err(fail)?;
     match (store.doubt(), floor.shut(unix_now()).filter(|_| registry.has_tokens())) {
@@ -191,7 +195,9 @@ impl Process {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let is_behind = self.is_behind || self.reconciler.is_behind();
+            // Before the table is loaded, what is told of tables waits.
+            let serves = self.reconciler.serves();
+            let is_behind = self.is_behind || (serves && self.reconciler.is_behind());
             tokio::select! {
                 biased;
                 said = hear(&self.root, &self.root_speaks) => {
@@ -201,9 +207,9 @@ impl Process {
                 }
                 done = self.writing.done.recv() => self.take(done.ok_or(EngineError::WriterGone)?)?,
                 _ = tick.tick() => self.tick()?,
-                changed = self.tables.readable() => {
+                changed = self.tables.readable(), if serves => {
                     changed?;
-                    self.hear_of_changes()?;
+                    self.drain_table_events()?;
                 }
                 block = self.relay.read() => {
                     let Some(block) = block? else { return Err(EngineError::HungUp) };
@@ -214,20 +220,21 @@ impl Process {
                     self.is_behind = self.is_behind && self.verifier.advance(unix_now(), SLICE);
                 }
             }
-            if self.reconciler.is_behind() {
+            if self.reconciler.serves() && self.reconciler.is_behind() {
                 self.reconciler.settle_some()?;
             }
             if self.reconciler.take_lost() {
                 self.root.send(Message::Lost, &[])?;
             }
+            self.reconciler.check()?;
         }
     }
 
     /// All that was told is read: there is no more until the socket says so.
-    fn hear_of_changes(&mut self) -> io::Result<()> {
+    fn drain_table_events(&mut self) -> io::Result<()> {
         let mut heard = Ok(());
         let _ = self.tables.try_io(Interest::READABLE, || {
-            heard = self.reconciler.hear_of_changes();
+            heard = self.reconciler.drain_table_events();
             io::Result::<()>::Err(io::ErrorKind::WouldBlock.into())
         });
         heard
@@ -275,7 +282,7 @@ impl Process {
             (Message::Enforce, _) => {
                 if let Some(next) = self.next.take() {
                     let (verifier, policy) = *next;
-                    self.verifier.succeed(verifier);
+                    self.verifier.replace_with(verifier);
                     self.figures.keep(self.verifier.users());
                     self.reconciler.enforce(policy)?;
                 }
@@ -293,8 +300,8 @@ impl Process {
             }
             (Message::Report, Some(memory)) => {
                 let narrowed = self.verifier.narrowed(unix_now()).cloned().collect();
-                let verifier = self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor());
-                report::write(memory, EnginePart { verifier, monitor: self.reconciler.part() })?;
+                let knocks = self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor());
+                report::write(memory, EnginePart { knocks, doors: self.reconciler.part() })?;
                 Message::Reported
             }
             (Message::Explain, Some(memory)) => {
@@ -346,7 +353,7 @@ impl Process {
 
     fn settle(&mut self, recorded: Vec<Recorded>) -> Result<(), EngineError> {
         self.figures.recorded(true, unix_now());
-        self.reconciler.hear_of_changes()?; // who has deleted a door by hand did so before it is asked for again
+        self.reconciler.drain_table_events()?; // who has deleted a door by hand did so before it is asked for again
         for recorded in recorded {
             let packet = self.claimed.pop_front().unwrap_or_default();
             match self.verifier.settle(&recorded, unix_now()) {
@@ -402,7 +409,7 @@ impl Process {
             info!("the counters of all knocks that waited are written");
         }
         self.refusals.tell_narrowed(self.verifier.narrowed(now));
-        Ok(self.reconciler.tick()?)
+        if self.reconciler.serves() { Ok(self.reconciler.tick()?) } else { Ok(()) }
     }
 }
 

@@ -1,10 +1,10 @@
-//! What the verifier counts and remembers of what came: for `status` and `explain`, and for nothing that
+//! What the engine counts and remembers of what came: for `status` and `explain`, and for nothing that
 //! it decides.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::clock::Jump;
-use super::report::{RefusedPart, Seen, StoreHealth, VerifierPart};
+use super::report::{KnocksPart, RefusedPart, Seen, StoreHealth};
 use crate::service::Name;
 use crate::verify::explain::Record;
 use crate::verify::{Floor, Grant, Reason, Refusal, Withdrawal};
@@ -87,8 +87,8 @@ impl Figures {
     }
 
     /// What there is to tell, where no token up to this floor is taken.
-    pub fn part(&self, expected: usize, narrowed: Vec<Name>, floor: Floor) -> VerifierPart {
-        VerifierPart {
+    pub fn part(&self, expected: usize, narrowed: Vec<Name>, floor: Floor) -> KnocksPart {
+        KnocksPart {
             packets: self.packets.to_vec(),
             users: self.seen_users(),
             expected,

@@ -97,6 +97,7 @@ pub fn run(log: fn(u8, &str)) -> Result<(), GateError> {
         owns_table: false,
         admission: Admission::new(limits, Instant::now()),
         listing: None,
+        untold: Vec::new(),
         seen: 0,
     };
     if !gate.own_table()? {
@@ -123,6 +124,8 @@ struct Gate {
     owns_table: bool,
     admission: Admission,
     listing: Option<Listing>,
+    /// Lines of the log that come after the next answer.
+    untold: Vec<String>,
     /// Packets taken from the queue.
     seen: u64,
 }
@@ -140,7 +143,7 @@ impl Gate {
                 return Err(io::Error::from(error).into());
             }
             let [root, engine, queue] = sources.map(|source| !source.revents().is_empty());
-            if root && !self.hear_root()? {
+            if root && !self.handle_message()? {
                 return Ok(());
             }
             if engine {
@@ -161,18 +164,27 @@ impl Gate {
         loop {
             match poll(&mut [PollFd::new(&self.root, PollFlags::IN)], Some(&GRACE)) {
                 Ok(0) => return Ok(false),
-                Ok(_) if matches!(self.root.receive()?, Some((Message::Stop, _)) | None) => return Ok(true),
-                Ok(_) | Err(Errno::INTR) => {}
+                Ok(_) => match self.root.receive()? {
+                    Some((Message::Stop, _)) => return Ok(true),
+                    Some(_) => {} // too late for that
+                    None => return Ok(!self.log_root_gone()),
+                },
+                Err(Errno::INTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         }
     }
 
+    /// `false`: it is time to go.
+    fn log_root_gone(&self) -> bool {
+        (self.log)(3, "root is gone; stopping all, and every door closes by its own timeout");
+        false
+    }
+
     /// Does what root says; `false` if it is time to go.
-    fn hear_root(&mut self) -> Result<bool, GateError> {
+    fn handle_message(&mut self) -> Result<bool, GateError> {
         let Some((message, mut descriptors)) = self.root.receive()? else {
-            (self.log)(3, "root is gone; stopping all, and every door closes by its own timeout");
-            return Ok(false);
+            return Ok(self.log_root_gone());
         };
         match (message, descriptors.pop()) {
             (Message::Stop, _) => return Ok(false),
@@ -233,20 +245,23 @@ impl Gate {
         let (bytes, mut nothing) = (answer.encode(&datagram), SendAncillaryBuffer::default());
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match sendmsg(&self.engine, &[IoSlice::new(&bytes)], &mut nothing, flags) {
-            Ok(_) => Ok(()),
-            Err(Errno::PIPE | Errno::CONNRESET) => Err(GateError::HungUp),
+            Ok(_) => Ok::<(), GateError>(()),
+            // The latter two where the kernel is older (seen on 5.10).
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::CONNREFUSED | Errno::NOTCONN) => Err(GateError::HungUp),
             Err(Errno::AGAIN) => Err(GateError::Deaf),
             Err(error) => Err(io::Error::from(error).into()),
-        }
+        }?;
+        self.untold.drain(..).for_each(|line| (self.log)(6, &line)); // a log that stands still keeps no answer back
+        Ok(())
     }
 
     /// What the kernel answers to commands.
     fn obey(&mut self, commands: &[Command]) -> Result<Result<Vec<u8>, ElementError>, GateError> {
-        let now = Instant::now();
+        let (now, mut times) = (Instant::now(), Vec::with_capacity(commands.len()));
         for command in commands {
             match self.admission.admits(command, now) {
-                Ok(true) => {}
-                Ok(false) => return Ok(Err(ElementError::OverRate)),
+                Ok(Some(time)) => times.push(time),
+                Ok(None) => return Ok(Err(ElementError::OverRate)),
                 Err(NotPermitted) => return Err(GateError::NotPermitted),
             }
         }
@@ -257,30 +272,30 @@ impl Gate {
             [Command::Ask(element, query)] => Listing::of(element, *query).map(|listing| self.listing = Some(listing)),
             [Command::Forget] => self.doors.forget_begun(),
             [Command::Count] => Ok(()),
-            changes => self.change(changes),
+            changes => self.change(changes, &times),
         };
         Ok(done.map(|()| Vec::new()))
     }
 
-    /// Changes elements, all or none.
-    fn change(&mut self, commands: &[Command]) -> Result<(), ElementError> {
-        let changes = commands.iter().filter_map(|command| match command {
-            Command::Put(element, time, comment) => Some((element.clone(), Some((*time, comment.clone())))),
+    /// Changes elements, all or none, for no longer than these times.
+    fn change(&mut self, commands: &[Command], times: &[Duration]) -> Result<(), ElementError> {
+        let changes = commands.iter().zip(times).filter_map(|(command, most)| match command {
+            Command::Put(element, _, comment) => Some((element.clone(), Some((*most, comment.clone())))),
             Command::Delete(element) => Some((element.clone(), None)),
             _ => None,
         });
         let changes: Vec<_> = changes.collect();
         self.doors.change(&changes)?;
-        changes.iter().for_each(|change| self.tell(change));
+        changes.iter().for_each(|change| self.note(change));
         Ok(())
     }
 
-    /// Says which door has opened, whatever the engine says of it.
-    fn tell(&mut self, (element, time): &(Element, Option<(Duration, Comment)>)) {
+    /// Notes which door has opened, whatever the engine says of it.
+    fn note(&mut self, (element, time): &(Element, Option<(Duration, Comment)>)) {
         let (Element::Opens(door), Some((time, Comment { user, service, .. }))) = (element, time) else { return };
-        if self.admission.take_untold(door) {
+        if self.admission.opens(door) {
             let (Door { source, port, .. }, seconds) = (door, time.as_secs());
-            (self.log)(6, &format!("opened {port} to {source} for {seconds} s ({user}, {service})"));
+            self.untold.push(format!("opened {port} to {source} for {seconds} s ({user}, {service})"));
         }
     }
 }
@@ -318,8 +333,14 @@ fn errno(error: &ElementError) -> i32 {
     errno.raw_os_error()
 }
 
-/// Writes a line of the log, in one go.
+/// Time that the log may take for a line.
+const LOG_TIME: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// Writes a line of the log, in one go; a log that stands still loses it.
 pub fn write_line(has_priorities: bool, priority: u8, text: &str) {
+    if poll(&mut [PollFd::new(&io::stderr(), PollFlags::OUT)], Some(&LOG_TIME)) == Ok(0) {
+        return;
+    }
     let mark = if has_priorities { format!("<{priority}>") } else { String::new() };
     let _ = io::stderr().write_all(format!("{mark}gate: {text}\n").as_bytes());
 }

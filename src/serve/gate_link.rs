@@ -11,8 +11,8 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use super::commands::{ANSWER_LEN, Answer, Command};
 use crate::nft::{Element, ElementError, Lister, Query};
 
-/// Time that the gate has to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time that the gate has to answer: less than root gives the engine, so that the one at fault is named.
+const PATIENCE: Duration = Duration::from_secs(45);
 
 /// Bytes of the longest datagram that the gate hands on.
 const DATAGRAM: usize = 32 << 10;
@@ -37,6 +37,9 @@ impl GateLink {
     /// # Errors
     /// The kernel's; [`ElementError::NoAnswer`] where the gate gives none, and then [`GateLink::check`] tells.
     pub fn call(&mut self, commands: &[Command]) -> Result<Vec<u8>, ElementError> {
+        if self.failed.is_some() {
+            return Err(ElementError::NoAnswer); // or a late answer would be taken for the next
+        }
         let (answer, datagram) = self.exchange(commands).map_err(|error| {
             self.failed.get_or_insert(error);
             ElementError::NoAnswer
@@ -86,13 +89,18 @@ impl GateLink {
     ///
     /// # Errors
     /// `TimedOut`, or that it is gone.
-    pub fn check(&mut self) -> io::Result<()> {
-        self.failed.take().map_or(Ok(()), Err)
+    pub fn check(&self) -> io::Result<()> {
+        self.failed.as_ref().map_or(Ok(()), |error| Err(error.kind().into()))
     }
 
     /// What it said last of itself.
     pub const fn last(&self) -> &Answer {
         &self.last
+    }
+
+    /// The gate has let go of the table, or is about to.
+    pub const fn released(&mut self) {
+        self.last.owns_table = false;
     }
 
     /// By which the kernel names what the gate has changed.

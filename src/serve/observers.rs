@@ -21,7 +21,7 @@ use rustix::net::{
 use rustix::process::umask;
 
 use super::control::{ControlError, receive_with_descriptors};
-use super::report::{self, EnginePart, MonitorPart, RootPart, VerifierPart};
+use super::report::{self, DoorsPart, EnginePart, KnocksPart, RootPart};
 use super::watchers::{self, Event};
 
 /// Bytes of the message that hands a status over: more than a quarter of the smallest send buffer, so that a socket can be
@@ -73,10 +73,10 @@ pub(super) struct Observers {
 pub struct Status {
     /// Root.
     pub root: RootPart,
-    /// The verifier.
-    pub verifier: VerifierPart,
-    /// The monitor.
-    pub monitor: MonitorPart,
+    /// Of knocks.
+    pub knocks: KnocksPart,
+    /// Of doors.
+    pub doors: DoorsPart,
 }
 
 impl Observers {
@@ -218,8 +218,8 @@ pub fn status(directory: &Path) -> Result<Status, ControlError> {
     let parts = || {
         let (root, _) = postcard::take_from_bytes(rest).map_err(|_| invalid())?;
         let [engine] = descriptors.try_into().map_err(|_| invalid())?;
-        let EnginePart { verifier, monitor } = report::read(engine)?;
-        Ok(Status { root, verifier, monitor })
+        let EnginePart { knocks, doors } = report::read(engine)?;
+        Ok(Status { root, knocks, doors })
     };
     parts().map_err(fail)
 }

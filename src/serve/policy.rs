@@ -76,7 +76,7 @@ impl Allowance {
 impl Policy {
     /// Whether a door that was opened may stay open for the time that it has left. A shorter `open_for` of the service is
     /// for the doors to come.
-    pub fn upholds(&self, door: &Door, grant: &Grant, now: Instant, unix_now: u64) -> bool {
+    pub fn still_permits(&self, door: &Door, grant: &Grant, now: Instant, unix_now: u64) -> bool {
         let left = grant.until.saturating_duration_since(now);
         self.opening(&grant.user, &grant.service, door.port).is_some_and(|(allowance, opening)| {
             // To the second: what was granted until the expiry has not changed by what is left of the one that begins.
@@ -151,15 +151,21 @@ mod tests {
             asked: None,
             waits: false,
         };
-        assert!(policy.upholds(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
-        assert!(policy.upholds(&door("tcp/25", true), &grant("a", "mail"), now, NOW));
-        assert!(!policy.upholds(&door("tcp/25", true), &grant("b", "mail"), now, NOW), "not a service of this user");
-        assert!(!policy.upholds(&door("tcp/22", true), &grant("b", "ssh"), now, NOW), "no longer for one connection");
+        assert!(policy.still_permits(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
+        assert!(policy.still_permits(&door("tcp/25", true), &grant("a", "mail"), now, NOW));
         assert!(
-            !policy.upholds(&door("tcp/80", false), &grant("a", "ssh"), now, NOW),
+            !policy.still_permits(&door("tcp/25", true), &grant("b", "mail"), now, NOW),
+            "not a service of this user"
+        );
+        assert!(
+            !policy.still_permits(&door("tcp/22", true), &grant("b", "ssh"), now, NOW),
+            "no longer for one connection"
+        );
+        assert!(
+            !policy.still_permits(&door("tcp/80", false), &grant("a", "ssh"), now, NOW),
             "no longer a port of the service"
         );
-        assert!(!policy.upholds(&door("tcp/22", false), &grant("c", "ssh"), now, NOW), "no longer a user");
+        assert!(!policy.still_permits(&door("tcp/22", false), &grant("c", "ssh"), now, NOW), "no longer a user");
     }
 
     #[test]
@@ -170,7 +176,7 @@ mod tests {
             let until = now + Duration::from_secs(seconds);
             let [user, service] = ["b", "ssh"].map(|name| name.parse().unwrap());
             let (token, kill, spent, waits, members, asked) = (None, false, false, false, Vec::new(), None);
-            policy.upholds(
+            policy.still_permits(
                 &door,
                 &Grant { user, service, until, bound, token, kill, spent, members, asked, waits },
                 now,

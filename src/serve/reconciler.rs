@@ -1,6 +1,6 @@
 //! Makes the kernel's sets what the ledger says, through the gate, and hears what others change of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use super::past::Past;
 use super::policy::Policy;
 use super::rate::Rate;
 use super::repeats::Tally;
-use super::report::{LiveDoor, MonitorPart, RevokedPart};
+use super::report::{DoorsPart, LiveDoor, RevokedPart};
 use super::watchers::CLOSING;
 use crate::nft::{
     Boot, Comment, Door, Element, ElementError, Layout, Lister, Loss, Member, Open, OpenDoor, SetError, SetName, Time,
@@ -55,6 +55,8 @@ pub struct Reconciler {
     /// The doors that may be opened now.
     rate: Rate,
     policy: Policy,
+    /// The administrator's sets that the gate knows of, from the policy: and at a reload from the one before, too.
+    sets: BTreeSet<SetName>,
     not_opened: Tally,
     not_settled: Tally,
     not_added: Tally,
@@ -97,6 +99,7 @@ impl Reconciler {
             is_to_be_loaded: false,
             loss: Loss::Nothing,
             rate: Rate::new(policy.grants_per_minute, now),
+            sets: policy.sets().into_iter().cloned().collect(),
             policy,
             not_opened: Tally::default(),
             not_settled: Tally::default(),
@@ -128,15 +131,31 @@ impl Reconciler {
             self.ask_for_load();
         }
         self.forget_begun();
-        self.compare(true).map_err(io::Error::other)?;
+        let compared = self.compare(true);
+        self.gate.check()?;
+        compared.map_err(io::Error::other)?;
         let (ledger, now) = (&self.ledger, Instant::now());
         let known: Vec<_> = ledger.ends(now).map(|(door, left)| Command::Known(Element::Opens(*door), left)).collect();
         known.chunks(BATCH).for_each(|some| drop(self.gate.call(some)));
         self.look_at_sets();
         self.shut_what_policy_forbids()?;
         self.serves = true;
+        self.drain_table_events()?; // what was lost meanwhile is to be told
         self.gate.check()?;
         Ok(true)
+    }
+
+    /// Whether the table has been loaded.
+    pub const fn serves(&self) -> bool {
+        self.serves
+    }
+
+    /// Why the gate does not answer any more, if so.
+    ///
+    /// # Errors
+    /// `TimedOut`, or that it is gone.
+    pub fn check(&self) -> io::Result<()> {
+        self.gate.check()
     }
 
     /// Root is to load the table again; told once.
@@ -173,7 +192,7 @@ impl Reconciler {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn hear_of_changes(&mut self) -> io::Result<()> {
+    pub fn drain_table_events(&mut self) -> io::Result<()> {
         self.read_changes()?;
         let now = Instant::now();
         let made = self.watch.take_new_sets();
@@ -193,8 +212,11 @@ impl Reconciler {
             self.forget_begun();
         }
         self.mark_loaded(&loaded.doors, now);
-        let known = self.policy.sets();
-        loaded.members.into_iter().filter(|it| known.contains(&it.set)).for_each(|it| self.ledger.mark_member(it));
+        let of_ours = loaded.members.into_iter().filter(|member| self.sets.contains(&member.set));
+        of_ours.for_each(|member| self.ledger.mark_member(member));
+        if loaded.are_missed {
+            self.layouts.clear(); // sets may have been made anew
+        }
         if loaded.are_missed || std::mem::take(&mut self.is_unlisted) {
             // There is nothing to list until the table is loaded again.
             self.is_unlisted = self.compare(false).is_err();
@@ -257,11 +279,17 @@ impl Reconciler {
     /// # Errors
     /// The kernel's.
     pub fn settle_some(&mut self) -> io::Result<()> {
-        let changes = self.ledger.take(BATCH, Instant::now()); // of each by the time that it is by then
+        let mut changes = self.ledger.take(BATCH, Instant::now()); // of each by the time that it is by then
+        changes.retain(|(element, _)| self.may_touch(element));
+        if self.is_loading && self.ledger.may_defer() {
+            // Who is let in belongs into a set once the door is open.
+            let waits = |change: &mut (Element, _)| matches!(change, (Element::Member(_), Some(_)));
+            changes.extract_if(.., waits).for_each(|(element, _)| drop(self.ledger.defer(element)));
+        }
         let commands: Vec<_> = changes.iter().cloned().map(command).collect();
         let changed = if commands.is_empty() { Ok(Vec::new()) } else { self.gate.call(&commands) };
         self.gate.check()?;
-        self.hear_of_changes()?;
+        self.drain_table_events()?;
         match changed {
             Ok(_) => changes.iter().for_each(|(element, _)| self.settled(element)),
             Err(error) if changes.len() == 1 => {
@@ -270,6 +298,14 @@ impl Reconciler {
             Err(_) => changes.into_iter().for_each(|(element, _)| self.settle_alone(element)),
         }
         Ok(())
+    }
+
+    /// The gate takes whoever asks about a set that no configuration names for an intruder.
+    fn may_touch(&self, element: &Element) -> bool {
+        match element {
+            Element::Member(Member { set, .. }) => self.sets.contains(set),
+            Element::Opens(_) | Element::Lasts(_) => true,
+        }
     }
 
     /// One that stands in the others' way must not keep them.
@@ -283,7 +319,8 @@ impl Reconciler {
 
     fn not_settled(&mut self, element: Element, error: &ElementError) {
         // The table is not there, or somebody else's for a moment.
-        if self.is_loading && self.ledger.may_defer() { self.defer(element) } else { self.refused(&element, error) }
+        let may_come = self.is_loading && self.ledger.may_defer() && !matches!(error, ElementError::OverRate);
+        if may_come { self.defer(element) } else { self.refused(&element, error) }
     }
 
     fn settled(&mut self, element: &Element) {
@@ -303,6 +340,9 @@ impl Reconciler {
 
     fn refused(&mut self, element: &Element, error: &ElementError) {
         let gone = self.ledger.refused(element);
+        if self.gate.check().is_err() {
+            return; // that is the end, and is told
+        }
         for (Door { source, port, .. }, Grant { user, service, .. }) in &gone {
             self.figures.not_opened = self.figures.not_opened.saturating_add(1);
             if self.not_opened.is_first() {
@@ -360,7 +400,8 @@ impl Reconciler {
             let listed = match self.gate.members(set) {
                 Ok(listed) => listed,
                 Err(error) => {
-                    if !matches!(error, ElementError::NoSet) && self.not_added.is_first() {
+                    let is_told = matches!(error, ElementError::NoSet) || self.gate.check().is_err();
+                    if !is_told && self.not_added.is_first() {
                         warn!(%set, "who is in a set of yours is not known: {error}");
                     }
                     continue;
@@ -394,10 +435,11 @@ impl Reconciler {
     /// # Errors
     /// The kernel's.
     pub fn released(&mut self) -> io::Result<()> {
-        self.read_changes()?; // what the gate's socket has done is known by its number
+        self.read_changes()?;
+        self.gate.released();
         if !self.is_loading {
             self.is_loading = true; // what is lost now is loaded anyway
-            self.hear_of_changes()?;
+            self.drain_table_events()?;
             self.expect_load();
         }
         Ok(())
@@ -408,7 +450,7 @@ impl Reconciler {
     /// # Errors
     /// The kernel's.
     pub fn revoke(&mut self, selection: &Selection) -> io::Result<RevokedPart> {
-        self.hear_of_changes()?;
+        self.drain_table_events()?;
         self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
         self.forget_begun();
         self.gate.check()?; // or it is not done
@@ -416,7 +458,7 @@ impl Reconciler {
     }
 
     fn take_table_back(&mut self) -> io::Result<()> {
-        self.hear_of_changes()?;
+        self.drain_table_events()?;
         let loss = self.loss;
         self.is_loading = false;
         // The loading itself has deleted rules, and added them. What others have changed meanwhile is another loss.
@@ -431,12 +473,14 @@ impl Reconciler {
             self.lose(unmended);
             self.ask_for_load();
         }
-        self.hear_of_changes()
+        self.drain_table_events()
     }
 
     /// What doors have let in must not come again: those who knocked are revoked, or others may have loaded it.
     fn forget_begun(&mut self) {
-        if let Err(error) = self.gate.call(&[Command::Forget]) {
+        if let Err(error) = self.gate.call(&[Command::Forget])
+            && self.gate.check().is_ok()
+        {
             warn!("a SYN that was let in may come again for a minute: {error}");
         }
     }
@@ -444,7 +488,7 @@ impl Reconciler {
     fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
         let (policy, now, unix_now) = (self.policy.clone(), Instant::now(), unix_now());
         self.ledger.remove_members(|grant, member| policy.adds(&grant.user, &grant.service, &member.set));
-        self.shut("shut", |door, grant| !policy.upholds(door, grant, now, unix_now))
+        self.shut("shut", |door, grant| !policy.still_permits(door, grant, now, unix_now))
     }
 
     /// Puts a policy in force, and shuts what it does not uphold.
@@ -453,9 +497,12 @@ impl Reconciler {
     /// The kernel's.
     pub fn enforce(&mut self, policy: Policy) -> io::Result<()> {
         self.rate.change(policy.grants_per_minute);
+        let sets: BTreeSet<SetName> = policy.sets().into_iter().cloned().collect();
+        self.sets.extend(sets.iter().cloned());
         self.policy = policy;
-        self.hear_of_changes()?;
+        self.drain_table_events()?;
         self.shut_what_policy_forbids()?;
+        self.sets = sets;
         self.look_at_sets();
         self.gate.check()
     }
@@ -476,7 +523,9 @@ impl Reconciler {
     fn look_at_sets(&mut self) {
         self.layouts.clear();
         for set in self.policy.clone().sets() {
-            if let Err(error) = self.layout(set) {
+            if let Err(error) = self.layout(set)
+                && self.gate.check().is_ok()
+            {
                 warn!(hint = SETS_HINT, "who knocks is not added: {error}");
             }
         }
@@ -512,7 +561,7 @@ impl Reconciler {
         for set in sets {
             match self.layout(&set) {
                 Ok(layout) => members.extend(set.member(layout, door)),
-                Err(error) if self.not_added.is_first() => {
+                Err(error) if self.gate.check().is_ok() && self.not_added.is_first() => {
                     warn!(%user, source = %door.source, hint = SETS_HINT, "not added: {error}");
                 }
                 Err(_) => {}
@@ -564,7 +613,7 @@ impl Reconciler {
     }
 
     /// What there is to tell.
-    pub fn part(&mut self) -> MonitorPart {
+    pub fn part(&mut self) -> DoorsPart {
         self.gate.call(&[Command::Count]).ok(); // it has counted on
         let door = |(door, grant, left): (&Door, &Grant, Duration)| LiveDoor {
             source: door.source,
@@ -577,7 +626,7 @@ impl Reconciler {
         let Figures { opened, not_opened, .. } = self.figures;
         let doors = self.ledger.live(Instant::now()).map(door).collect();
         let (seen, lost) = (self.gate.last().seen, self.gate.last().lost);
-        MonitorPart { seen, lost, opened, not_opened, doors, is_cut: false }
+        DoorsPart { seen, lost, opened, not_opened, doors, is_cut: false }
     }
 
     /// Looks after what runs out by itself, and tells what was counted. Call it a few times a second.

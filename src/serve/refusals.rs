@@ -203,7 +203,7 @@ mod tests {
 
     use super::{Duration, Floor, Instant, IpAddr, MAX_SOURCES, PERIOD, Reason, Refusal, Refusals, Withdrawal};
 
-    /// Time between two ticks of the verifier's.
+    /// Time between two ticks of the engine's.
     const TICK: Duration = Duration::from_millis(250);
 
     #[derive(Clone, Default)]

@@ -62,17 +62,17 @@ pub struct Table {
 pub struct Queue {
     /// Its number.
     pub number: u16,
-    /// Packets that wait for the monitor.
+    /// Packets that wait for the gate.
     pub waiting: u64,
     /// Packets that the kernel dropped because too many waited.
     pub dropped_full: u64,
-    /// Packets that the kernel dropped because the monitor's socket had no room.
+    /// Packets that the kernel dropped because the gate's socket had no room.
     pub dropped_unsent: u64,
 }
 
-/// The verifier's part. Times are Unix seconds.
+/// What there is to tell of knocks. Times are Unix seconds.
 #[derive(Default, Serialize, Deserialize)]
-pub struct VerifierPart {
+pub struct KnocksPart {
     /// Packets by their end, in the order of [`Reason::ALL`].
     pub packets: Vec<u64>,
     /// Who has knocked.
@@ -93,7 +93,7 @@ pub struct VerifierPart {
     pub is_cut: bool,
 }
 
-impl VerifierPart {
+impl KnocksPart {
     /// How many packets ended how.
     pub fn counts(&self) -> impl Iterator<Item = (Reason, u64)> {
         Reason::ALL.into_iter().zip(self.packets.iter().copied().chain(std::iter::repeat(0)))
@@ -122,12 +122,12 @@ pub struct StoreHealth {
     pub waiting_since: Option<u64>,
 }
 
-/// The monitor's part.
+/// What there is to tell of doors.
 #[derive(Serialize, Deserialize)]
-pub struct MonitorPart {
+pub struct DoorsPart {
     /// Packets taken from the queue.
     pub seen: u64,
-    /// Those that the verifier never saw, for it is slower than they come.
+    /// Those that the engine never saw, for it is slower than they come.
     pub lost: u64,
     /// Doors opened or renewed.
     pub opened: u64,
@@ -143,9 +143,9 @@ pub struct MonitorPart {
 #[derive(Serialize, Deserialize)]
 pub struct EnginePart {
     /// Of knocks.
-    pub verifier: VerifierPart,
+    pub knocks: KnocksPart,
     /// Of doors.
-    pub monitor: MonitorPart,
+    pub doors: DoorsPart,
 }
 
 /// A door that is open.
@@ -165,7 +165,7 @@ pub struct LiveDoor {
     pub seconds_left: u64,
 }
 
-/// What the verifier knows of the packets that were refused last, for root.
+/// What the engine knows of the packets that were refused last, for root.
 #[derive(Serialize, Deserialize)]
 pub struct RefusedPart {
     /// The packets, the oldest first. Their bytes may hold tokens that can still be spent.
@@ -180,7 +180,7 @@ pub struct RefusedPart {
     pub is_cut: bool,
 }
 
-/// What the monitor knows of those who were revoked.
+/// What the engine knows of those who were revoked.
 #[derive(Default, Serialize, Deserialize)]
 pub struct RevokedPart {
     /// Doors that they held, now or in the last week, and that nobody else holds open.
@@ -199,7 +199,7 @@ pub trait Part: Serialize + DeserializeOwned {
     fn halve(&mut self);
 }
 
-impl Part for VerifierPart {
+impl Part for KnocksPart {
     fn halve(&mut self) {
         self.users.truncate(self.users.len() / 2);
         self.narrowed.truncate(self.narrowed.len() / 2);
@@ -217,9 +217,12 @@ impl Part for RefusedPart {
 
 impl Part for EnginePart {
     fn halve(&mut self) {
-        self.verifier.halve();
-        self.monitor.doors.truncate(self.monitor.doors.len() / 2);
-        self.monitor.is_cut = true;
+        if self.doors.doors.len() > 1024 {
+            self.doors.doors.truncate(self.doors.doors.len() / 2);
+            self.doors.is_cut = true;
+        } else {
+            self.knocks.halve();
+        }
     }
 }
 
@@ -296,14 +299,11 @@ mod tests {
 
     use proptest::prelude::{any, proptest};
 
-    use super::{EnginePart, MEMORY, Queue, RefusedPart, Seen, VerifierPart, memory, read, write};
+    use super::{EnginePart, KnocksPart, MEMORY, Queue, RefusedPart, Seen, memory, read, write};
 
-    fn part(users: usize) -> VerifierPart {
+    fn part(users: usize) -> KnocksPart {
         let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
-        VerifierPart {
-            users: (0..users).map(|user| (name(user), Seen::default())).collect(),
-            ..VerifierPart::default()
-        }
+        KnocksPart { users: (0..users).map(|user| (name(user), Seen::default())).collect(), ..KnocksPart::default() }
     }
 
     #[test]
@@ -311,7 +311,7 @@ mod tests {
         for (users, is_cut) in [(3, false), (100_000, true)] {
             let memory = memory().unwrap();
             write(memory.try_clone().unwrap(), part(users)).unwrap();
-            let read: VerifierPart = read(memory).unwrap();
+            let read: KnocksPart = read(memory).unwrap();
             assert_eq!(read.is_cut, is_cut);
             assert!(if is_cut { (10_000..users).contains(&read.users.len()) } else { read.users.len() == users });
         }
@@ -324,7 +324,7 @@ mod tests {
             let mut file = File::from(memory.try_clone().unwrap());
             file.write_all(&length.to_be_bytes()).unwrap();
             file.write_all(&[0xff; 16]).unwrap();
-            assert!(read::<VerifierPart>(memory).is_err(), "{length}");
+            assert!(read::<KnocksPart>(memory).is_err(), "{length}");
         }
         let mut file = File::from(memory().unwrap());
         assert!(file.set_len(MEMORY + 1).is_err() && file.set_len(0).is_err());
@@ -342,7 +342,7 @@ mod tests {
                 file.write_all(&bytes).unwrap();
                 memory
             };
-            let _ = (read::<VerifierPart>(handed()), read::<EnginePart>(handed()), read::<RefusedPart>(handed()));
+            let _ = (read::<KnocksPart>(handed()), read::<EnginePart>(handed()), read::<RefusedPart>(handed()));
         }
     }
 

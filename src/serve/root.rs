@@ -93,7 +93,7 @@ struct Root {
     summary: String,
     /// The table is not what it should be, and it is for others to load it: when to look again.
     look: Option<Instant>,
-    /// The verifier has new settings that it could not yet prepare, because the disk does not answer.
+    /// The engine has new settings that it could not yet prepare, because the disk does not answer.
     is_preparing: bool,
     /// When the gate is undone unless somebody confirms it.
     trial: Option<Instant>,
@@ -151,7 +151,7 @@ impl Root {
                 Some(Event::Watch) => self.admit_watcher()?,
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
                 Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
-                Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.bury(child))),
+                Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.stop_all(child))),
                 Some(Event::Message("engine", Message::Lost, _)) => self.restore()?,
                 Some(Event::Message("engine", Message::Prepared | Message::Unable, _)) => self.catch_up()?,
                 Some(Event::Message(process, said, _)) => {
@@ -339,7 +339,7 @@ impl Root {
         self.reload(None)
     }
 
-    /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the verifier
+    /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the engine
     /// prepares beside its work, and the table changes in one transaction.
     fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
         self.dismiss_reader();

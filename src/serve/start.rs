@@ -54,7 +54,7 @@ pub(super) struct Raised {
     pub(super) is_outdated: bool,
 }
 
-/// Starts everything. The order matters: the verifier understands knocks, then the queue is bound, then the table sends it
+/// Starts everything. The order matters: the engine understands knocks, then the queue is bound, then the table sends it
 /// packets.
 pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Option<Duration>) -> Result<Raised, Ended> {
     let changed = last_change(config_path);
@@ -82,7 +82,7 @@ pub(super) fn bring_up(children: &mut Children, config_path: &Path, trial: Optio
         warn!(hint, "this kernel has no Landlock: one lock less on the daemon's processes");
     }
     start_both(children, &gate_program()?, &settings, &limits, &store)?;
-    // Until the verifier had it, `recover` could put another in its place, which would not know what is written to this one.
+    // Until the engine had it, `recover` could put another in its place, which would not know what is written to this one.
     if !is_at(&store, &fixed.store)? {
         return Err(ServeError::StoreReplaced { path: fixed.store }.into());
     }

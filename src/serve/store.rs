@@ -96,12 +96,12 @@ pub struct Store {
     database: Option<Database>,
     file: File,
     server: PublicKey,
-    doubt: Option<Doubt>,
+    doubt: Option<Suspicion>,
 }
 
 /// Why a store may have forgotten what it once knew.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Doubt {
+pub enum Suspicion {
     /// Its last commit is not whole, so the one before stands in for it. The power may have failed before it was durable, or
     /// the disk has lost it since, which nobody can tell apart.
     Shortened,
@@ -109,7 +109,7 @@ pub enum Doubt {
     Copy,
 }
 
-impl fmt::Display for Doubt {
+impl fmt::Display for Suspicion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Shortened => "its last write was not whole",
@@ -123,15 +123,20 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn create(file: File, server: &PublicKey, safe: Safe) -> Result<(), StoreError> {
-        Self::create_after(&Remains::default(), file, server, safe)
+    pub fn create(file: File, server: &PublicKey, safe: StoreFloor) -> Result<(), StoreError> {
+        Self::create_after(&OldStore::default(), file, server, safe)
     }
 
     /// Makes a store in an empty file that takes over what another one knew: no counter and no floor is ever lowered.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn create_after(remains: &Remains, file: File, server: &PublicKey, safe: Safe) -> Result<(), StoreError> {
+    pub fn create_after(
+        remains: &OldStore,
+        file: File,
+        server: &PublicKey,
+        safe: StoreFloor,
+    ) -> Result<(), StoreError> {
         let origin = Origin::of(&file)?;
         let database = database(locked(file)?, &Arc::default())?;
         let floor = remains.floor.max(safe.floor);
@@ -154,12 +159,12 @@ impl Store {
 
     /// Opens the store of this server, and checks every page of it.
     ///
-    /// If that leaves a [`Doubt`], what was accepted before cannot be told, and `safe` says what cannot be of it. `origin` is
+    /// If that leaves a [`Suspicion`], what was accepted before cannot be told, and `safe` says what cannot be of it. `origin` is
     /// that of `file`.
     ///
     /// # Errors
     /// When it is not one, another server's, a newer knockq's, or damaged.
-    pub fn open(file: File, server: PublicKey, origin: Origin, safe: Safe) -> Result<Self, StoreError> {
+    pub fn open(file: File, server: PublicKey, origin: Origin, safe: StoreFloor) -> Result<Self, StoreError> {
         Self::open_in(locked(file.try_clone()?)?, file, server, origin, safe)
     }
 
@@ -168,7 +173,7 @@ impl Store {
         file: File,
         server: PublicKey,
         origin: Origin,
-        safe: Safe,
+        safe: StoreFloor,
     ) -> Result<Self, StoreError> {
         // On the disk nothing changes before the floor is where it belongs: who ends meanwhile finds the same again.
         let (opened, doubt) = examine(pages.clone(), &server, &origin)?;
@@ -185,7 +190,7 @@ impl Store {
     ///
     /// # Errors
     /// The same.
-    pub fn check(file: File, server: &PublicKey) -> Result<(Option<Doubt>, Floor), StoreError> {
+    pub fn check(file: File, server: &PublicKey) -> Result<(Option<Suspicion>, Floor), StoreError> {
         let origin = Origin::of(&file)?;
         let (opened, doubt) = examine(locked(file)?, server, &origin)?;
         opened.header.close();
@@ -193,7 +198,7 @@ impl Store {
     }
 
     /// Why it may have forgotten what it once knew, if so.
-    pub const fn doubt(&self) -> Option<Doubt> {
+    pub const fn doubt(&self) -> Option<Suspicion> {
         self.doubt
     }
 
@@ -248,14 +253,14 @@ impl Store {
 
 /// What cannot have been accepted before, although nobody knows it any more. By default, anything.
 #[derive(Clone, Copy, Default)]
-pub struct Safe {
+pub struct StoreFloor {
     /// Counters of tokens above this one, in Unix seconds.
     pub floor: u64,
     /// Counts of knockknock profiles that are set at this moment or later, in Unix seconds.
     pub since: u64,
 }
 
-impl Safe {
+impl StoreFloor {
     /// From now on: tokens that are ahead of every window, and counts that are set later than this second, and than those
     /// that were `counted` by a clock that was ahead of this one.
     pub fn after(now: u64, window: u64, counted: impl Iterator<Item = u64>) -> Self {
@@ -265,13 +270,13 @@ impl Safe {
 
 /// What a store knew that another one is to replace. Nobody else can open that store while this lives.
 #[derive(Default)]
-pub struct Remains {
+pub struct OldStore {
     rows: HashMap<[u8; 64], u64>,
     floor: u64,
     _lock: Option<Database>,
 }
 
-impl Remains {
+impl OldStore {
     /// Reads a whole store, of whichever server key: its rows carry their server's.
     ///
     /// # Errors
@@ -382,7 +387,7 @@ fn examine(
     pages: impl StorageBackend,
     server: &PublicKey,
     origin: &Origin,
-) -> Result<(Opened, Option<Doubt>), StoreError> {
+) -> Result<(Opened, Option<Suspicion>), StoreError> {
     let named = pages::root(&pages);
     let opened = unchanged(pages)?;
     let is_copy = || {
@@ -394,12 +399,12 @@ fn examine(
     // redb takes the commit that the header calls the last, or where it is not whole the one before. The one beside it may also
     // be newer: of who was killed while they closed the store, which changes no table. So what the tables hold tells.
     let is_shortened = opened.header.root() != named;
-    let doubt = if is_shortened { Some(Doubt::Shortened) } else { is_copy.then_some(Doubt::Copy) };
+    let doubt = if is_shortened { Some(Suspicion::Shortened) } else { is_copy.then_some(Suspicion::Copy) };
     Ok((opened, doubt))
 }
 
 /// From here on it takes only what is safe, and is at home in its file.
-fn settle(database: &Database, origin: &Origin, safe: Safe) -> Result<(), StoreError> {
+fn settle(database: &Database, origin: &Origin, safe: StoreFloor) -> Result<(), StoreError> {
     let floor = floor(database)?.max(safe.floor);
     let since = seconds(database, FORGOT)?.unwrap_or(0).max(safe.since);
     let transaction = database.begin_write()?;

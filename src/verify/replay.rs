@@ -148,18 +148,18 @@ impl Counters {
 
     /// The Unix second that the next knock of the ancestor's is to stand for: its own, as a token's, so that no more of them
     /// count than of tokens. It is never before `now`; if it is beyond the window, there were too many.
-    pub fn second(&self, client: &PublicKey, now: u64, window: u64) -> u64 {
+    pub fn next_slot(&self, client: &PublicKey, now: u64, window: u64) -> u64 {
         let last = self.seconds.get(client).filter(|&&last| (now..=now.saturating_add(window)).contains(&last));
         last.map_or(now, |last| last.saturating_add(1))
     }
 
     /// Notes that a second has its knock.
-    pub fn stand_for(&mut self, client: &PublicKey, second: u64) {
+    pub fn occupy(&mut self, client: &PublicKey, second: u64) {
         self.seconds.insert(*client, second);
     }
 
     /// Spends a counter that was not accepted, if it is above the key's last.
-    pub fn skip(&mut self, client: &PublicKey, n: u64) {
+    pub fn burn(&mut self, client: &PublicKey, n: u64) {
         let last = self.last.entry(*client).or_default();
         *last = n.max(*last);
     }
@@ -187,7 +187,7 @@ impl Counters {
     /// # Errors
     /// [`Reason::SpentTwice`] if it was withdrawn since. [`Reason::NotDurable`] if its counter was written so late that
     /// nobody would know.
-    pub fn stands(&self, client: &PublicKey, n: u64) -> Result<(), Reason> {
+    pub fn is_live(&self, client: &PublicKey, n: u64) -> Result<(), Reason> {
         match self.recent.get(&(*client, n)) {
             None => Err(Reason::NotDurable),
             Some(sighting) if !sighting.opens => Err(Reason::SpentTwice),
@@ -226,11 +226,11 @@ mod tests {
         let (own, opened) = opened();
         let mut counters = Counters::default();
         counters.reserve(own.public(), &opened, SOURCE, 7, true).unwrap();
-        assert_eq!(counters.stands(own.public(), 7), Ok(()));
+        assert_eq!(counters.is_live(own.public(), 7), Ok(()));
         assert_eq!(counters.withdraw(own.public(), 7, ELSEWHERE), Some(SOURCE));
-        assert_eq!(counters.stands(own.public(), 7), Err(Reason::SpentTwice));
+        assert_eq!(counters.is_live(own.public(), 7), Err(Reason::SpentTwice));
         counters.forget_before(8);
-        assert_eq!(counters.stands(own.public(), 7), Err(Reason::NotDurable));
+        assert_eq!(counters.is_live(own.public(), 7), Err(Reason::NotDurable));
     }
 
     #[test]

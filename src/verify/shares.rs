@@ -107,7 +107,7 @@ mod tests {
     }
 
     proptest! {
-        /// The monitor's bucket holds as many as may open in a minute, and fills in one.
+        /// The gate's bucket holds as many as may open in a minute, and fills in one.
         #[test]
         fn what_is_taken_is_never_more_than_a_bucket_of_a_minutes_worth_gives(
             asked in proptest::collection::vec((0..4_usize, 1..30_u64, 0..9_u64), 1..300),

@@ -220,7 +220,7 @@ impl Verifier {
 
     /// Goes on as another verifier, by its registry, but with all that was learnt until now: what was spent, where tokens
     /// came from, wrong tags, who had which share.
-    pub fn succeed(&mut self, mut next: Self) {
+    pub fn replace_with(&mut self, mut next: Self) {
         std::mem::swap(self, &mut next);
         self.counters.inherit(next.counters, |client| self.places.contains_key(client));
         (self.tries, self.shares) = (next.tries, next.shares);
@@ -299,7 +299,7 @@ impl Verifier {
         let user = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place));
         let user = user.ok_or(Reason::NotPermitted)?;
         refused.map_or(Ok(()), Err)?;
-        self.counters.stands(fresh.client(), fresh.n())?;
+        self.counters.is_live(fresh.client(), fresh.n())?;
         if user.expires.is_some_and(|expiry| now >= expiry) {
             return Err(Reason::Expired);
         }
@@ -388,13 +388,13 @@ impl Verifier {
         let refuse = |reason| Decision::Refused(Refusal::of(reason, Some(user.name.clone()), Some(source)));
         let (key, n, window) = (user.public_key, opened.n(), self.registry.window);
         let is_token = matches!(user.secrets, Secrets::Token(_));
-        let at = if is_token { n } else { self.counters.second(&key, now, window) };
+        let at = if is_token { n } else { self.counters.next_slot(&key, now, window) };
         if is_token && self.counters.is_in_doubt(&key, n) {
             return refuse(Reason::InDoubt);
         }
         if !is_token && at.saturating_sub(now) > window && self.counters.last(&key) < Some(n) {
             // It is spent, or the counts would part.
-            self.counters.skip(&key, n);
+            self.counters.burn(&key, n);
             self.index.count(place, n.saturating_add(1));
             return refuse(Reason::TooFast);
         }
@@ -403,7 +403,7 @@ impl Verifier {
         let reason = match self.counters.reserve(&key, &opened, source, at, refused.is_none()) {
             Ok(reservation) => {
                 if !is_token {
-                    self.counters.stand_for(&key, at);
+                    self.counters.occupy(&key, at);
                     self.index.count(place, n.saturating_add(1));
                 }
                 return Decision::Claimed(Claim { knock: Knock { refused, ..knock }, reservation });

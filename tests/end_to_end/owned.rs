@@ -359,13 +359,12 @@ fn what_is_not_configured_stops_all_with_one_line_and_opens_nothing() {
         let lasts = Element::Lasts(Door { source, port: "tcp/22".parse().unwrap(), once: true });
         let open = Element::Opens(Door { source, port: "tcp/22".parse().unwrap(), once: false });
         vec![
-            put(source, "tcp/22", false, 7),
             put(source, "tcp/22", true, 6),
+            put(source, "tcp/22", true, 0),
             put(source, "udp/22", false, 6),
             put(source, "tcp/80", false, 6),
             put(if source.is_ipv4() { Family::V4 } else { Family::V6 }.mallory(), "tcp/22", false, 6),
             Command::Put(lasts, Duration::from_secs(6), comment()),
-            Command::Put(member(source, "inet others mine"), Duration::from_secs(6), comment()), // and no door
             Command::Put(member(source, "inet others s"), Duration::from_secs(6), comment()),
             Command::Delete(member(source, "inet others s")),
             Command::Ask(member(source, "inet others s"), Query::Elements),

@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use knockq::serve::store::{Safe, Store};
+use knockq::serve::store::{Store, StoreFloor};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
@@ -226,7 +226,7 @@ impl Host {
     /// The same as `connect`, with the time that it may take.
     pub fn connect_within(&self, time: Duration, server: IpAddr, port: u16) -> Option<TcpStream> {
         let address = SocketAddr::new(server, port);
-        Some(welcomed(self.enter(|| TcpStream::connect_timeout(&address, time)).ok()?))
+        welcomed(self.enter(|| TcpStream::connect_timeout(&address, time)).ok()?)
     }
 
     /// The same as `connect`, from one of this host's addresses.
@@ -238,7 +238,7 @@ impl Host {
             set_socket_timeout(&socket, Timeout::Send, Some(SHUT)).unwrap();
             connect(&socket, &SocketAddr::new(server, port)).is_ok().then_some(socket)
         });
-        Some(welcomed(socket?.into()))
+        welcomed(socket?.into())
     }
 
     pub fn reaches(&self, server: IpAddr, port: u16) -> bool {
@@ -268,16 +268,20 @@ impl Drop for Host {
     }
 }
 
-/// Reads the banner of [`Host::serve`].
-fn welcomed(mut stream: TcpStream) -> TcpStream {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+/// Reads the banner of [`Host::serve`]; `None` if the gate came back between the handshake and the banner.
+fn welcomed(mut stream: TcpStream) -> Option<TcpStream> {
+    stream.set_read_timeout(Some(PATIENCE / 3)).unwrap();
     let mut banner = [0; 11];
-    stream.read_exact(&mut banner).unwrap();
+    match stream.read_exact(&mut banner) {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return None,
+        read => read.unwrap(),
+    }
     assert_eq!(&banner, b"welcome to ");
     while banner[0] != b'\n' {
         stream.read_exact(&mut banner[..1]).unwrap();
     }
-    stream
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    Some(stream)
 }
 
 /// Still talking after whatever happened in between.
@@ -417,7 +421,7 @@ impl Lab {
     pub fn make_store(&self, path: &Path) {
         let mut options = File::options();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(path).unwrap();
-        Store::create(file, &self.server_key().parse().unwrap(), Safe::default()).unwrap();
+        Store::create(file, &self.server_key().parse().unwrap(), StoreFloor::default()).unwrap();
     }
 
     /// Seconds that are left of a door, if it is open.

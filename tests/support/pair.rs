@@ -214,7 +214,7 @@ impl Server {
     /// The configuration is edited and read again: what the verifier has learnt goes over, the rest is in the ledger.
     pub fn reload(&mut self, now: u64, edit: impl FnOnce(&mut Registry)) {
         edit(&mut self.registry);
-        self.verifier.succeed(Verifier::new(self.registry.clone(), &self.ledger.last, now));
+        self.verifier.replace_with(Verifier::new(self.registry.clone(), &self.ledger.last, now));
     }
 
     /// What a new process knows: the configuration and what the ledger kept.

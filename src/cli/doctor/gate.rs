@@ -15,7 +15,7 @@ use crate::serve::ending::ServeError;
 use crate::serve::start::refuse_taken_queue;
 
 /// What the daemon's process that reads the queue is called.
-const MONITOR: &str = "(knockq-gate)";
+const GATE: &str = "(knockq-gate)";
 
 const MISSING: &str = "there is no table inet knockq: guarded ports are open to all";
 const CHANGED: &str = "table inet knockq is not that of this configuration: one of them was changed, by hand";
@@ -114,7 +114,7 @@ pub(super) fn queue(config: &ServerConfig) -> Finding {
     match refuse_taken_queue(number) {
         Ok(()) => Finding::problem(CHECK, format!("queue {number}: nobody reads it, so no knock opens a door"))
             .hint("systemctl start knockq; why it has stopped: journalctl -u knockq"),
-        Err(ServeError::QueueTaken { owner, .. }) if owner.ends_with(MONITOR) => {
+        Err(ServeError::QueueTaken { owner, .. }) if owner.ends_with(GATE) => {
             Finding::ok(CHECK, format!("queue {number}: the daemon reads it, {owner}"))
         }
         Err(error @ ServeError::QueueTaken { .. }) => Finding {

@@ -197,7 +197,7 @@ fn store(config: &ServerConfig) -> Finding {
         }
         Ok(Trust::Shut(said)) => Finding::problem(CHECK, said)
             .hint("let the daemon run and wait until then; its log of this start or an earlier one says why: journalctl -u knockq"),
-        Ok(Trust::Doubt(said)) => {
+        Ok(Trust::Suspicion(said)) => {
             Finding::problem(CHECK, said).hint("start the daemon, for that time begins then: systemctl start knockq")
         }
         Ok(Trust::Unknown(said)) => Finding::unknown(CHECK, said).hint("see what it does: journalctl -u knockq"),

@@ -38,7 +38,7 @@ mod tests {
 
     use rustix::fs::{MemfdFlags, memfd_create};
 
-    use super::super::{Doubt, Origin, Safe, Store};
+    use super::super::{Origin, Store, StoreFloor, Suspicion};
     use crate::crypto::PrivateKey;
     use crate::verify::Floor;
 
@@ -50,20 +50,20 @@ mod tests {
     fn a_copy_takes_no_counter_up_to_the_given_one_from_then_on_and_its_floor_is_never_lowered() {
         let server = *PrivateKey::generate().unwrap().public();
         let home = memory();
-        Store::create(home.try_clone().unwrap(), &server, Safe { floor: 10, since: 0 }).unwrap();
+        Store::create(home.try_clone().unwrap(), &server, StoreFloor { floor: 10, since: 0 }).unwrap();
         let elsewhere = memory();
         io::copy(&mut File::open(format!("/proc/self/fd/{}", home.as_raw_fd())).unwrap(), &mut &elsewhere).unwrap();
 
         let floor = |file: &File, since| {
             let origin = Origin::of(file).unwrap();
             let mut store =
-                Store::open(file.try_clone().unwrap(), server, origin, Safe { floor: since, since }).unwrap();
-            let is_copy = store.doubt() == Some(Doubt::Copy);
+                Store::open(file.try_clone().unwrap(), server, origin, StoreFloor { floor: since, since }).unwrap();
+            let is_copy = store.doubt() == Some(Suspicion::Copy);
             (is_copy, store.floor().unwrap())
         };
         assert_eq!(
             Store::check(elsewhere.try_clone().unwrap(), &server).unwrap().0,
-            Some(Doubt::Copy),
+            Some(Suspicion::Copy),
             "and stays one"
         );
         assert_eq!(floor(&home, 20), (false, Floor::new(10)));

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use redb::StorageBackend;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{Doubt, Origin, Pages, Safe, Store};
+use super::{Origin, Pages, Store, StoreFloor, Suspicion};
 use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, PublicKey, Side};
 use crate::verify::{Counters, Ledger, Reservation};
 
@@ -21,7 +21,7 @@ const SECTOR: usize = 512;
 const FIRST: u64 = 1_790_000_000;
 
 /// What is safe where a store that is recorded is in doubt.
-const SAFE: Safe = Safe { floor: FIRST - 1, since: FIRST };
+const SAFE: StoreFloor = StoreFloor { floor: FIRST - 1, since: FIRST };
 
 /// What was asked of the disk, one after the other.
 #[derive(Clone, Debug)]
@@ -232,14 +232,14 @@ fn live((begin, origin): (Vec<u8>, Origin), batches: impl Iterator<Item = (usize
 /// An empty store, and where it is at home.
 fn new_store() -> (Vec<u8>, Origin) {
     let file = memory(&[]);
-    Store::create(file.try_clone().unwrap(), &server(), Safe::default()).unwrap();
+    Store::create(file.try_clone().unwrap(), &server(), StoreFloor::default()).unwrap();
     (content(&file), Origin::of(&file).unwrap())
 }
 
 /// It opens, knows what had taken effect, and takes what comes next. Tells why it may have forgotten something, if so; of a
 /// counter that its header names and that it does not know it must.
-fn is_recovered(image: &[u8], origin: Origin, effects: &[Effect], named: Option<u64>) -> Option<Doubt> {
-    let mut store = Store::open(memory(image), server(), origin, Safe::default()).unwrap();
+fn is_recovered(image: &[u8], origin: Origin, effects: &[Effect], named: Option<u64>) -> Option<Suspicion> {
+    let mut store = Store::open(memory(image), server(), origin, StoreFloor::default()).unwrap();
     let doubt = store.doubt();
     let clients = effects.iter().map(|(_, clients, _)| *clients).max().unwrap_or(1);
     let last = store.last_counters((0..clients).map(key)).unwrap();
@@ -247,7 +247,10 @@ fn is_recovered(image: &[u8], origin: Origin, effects: &[Effect], named: Option<
         assert!((0..*clients).all(|client| last[&key(client)] >= *n), "{n} is forgotten");
     }
     let is_forgotten = named.is_some_and(|n| last.get(&key(0)) < Some(&n));
-    assert!(!is_forgotten || doubt == Some(Doubt::Shortened), "{named:?} may have opened a door, and nobody is told");
+    assert!(
+        !is_forgotten || doubt == Some(Suspicion::Shortened),
+        "{named:?} may have opened a door, and nobody is told"
+    );
     let next = FIRST + 1_000_000;
     store.record(reservations(0..1, next).iter()).unwrap();
     assert_eq!(store.last_counters([key(0)].into_iter()).unwrap()[&key(0)], next);
@@ -316,7 +319,7 @@ fn killed_while_a_doubt_about_a_store_that_grew_is_settled_its_process_leaves_th
         again.each_kill(|image, effects| {
             kills += 1;
             let doubt = is_recovered(image, again.origin, effects, None);
-            let mut store = Store::open(memory(image), server(), again.origin, Safe::default()).unwrap();
+            let mut store = Store::open(memory(image), server(), again.origin, StoreFloor::default()).unwrap();
             assert!(doubt.is_some() || store.floor().unwrap().covers(SAFE.floor), "the doubt is forgotten");
         });
     });

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use knockq::crypto::PrivateKey;
-use knockq::serve::store::{Safe, Store};
+use knockq::serve::store::{Store, StoreFloor};
 
 use super::knock::{self, Knock};
 use crate::debugger::{FDATASYNC, Traced, other_thread};
@@ -105,7 +105,7 @@ fn a_store_that_is_deleted_or_anothers_forgets_nothing_and_the_next_start_asks_f
     refuses("counters.redb: ");
     let file = File::options().read(true).write(true).create_new(true).open(lab.store()).unwrap();
     lab.server.sh(&format!("chmod 600 {}", lab.store().display()));
-    Store::create(file, PrivateKey::generate().unwrap().public(), Safe::default()).unwrap();
+    Store::create(file, PrivateKey::generate().unwrap().public(), StoreFloor::default()).unwrap();
     refuses("counters.redb: belongs to the server key");
 }
 
