@@ -354,11 +354,16 @@ impl World {
             asked: Some(seconds),
             waits: true,
         };
+        let waiting: Vec<Option<u32>> =
+            self.held.iter().filter(|held| held.door == door && held.waits).map(|held| held.token).collect();
         assert!(self.ledger.insert(door, grant));
         if self.settle() != [self.tokens] {
             return; // refused, as in a set that is full
         }
         for held in self.held.iter_mut().filter(|held| held.door == door) {
+            if once && waiting.contains(&held.token) {
+                held.members.clear(); // it has let nobody in
+            }
             held.is_spent |= once;
             if !once && (held.user, held.service) == (user, service) {
                 held.until = held.until.min(until);
@@ -392,7 +397,12 @@ impl World {
                 Element::Opens(door) | Element::Lasts(door) => {
                     if door.once {
                         self.ledger.spend(&door);
-                        self.held.iter_mut().filter(|held| held.door == door).for_each(|held| held.is_spent = true);
+                        for held in self.held.iter_mut().filter(|held| held.door == door) {
+                            held.is_spent = true;
+                            if held.waits {
+                                held.members.clear(); // it has let nobody in
+                            }
+                        }
                     }
                     self.ledger.mark(&door);
                 }

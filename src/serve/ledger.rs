@@ -51,6 +51,12 @@ impl Grant {
         Comment { user: user.clone(), service: service.clone(), end: Some(boot.end(*until)), bound: *bound }
     }
 
+    /// Its door lets nobody in any more; the elements that it leaves, if it never did.
+    fn spend(&mut self) -> Vec<Member> {
+        self.spent = true;
+        if self.waits { std::mem::take(&mut self.members) } else { Vec::new() }
+    }
+
     /// Another service of the same user's may have the same port, and time of its own.
     fn is_renewed_by(&self, other: &Self) -> bool {
         self.user == other.user && self.service == other.service
@@ -143,7 +149,9 @@ impl Ledger {
 
     /// What a door for one connection was opened for may have come.
     pub fn spend(&mut self, door: &Door) {
-        self.doors.get_mut(door).into_iter().flatten().for_each(|grant| grant.spent = true);
+        for grant in self.doors.get_mut(door).into_iter().flatten() {
+            self.unsettled.extend(grant.spend().into_iter().map(Element::Member));
+        }
     }
 
     /// What is to be changed next, at most so many elements: how long each is to have, or that it is to go. Doors come first.
@@ -199,7 +207,7 @@ impl Ledger {
     /// The grants that nobody was told of, and that take the place of those before them.
     fn tell(&mut self, door: &Door) -> Vec<(Door, Grant)> {
         let Some(grants) = self.doors.get_mut(door) else { return Vec::new() };
-        let (mut told, mut is_shorter) = (Vec::new(), false);
+        let (mut told, mut is_shorter, mut left) = (Vec::new(), false, Vec::new());
         for place in 0..grants.len() {
             let Some(grant) = grants.get_mut(place).filter(|grant| grant.asked.is_some()) else { continue };
             told.push((*door, grant.clone()));
@@ -207,7 +215,7 @@ impl Ledger {
             let grant = grant.clone();
             let earlier = grants.iter_mut().take(place);
             if door.once {
-                earlier.for_each(|other| other.spent = true);
+                earlier.for_each(|other| left.append(&mut other.spend()));
             } else {
                 // What an earlier knock said holds no longer than what this one says: more may not be permitted any more.
                 for other in earlier.filter(|other| other.is_renewed_by(&grant) && other.until > grant.until) {
@@ -217,6 +225,7 @@ impl Ledger {
             }
         }
         told.iter().for_each(|(_, grant)| forget_first(grants, grant));
+        self.unsettled.extend(left.into_iter().map(Element::Member));
         if is_shorter {
             self.mark(door);
         }

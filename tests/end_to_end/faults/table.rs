@@ -318,10 +318,12 @@ fn a_rule_that_somebody_adds_just_after_a_load_is_undone_as_well() {
     daemon.signal(Signal::SIGHUP);
     let is_loaded = || lab.server.sh("nft list set inet knockq trusted4").contains("192.0.2.1");
     // It has the limits, has enforced them, has let go of the table; and may have answered the engine in between.
-    while !(0..20).any(|_| {
-        thread::sleep(Duration::from_millis(100));
+    let soon = || {
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(3) && !is_loaded() {}
         is_loaded()
-    }) {
+    };
+    while !soon() {
         held.run_to(&[SENDMSG]);
         held.finish();
     }
