@@ -14,6 +14,9 @@ const MAX_DOORS: usize = 4 * 65_535;
 /// An element may have so much more time than was paid for: the engine rounds to whole seconds.
 const TOLERANCE: Duration = Duration::from_secs(1);
 
+/// Milliseconds that a command takes to come here, mostly far fewer.
+const ON_THE_WAY: u128 = 20;
+
 /// The limits, and what was paid for: each door that opens, or stays open for longer, takes one out of the rate.
 pub struct Admission {
     limits: Limits,
@@ -119,7 +122,7 @@ impl Admission {
         if before.is_some_and(|(end, is_unused)| until <= end + TOLERANCE && (!door.once || !begins || is_unused)) {
             return Ok(Some(time));
         }
-        let time = time.min(most.max(paid));
+        let time = whole_seconds(time).min(most.max(paid));
         let has_room = before.is_some() || self.opened.len() < MAX_DOORS;
         if most.is_zero() || !has_room || !self.rate.take(now) {
             return Ok(None);
@@ -167,6 +170,12 @@ impl Admission {
     pub fn forget(&mut self, now: Instant) {
         self.opened.retain(|_, opened| opened.until > now);
     }
+}
+
+/// To the second that was asked for, which began on the way here.
+fn whole_seconds(time: Duration) -> Duration {
+    let begun = time.as_millis() % 1000 >= 1000 - ON_THE_WAY;
+    if begun { Duration::from_secs(time.as_secs() + 1) } else { time }
 }
 
 #[cfg(test)]

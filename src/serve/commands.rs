@@ -11,7 +11,7 @@
 //!   3        transport: 6, 17, or 0 for none      24..32    those that the relay had no room for
 //!   4..6     port                                 32..      to `next`: a datagram of the kernel's
 //!   6..8     zero
-//!   8..16    milliseconds (put, known)
+//!   8..16    milliseconds: its end (put, known), on the clock that begins with the boot and that nobody sets
 //!  16..32    address, IPv4 in its first four bytes
 //!  32..240   comment (put), padded with zeros
 //! 240..768   the administrator's set, padded with zeros
@@ -22,6 +22,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 
 use crate::nft::{Comment, Door, Element, Member, Query};
@@ -43,7 +44,7 @@ const SET_AT: usize = 240;
 /// What is asked.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
-    /// This element is to be there for so long, whether it is or not.
+    /// This element is to be there for so long, whether it is or not. On the way it is an end, or a delay would make it longer.
     Put(Element, Duration, Comment),
     /// It is to be gone, whether it is there or not.
     Delete(Element),
@@ -73,7 +74,21 @@ pub enum CommandError {
     Field(&'static str),
 }
 
+/// The time on the clock that begins with the boot and that nobody sets.
+pub fn monotonic() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
+}
+
 impl Command {
+    /// The same with another time: an end for a time that is left, or the other way round.
+    pub fn with_time(self, change: impl Fn(Duration) -> Duration) -> Self {
+        match self {
+            Self::Put(element, time, comment) => Self::Put(element, change(time), comment),
+            Self::Known(element, time) => Self::Known(element, change(time)),
+            other => other,
+        }
+    }
+
     /// The bytes of this command.
     pub fn encode(&self) -> [u8; COMMAND_LEN] {
         let mut bytes = [0; COMMAND_LEN];

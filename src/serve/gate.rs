@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use super::admission::{Admission, NotPermitted};
 use super::channel::{Channel, Message, has_hung_up};
-use super::commands::{self, Answer, BATCH, COMMAND_LEN, Command, CommandError};
+use super::commands::{self, Answer, BATCH, COMMAND_LEN, Command, CommandError, monotonic};
 use super::limits::{Limits, NoLimit};
 use super::sandbox::{self, SandboxError};
 use super::{calls, handover, terminal};
@@ -80,6 +80,7 @@ pub fn run(log: fn(u8, &str)) -> Result<(), GateError> {
     let root = Channel::of_stdin()?;
     let Some([relay, engine, limits]) = root.expect(Message::Start)? else { return Ok(()) };
     let limits: Limits = handover::unseal_text(limits)?.parse()?;
+    monotonic(); // the first time it looks for the clock by calls that are deadly later
     let mut queue = KernelQueue::open(limits.queue)?;
     let unprivileged = sandbox::give_up_privileges(limits.identity, Some(Capability::CAP_NET_ADMIN))?;
     queue.bind()?;
@@ -236,7 +237,7 @@ impl Gate {
     /// Takes one message of the engine's, and answers it.
     fn answer_engine(&mut self) -> Result<(), GateError> {
         let Some(commands) = next_message(&self.engine)? else { return Ok(()) };
-        let (errno, datagram) = match self.obey(&commands)? {
+        let (errno, datagram) = match self.obey(commands)? {
             Ok(datagram) => (0, datagram),
             Err(error) => (errno(&error), Vec::new()),
         };
@@ -256,16 +257,18 @@ impl Gate {
     }
 
     /// What the kernel answers to commands.
-    fn obey(&mut self, commands: &[Command]) -> Result<Result<Vec<u8>, ElementError>, GateError> {
-        let (now, mut times) = (Instant::now(), Vec::with_capacity(commands.len()));
-        for command in commands {
+    fn obey(&mut self, commands: Vec<Command>) -> Result<Result<Vec<u8>, ElementError>, GateError> {
+        let (clock, now, mut times) = (monotonic(), Instant::now(), Vec::with_capacity(commands.len()));
+        let commands: Vec<Command> =
+            commands.into_iter().map(|command| command.with_time(|end| end.saturating_sub(clock))).collect();
+        for command in &commands {
             match self.admission.admits(command, now) {
                 Ok(Some(time)) => times.push(time),
                 Ok(None) => return Ok(Err(ElementError::OverRate)),
                 Err(NotPermitted) => return Err(GateError::NotPermitted),
             }
         }
-        let done = match commands {
+        let done = match commands.as_slice() {
             [Command::Next] => {
                 return Ok(self.listing.as_mut().ok_or(ElementError::NoAnswer).and_then(Listing::answer));
             }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
 use super::clock::unix_now;
-use super::commands::{BATCH, Command};
+use super::commands::{BATCH, Command, monotonic};
 use super::control::Selection;
 use super::gate_link::GateLink;
 use super::ledger::{Grant, Ledger};
@@ -134,8 +134,9 @@ impl Reconciler {
         let compared = self.compare(true);
         self.gate.check()?;
         compared.map_err(io::Error::other)?;
-        let (ledger, now) = (&self.ledger, Instant::now());
-        let known: Vec<_> = ledger.ends(now).map(|(door, left)| Command::Known(Element::Opens(*door), left)).collect();
+        let (ledger, clock, now) = (&self.ledger, monotonic(), Instant::now());
+        let known = ledger.ends(now).map(|(door, left)| Command::Known(Element::Opens(*door), clock + left));
+        let known: Vec<_> = known.collect();
         known.chunks(BATCH).for_each(|some| drop(self.gate.call(some)));
         self.look_at_sets();
         self.shut_what_policy_forbids()?;
@@ -279,6 +280,7 @@ impl Reconciler {
     /// # Errors
     /// The kernel's.
     pub fn settle_some(&mut self) -> io::Result<()> {
+        let clock = monotonic(); // before the ledger says how long: never longer
         let mut changes = self.ledger.take(BATCH, Instant::now()); // of each by the time that it is by then
         changes.retain(|(element, _)| self.may_touch(element));
         if self.is_loading && self.ledger.may_defer() {
@@ -286,7 +288,7 @@ impl Reconciler {
             let waits = |change: &mut (Element, _)| matches!(change, (Element::Member(_), Some(_)));
             changes.extract_if(.., waits).for_each(|(element, _)| drop(self.ledger.defer(element)));
         }
-        let commands: Vec<_> = changes.iter().cloned().map(command).collect();
+        let commands: Vec<_> = changes.iter().cloned().map(|change| command(change, clock)).collect();
         let changed = if commands.is_empty() { Ok(Vec::new()) } else { self.gate.call(&commands) };
         self.gate.check()?;
         self.drain_table_events()?;
@@ -310,8 +312,9 @@ impl Reconciler {
 
     /// One that stands in the others' way must not keep them.
     fn settle_alone(&mut self, element: Element) {
+        let clock = monotonic();
         let time = self.ledger.desired(&element, Instant::now());
-        match self.gate.call(&[command((element.clone(), time))]) {
+        match self.gate.call(&[command((element.clone(), time), clock)]) {
             Ok(_) => self.settled(&element),
             Err(error) => self.not_settled(element, &error),
         }
@@ -690,10 +693,10 @@ impl Reconciler {
     }
 }
 
-/// What makes an element so, or takes it away.
-fn command((element, time): (Element, Option<Time>)) -> Command {
+/// What makes an element so from this time on, or takes it away.
+fn command((element, time): (Element, Option<Time>), clock: Duration) -> Command {
     match time {
-        Some((left, comment)) => Command::Put(element, left, comment),
+        Some((left, comment)) => Command::Put(element, clock + left, comment),
         None => Command::Delete(element),
     }
 }
