@@ -74,7 +74,7 @@ pub struct Counters {
 
 /// Where a token came from that was spent.
 struct Sighting {
-    /// The Unix second that it stands for: the counter of a token, and of a knock of the ancestor's [`Counters::second`].
+    /// The Unix second that it stands for: the counter of a token; a knock of the ancestor's is given one ([`Counters::next_slot`]).
     at: u64,
     source: IpAddr,
     unbound: bool,
