@@ -19,7 +19,7 @@ fn a_kernel_without_ipv6_serves_and_sends_over_ipv4() {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && said.starts_with("knockq: ") && !said.contains("panicked"), "{said}");
     daemon.signal(nix::sys::signal::Signal::SIGHUP);
-    eventually("reloading", || daemon.log().contains("knockq: reloaded"));
+    eventually("reloading", || daemon.log().contains("engine: reloaded"));
     let log = daemon.stop();
     assert!(!log.contains("error"), "{log}");
 }

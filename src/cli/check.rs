@@ -21,10 +21,11 @@ use crate::client::clock::unix_now;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::nft::{self, ElementError, Kernel, Lister, NftError, SetError, SetName};
+use crate::serve::configuration::ServeError;
 use crate::serve::configuration::accounts;
-use crate::serve::ending::ServeError;
 use crate::serve::engine::EngineError;
-use crate::serve::observers::{self, Status};
+use crate::serve::observers;
+use crate::serve::report::Status;
 use crate::serve::store::{Store, StoreError};
 
 #[derive(Args)]
@@ -161,7 +162,8 @@ fn warn_of_cuts(config: &ServerConfig) {
     let ruleset = config.ruleset();
     let own = env::var("SSH_CONNECTION").unwrap_or_default();
     let own: Option<IpAddr> = own.split(' ').next().and_then(|source| source.parse().ok());
-    let cut = nft::without_door(&ruleset.kill, &ruleset.trusted, nft::established());
+    let connected = nft::connected(&ruleset.kill, &ruleset.trusted, nft::established());
+    let cut = nft::without_door(connected, &mut Kernel::default());
     let (yours, others): (Vec<_>, Vec<_>) = cut.into_iter().partition(|(source, _)| Some(*source) == own);
     for (source, port) in yours.iter().chain(&others).take(TOLD) {
         let who = if Some(*source) == own { "you are" } else { "is" };

@@ -8,9 +8,8 @@ use super::grants::refused;
 use super::time::utc;
 use super::{ConfigArg, note, print_json, print_view};
 use crate::config::{Network, ServerConfig};
-use crate::serve::control::{self, Request};
+use crate::serve::control::{self, Reply, Request};
 use crate::serve::explain::{Cause, Finding, findings, together};
-use crate::serve::report::{self, RefusedPart};
 
 #[derive(Args)]
 #[command(
@@ -46,15 +45,9 @@ impl Explain {
     pub(super) fn run(self) -> Result<(), Failure> {
         let config = ServerConfig::load(&self.config.config)?;
         let registry = config.registry()?;
-        let part: RefusedPart = match control::ask_for_memory(&config.runtime, &Request::Explain)? {
-            Ok(memory) => report::read(memory).map_err(|error| {
-                Failure::new(format!("explain: the daemon's answer cannot be read: {error}"))
-                    .hint("if knockq was updated: systemctl restart knockq")
-            })?,
-            Err(reply) => {
-                refused(reply)?;
-                return Err(Failure::new("explain: the daemon handed nothing over".to_owned()));
-            }
+        let part = match control::ask(&config.runtime, &Request::Explain)? {
+            Reply::Explained(part) => part,
+            reply => return refused(reply),
         };
         let users = registry.users.len();
         let tell = |place: usize| {

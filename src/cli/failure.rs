@@ -15,10 +15,9 @@ use crate::config::{ConfigError, Diagnostic, FileError};
 use crate::crypto::KeyError;
 use crate::nft::{ElementError, NftError, TableError};
 use crate::packet::PersonaError;
+use crate::serve::configuration::ServeError;
 use crate::serve::control::ControlError;
-use crate::serve::ending::ServeError;
 use crate::serve::engine::EngineError;
-use crate::serve::gate_table::GateError;
 use crate::serve::sandbox::SandboxError;
 use crate::serve::store::StoreError;
 
@@ -153,18 +152,10 @@ impl From<ServeError> for Failure {
         let message = error.to_string();
         match error {
             ServeError::Config(error) => error.into(),
-            ServeError::Gate(GateError::Table(TableError::Nft(error))) => error.into(),
             ServeError::Control(error) => error.into(),
             ServeError::NothingToUndo => {
                 Self::new(message).hint("leave --try out, or set ruleset = \"managed\"").code(USAGE)
             }
-            ServeError::NotConfirmed => {
-                Self::new(message).hint("run `knockq confirm` within the time once a knock has opened the port")
-            }
-            ServeError::Gate(GateError::NotLoaded { include_file }) => Self::new(message).hint(format!(
-                "make it anew with `knockq ruleset --output {0}`, include it in /etc/nftables.conf, and load it: nft -f {0}",
-                include_file.display()
-            )),
             ServeError::Store(FileError::Io { path, cause }) if cause.kind() == io::ErrorKind::NotFound => {
                 Self::new(format!("{}: the counter store is missing", path.display()))
                     .hint("if it is lost for good, or comes from a backup: knockq recover")
@@ -174,8 +165,9 @@ impl From<ServeError> for Failure {
                 Self::new(format!("{}: {cause}", path.display())).hint(DISK)
             }
             ServeError::Store(error) => error.into(),
-            ServeError::StoreReplaced { .. } => Self::new(message).hint("start the daemon when `knockq recover` is done"),
-            ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
+            ServeError::StoreReplaced { .. } => {
+                Self::new(message).hint("start the daemon when `knockq recover` is done")
+            }
             ServeError::Account(SandboxError::Step { .. } | SandboxError::NotGone(_)) => Self::new(message),
             ServeError::Account(SandboxError::Unprovable) => Self::new(message)
                 .hint("boot Linux 5.9 or newer, with CONFIG_SECCOMP_FILTER as every distribution has it")
@@ -184,15 +176,8 @@ impl From<ServeError> for Failure {
             ServeError::QueueTaken { .. } => {
                 Self::new(message).hint("is another knockq running? Else set `queue = N` in [server]")
             }
-            ServeError::NoGate { .. } => Self::new(message).hint("install both programs: make install"),
-            // The child has said what was wrong.
-            ServeError::ChildFailed { code, .. } => Self::new(String::new()).code(code),
-            ServeError::Gate(_) => Self::new(message).hint("is another knockq running? It owns the table"),
-            ServeError::ChildDied { .. }
-            | ServeError::ForbiddenCall { .. }
-            | ServeError::Breach { .. }
-            | ServeError::TooSlow(_)
-            | ServeError::Io(_) => Self::new(message),
+            ServeError::NoProgram { .. } => Self::new(message).hint("install all of them: make install"),
+            ServeError::Io(_) => Self::new(message),
         }
     }
 }
@@ -205,7 +190,10 @@ impl From<ElementError> for Failure {
 
 impl From<TableError> for Failure {
     fn from(error: TableError) -> Self {
-        ServeError::Gate(error.into()).into()
+        match error {
+            TableError::Nft(error) => error.into(),
+            TableError::Element(_) => Self::new(error.to_string()).hint("is another knockq running? It owns the table"),
+        }
     }
 }
 
@@ -221,7 +209,7 @@ impl From<ControlError> for Failure {
                 failure.hint("is another knockq running? Else set another `runtime` in [server]")
             }
             ControlError::Busy { .. } => failure.hint("see who has that socket open, with `ss -xp`"),
-            ControlError::OtherVersion { .. } => failure.hint("systemctl restart knockq"),
+            ControlError::Silent { .. } | ControlError::OtherVersion { .. } => failure.hint("systemctl restart knockq"),
             ControlError::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 failure.hint("run this as root").code(PERMISSION)
             }

@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::slice;
 
@@ -17,9 +16,9 @@ use super::{CONFIG, ConfigArg, note, print, print_json, print_view};
 use crate::config::server::{QUEUE, RUNTIME_DIRECTORY};
 use crate::config::{ConfigError, FileError, Network, ServerConfig};
 use crate::nft::{self, Door, Doors, ElementError, Ending, Kernel, Lister, NftError, OpenDoor};
+use crate::serve::configuration::refuse_taken_queue;
 use crate::serve::control::{self, ControlError, Reply, Request, Selection};
-use crate::serve::report::{self, RevokedPart};
-use crate::serve::start;
+use crate::serve::report::RevokedPart;
 use crate::service::{Name, Port};
 
 /// Doors that are shut in one transaction.
@@ -177,7 +176,7 @@ impl Revoke {
                 .code(CONFIGURATION));
         }
         let mut unshut = Vec::new();
-        let whose = match control::ask_for_memory(&runtime, &Request::Revoke(selection.clone())) {
+        let whose = match control::ask(&runtime, &Request::Revoke(selection.clone())) {
             // A daemon that is not there holds no book, and no table.
             Err(ControlError::NotRunning { .. }) => {
                 must_not_run(&runtime, queue)?;
@@ -188,7 +187,10 @@ impl Revoke {
                 }
                 if self.kill { whose(&meant, &self.config.config)? } else { RevokedPart::default() }
             }
-            asked => handed_over(asked?)?,
+            asked => match asked? {
+                Reply::Revoked(part) => part,
+                reply => refused(reply).map(|()| RevokedPart::default())?,
+            },
         };
         let ending = if self.kill { end_connections(&selection, &whose) } else { Ending::default() };
         let shown = show(&meant, &open_doors()?, self.kill.then_some(ending.ended));
@@ -211,18 +213,7 @@ fn shut<E>(meant: &[OpenDoor], mut close: impl FnMut(&[OpenDoor]) -> Result<(), 
     unshut
 }
 
-/// What the daemon knows of those who were revoked.
-fn handed_over(asked: Result<OwnedFd, Reply>) -> Result<RevokedPart, Failure> {
-    match asked {
-        Ok(memory) => report::read(memory).map_err(|error| {
-            Failure::new(format!("revoke: the daemon's answer cannot be read: {error}"))
-                .hint("if knockq was updated: systemctl restart knockq")
-        }),
-        Err(reply) => refused(reply).map(|()| RevokedPart::default()),
-    }
-}
-
-/// The same without the daemon, but for what only it remembers.
+/// What the daemon would tell of those who were revoked, but for what only it remembers.
 fn whose(meant: &[OpenDoor], config: &Path) -> Result<RevokedPart, Failure> {
     let config = ServerConfig::load(config)?;
     let doors = meant.iter().map(|open| Door { once: false, ..open.what }).collect();
@@ -337,7 +328,7 @@ pub(super) fn ask(runtime: &Path, request: &Request) -> Result<(), Refusal> {
 /// Whether the daemon has done it.
 pub(super) fn refused(reply: Reply) -> Result<(), Failure> {
     match reply {
-        Reply::Done => Ok(()),
+        Reply::Done | Reply::Revoked(_) | Reply::Explained(_) => Ok(()),
         Reply::Refused { message, hint } => Err(Failure::new(message).hint(hint)),
     }
 }
@@ -359,7 +350,7 @@ pub(super) fn runtime(config: &Path) -> Result<(PathBuf, u16), Failure> {
 
 /// Fails if a daemon runs although nobody listens for commands: it would know nothing of what is done without it.
 pub(super) fn must_not_run(runtime: &Path, queue: u16) -> Result<(), Failure> {
-    start::refuse_taken_queue(queue).map_err(|error| {
+    refuse_taken_queue(queue).map_err(|error| {
         let runtime = runtime.display();
         Failure::new(format!("the daemon runs, but does not listen in {runtime}: {error}"))
             .hint("name its configuration with --config; if its socket was deleted: systemctl restart knockq")

@@ -101,7 +101,10 @@ enum Command {
     Configuration(serve::Configuration),
     /// One of the daemon's processes; only `knockq serve` can start it
     #[command(hide = true)]
-    Engine(serve::Child),
+    Engine(serve::Engine),
+    /// What root has the include file written by
+    #[command(hide = true)]
+    Keep(serve::Keep),
 }
 
 impl Command {
@@ -166,7 +169,8 @@ pub fn main() -> ExitCode {
         Command::Connect(connect) => connect.run(),
         Command::Proxy(proxy) => proxy.run(),
         Command::Configuration(configuration) => configuration.run(),
-        Command::Engine(child) => child.run_engine(),
+        Command::Engine(engine) => engine.run(),
+        Command::Keep(keep) => keep.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -183,7 +187,7 @@ fn has_priorities(command: &Command) -> bool {
     match command {
         Command::Serve(serve) => serve.style().priorities,
         Command::Configuration(configuration) => configuration.style().priorities,
-        Command::Engine(child) => child.style().priorities,
+        Command::Engine(engine) => engine.style().priorities,
         _ => false,
     }
 }

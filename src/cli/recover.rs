@@ -12,8 +12,8 @@ use super::{ConfigArg, note, print};
 use crate::client::clock::{is_synchronized, unix_now};
 use crate::config::secure_file::{self, Draft, Privacy};
 use crate::config::{Seconds, ServerConfig};
+use crate::serve::configuration::refuse_taken_queue;
 use crate::serve::engine::EngineError;
-use crate::serve::start;
 use crate::serve::store::{OldStore, Store, StoreError, StoreFloor};
 
 /// What is left where a store holds what knockq has not written.
@@ -38,7 +38,7 @@ impl Recover {
     pub(super) fn run(self) -> Result<(), Failure> {
         let config = ServerConfig::load(&self.config.config)?;
         // A daemon whose store was deleted goes on with a file that has no name any more, and so no lock to be seen.
-        start::refuse_taken_queue(config.queue).map_err(|error| is_running(&error.to_string()))?;
+        refuse_taken_queue(config.queue).map_err(|error| is_running(&error.to_string()))?;
         let path = config.store_path();
         let old = Old::find(&path)?;
         let now = unix_now();

@@ -1,5 +1,6 @@
-//! `knockq serve`, and the two commands that it starts itself with.
+//! `knockq serve`, and the commands that the daemon starts this binary with.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,7 +11,7 @@ use super::doctor::Host;
 use super::failure::Failure;
 use crate::config::Seconds;
 use crate::serve::log::{self, Style};
-use crate::serve::{configuration, engine, root};
+use crate::serve::{configuration, engine, start};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  knockq serve --config /etc/knockq/knockq.toml\n  \
@@ -31,7 +32,9 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self) -> Result<(), Failure> {
         let trial = self.trial.map(|time| Duration::from_secs(time.0.into()));
-        Ok(root::run(&self.config.config, trial, self.style())?)
+        match start::become_root(&self.config.config, trial, self.style()) {
+            Err(error) => Err(error.into()),
+        }
     }
 
     pub(super) fn style(&self) -> Style {
@@ -48,9 +51,32 @@ pub(super) struct Child {
 }
 
 #[derive(Args)]
+pub(super) struct Engine {
+    #[arg(long)]
+    trial: Option<u64>,
+    #[command(flatten)]
+    child: Child,
+}
+
+#[derive(Args)]
+pub(super) struct Keep {
+    #[arg(long)]
+    output: PathBuf,
+}
+
+impl Keep {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        Ok(configuration::keep(&self.output)?)
+    }
+}
+
+#[derive(Args)]
 pub(super) struct Configuration {
     #[command(flatten)]
     config: ConfigArg,
+    /// The gate is on trial
+    #[arg(long)]
+    trial: bool,
     #[command(flatten)]
     child: Child,
 }
@@ -59,7 +85,7 @@ impl Configuration {
     pub(super) fn run(self) -> Result<(), Failure> {
         log::start("knockq", self.style());
         let host = Host::look(); // with a privilege that goes before any file is opened
-        Ok(configuration::run(&self.config.config, |config| match &host {
+        Ok(configuration::run(&self.config.config, self.trial, |config| match &host {
             Ok(host) => host.warnings(config).iter().for_each(|(said, hint)| warn!(hint, "{said}")),
             Err(error) => warn!("what the gate cannot guard on this host is not known: {error}"),
         })?)
@@ -70,14 +96,20 @@ impl Configuration {
     }
 }
 
-impl Child {
-    pub(super) fn run_engine(self) -> Result<(), Failure> {
+impl Engine {
+    pub(super) fn run(self) -> Result<(), Failure> {
         log::start("engine", self.style());
         log::end_on_panic();
-        Ok(engine::run()?)
+        Ok(engine::run(self.trial)?)
     }
 
     pub(super) const fn style(&self) -> Style {
+        self.child.style()
+    }
+}
+
+impl Child {
+    const fn style(&self) -> Style {
         Style { priorities: self.priorities, debug: self.debug }
     }
 }

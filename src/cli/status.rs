@@ -14,7 +14,7 @@ use super::{ConfigArg, print, print_json, print_view};
 use crate::client::clock;
 use crate::serve::control::ControlError;
 use crate::serve::observers;
-use crate::serve::report::{DoorsPart, KnocksPart, LiveDoor, Queue, RootPart, StoreHealth, Table};
+use crate::serve::report::{self, DaemonPart, DoorsPart, KnocksPart, LiveDoor, Queue, StoreHealth, Table};
 use crate::service::Name;
 
 #[derive(Args)]
@@ -200,9 +200,9 @@ pub(super) fn unseen(error: ControlError) -> Failure {
 }
 
 impl Shown {
-    fn of(status: observers::Status, now: u64) -> Self {
-        let observers::Status { root, knocks: verifier, doors } = status;
-        let RootPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = root;
+    fn of(status: report::Status, now: u64) -> Self {
+        let report::Status { daemon, knocks: verifier, doors } = status;
+        let DaemonPart { uptime, users, services, table, queue, reloaded, waits_for_disk } = daemon;
         let DoorsPart { seen, lost, opened, not_opened, doors, is_cut } = doors;
         let is_cut = is_cut || verifier.is_cut;
         let packets = verifier.counts().map(|(reason, count)| Count { reason: reason.as_str(), count });

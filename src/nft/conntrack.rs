@@ -1,5 +1,6 @@
 //! The socket to connection tracking.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 
@@ -26,6 +27,19 @@ pub(super) const DESTINATION_PORT: u16 = 3;
 
 /// The state of an established connection (`TCP_CONNTRACK_ESTABLISHED`).
 pub(super) const ESTABLISHED: u8 = 3;
+
+/// Has conntrack know TCP connections of this host's sockets, the client's end and ours, each as begun by its client: on a host that
+/// tracks none until the gate is loaded, they would be cut, and the administrator's session among them.
+///
+/// # Errors
+/// When an entry cannot be made.
+pub fn track_sessions(sessions: &BTreeSet<(SocketAddr, SocketAddr)>) -> Result<(), ElementError> {
+    if sessions.is_empty() {
+        return Ok(());
+    }
+    let mut conntrack = Conntrack::new()?;
+    sessions.iter().try_for_each(|(client, server)| conntrack.make(*client, *server))
+}
 
 /// The socket that tells of connections, makes and ends them. It needs CAP_NET_ADMIN at each use.
 pub(super) struct Conntrack {

@@ -18,6 +18,7 @@ pub mod watch;
 
 pub use boot::Boot;
 pub use comment::Comment;
+pub use conntrack::track_sessions;
 pub use elements::{Door, Doors, Element, ElementError, Ownership, Time};
 pub use flows::{Ending, end, established};
 pub use list::{Open, OpenDoor};
@@ -25,9 +26,9 @@ pub use lister::{Kernel, Lister};
 pub use listing::{Listing, Query};
 pub use load::{NftError, check, list_rules, list_ruleset};
 pub use ruleset::{Ruleset, is_of_before, is_whole};
-pub use sessions::{track_sessions, without_door};
+pub use sessions::{connected, sessions, without_door};
 pub use sets::{Layout, Member, SetError, SetName};
-pub use table::{TableError, exists, install, is_live, remove, remove_of_before};
+pub use table::{TableError, exists, install, is_as_it_should_be, is_live};
 pub use watch::{Loaded, Loss, Watch};
 
 /// Name of the one table that is ours, of family `inet`.

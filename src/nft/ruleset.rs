@@ -11,6 +11,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::table::SHADOW;
 use crate::service::{Answer, Port};
 
 /// Elements that each set of doors holds at most.
@@ -212,10 +213,16 @@ pub fn is_of_before(include_file: &str) -> bool {
 impl Ruleset {
     /// The include file under another table's name, for a check that the live table has no say in.
     pub fn for_check(&self) -> String {
-        self.render("knockq_check")
+        self.render(SHADOW)
     }
 
-    pub(super) fn render(&self, table: &str) -> String {
+    /// The same, to be loaded and compared with the live one: dormant, so that it touches no packet.
+    pub fn for_comparison(&self) -> String {
+        let add = format!("add table inet {SHADOW}");
+        self.render(SHADOW).replace(&format!("{add}\n"), &format!("{add} {{ flags dormant; }}\n"))
+    }
+
+    fn render(&self, table: &str) -> String {
         // Nobody listens at a knock port, so what passes there meets the kernel's own reset.
         let (knock_verdict, refusal) = match self.answer {
             Answer::Drop => ("drop", DROP),

@@ -1,4 +1,4 @@
-//! Connections of others to this host's ports, as its sockets and conntrack know them before a gate stands there.
+//! Connections of others to this host's ports, as its sockets know them before a gate stands there.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -6,29 +6,14 @@ use std::{fs, io};
 
 use ipnet::IpNet;
 
-use super::conntrack::Conntrack;
-use super::{ElementError, Kernel, Lister};
+use super::Lister;
 use crate::service::{Port, Transport};
 
-/// Has conntrack know the TCP connections that this host's sockets have at these ports already, each as begun by its client: on
-/// a host that tracks none until the gate is loaded, they would be cut, and the administrator's session among them. For when
-/// there is no gate yet: what `revoke --kill` has ended must not come back.
+/// TCP connections of this host's sockets: the other end, and ours.
 ///
 /// # Errors
-/// When the sockets cannot be listed, or an entry cannot be made.
-pub fn track_sessions(guarded: &[Port]) -> Result<(), ElementError> {
-    let mut conntrack = Conntrack::new()?;
-    for (client, server) in sessions()? {
-        let port = Port { transport: Transport::Tcp, number: server.port() };
-        if guarded.contains(&port) && !server.ip().is_loopback() {
-            conntrack.make(client, server)?;
-        }
-    }
-    Ok(())
-}
-
-/// TCP connections of this host's sockets: the other end, and ours.
-fn sessions() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
+/// When /proc does not tell.
+pub fn sessions() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
     let mut sessions = Vec::new();
     for table in tables {
@@ -63,9 +48,8 @@ fn end_of_session(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(address.to_canonical(), port))
 }
 
-/// Who is connected to these ports without a door, and not from a trusted network: what is cut where connections end with their
-/// door. `others` are connections besides those of this host's sockets.
-pub fn without_door(
+/// Who is connected to these ports, and not from a trusted network. `others` are connections besides those of this host's sockets.
+pub fn connected(
     ports: &[Port],
     trusted: &[IpNet],
     others: impl Iterator<Item = (IpAddr, Port)>,
@@ -77,8 +61,13 @@ pub fn without_door(
     connected.retain(|(source, port)| {
         ports.contains(port) && !source.is_loopback() && !trusted.iter().any(|network| network.contains(source))
     });
+    connected
+}
+
+/// Who of these has no door: what is cut where connections end with their door.
+pub fn without_door(mut connected: BTreeSet<(IpAddr, Port)>, doors: &mut impl Lister) -> BTreeSet<(IpAddr, Port)> {
     if !connected.is_empty() {
-        let doors = Kernel::default().open_doors().unwrap_or_default();
+        let doors = doors.open_doors().unwrap_or_default();
         let doors: BTreeSet<_> = doors.iter().map(|open| (open.what.source, open.what.port)).collect();
         connected.retain(|end| !doors.contains(end));
     }

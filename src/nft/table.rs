@@ -6,8 +6,8 @@ use thiserror::Error;
 use super::load::{NftError, list_frame, list_table, load};
 use super::{Doors, ElementError, Ownership, Ruleset, TABLE};
 
-/// Name of the table that is made for comparison only: dormant, so that it touches no packet.
-const SHADOW: &str = "knockq_check";
+/// Name of the table that is made for comparison only.
+pub(super) const SHADOW: &str = "knockq_check";
 
 /// Why the table is not as it should be.
 #[derive(Debug, Error)]
@@ -33,25 +33,10 @@ pub fn install(ruleset: &str) -> Result<bool, TableError> {
     let add_table = format!("add table inet {TABLE}\n");
     let loaded = if persists { load(&ruleset.replace(&add_table, "")) } else { load(ruleset) };
     if loaded.is_err() && ownership == Ownership::Made {
-        let _ = remove(); // it is empty; the error that is reported is the cause
+        let _ = Doors::new()?.delete_table(); // it is empty; the error that is reported is the cause
     }
     loaded?;
     Ok(persists)
-}
-
-/// Takes out of a table of before what this one does not have, if it is there. Not a part of the include file: kernels refuse a new
-/// chain in the transaction in which a table wakes.
-pub fn remove_of_before() {
-    let names = ["chain inet knockq ended", "set inet knockq ended4", "set inet knockq ended6"];
-    let _ = load(&names.map(|name| format!("delete {name}\n")).concat());
-}
-
-/// Deletes the table, and the gate and all doors with it.
-///
-/// # Errors
-/// When it is not there, or a living daemon's.
-pub fn remove() -> Result<(), TableError> {
-    Ok(Doors::new()?.delete_table()?)
 }
 
 /// Whether there is a table of ours, of whatever kind.
@@ -73,17 +58,19 @@ pub fn exists() -> Result<bool, NftError> {
 pub fn is_live(ruleset: &Ruleset) -> Result<bool, NftError> {
     let Ok(live) = list_table(TABLE) else { return Ok(false) };
     let live_frame = list_frame(TABLE)?;
-    if live_frame.lines().any(|line| is_flags(line) && line.contains("dormant")) {
-        return Ok(false);
-    }
     let fresh = format!("add table inet {SHADOW}\ndelete table inet {SHADOW}\n");
-    let dormant = ruleset
-        .render(SHADOW)
-        .replace(&format!("add table inet {SHADOW}\n"), &format!("add table inet {SHADOW} {{ flags dormant; }}\n"));
-    load(&(fresh.clone() + &dormant))?;
+    load(&(fresh.clone() + &ruleset.for_comparison()))?;
     let (shadow, shadow_frame) = (list_table(SHADOW), list_frame(SHADOW));
     load(&fresh)?;
-    Ok(contents(&live) == contents(&shadow?) && frame(&live_frame).eq(frame(&shadow_frame?)))
+    Ok(is_as_it_should_be([&live, &live_frame, &shadow?, &shadow_frame?]))
+}
+
+/// Whether the table that is there is like the one that was made for comparison: each as JSON, and as text.
+pub fn is_as_it_should_be([live, live_frame, shadow, shadow_frame]: [&str; 4]) -> bool {
+    !live.is_empty()
+        && !live_frame.lines().any(|line| is_flags(line) && line.contains("dormant"))
+        && contents(live) == contents(shadow)
+        && frame(live_frame).eq(frame(shadow_frame))
 }
 
 /// Whether a line says what kind of table this is; those of sets are further in.

@@ -6,16 +6,16 @@ use std::ffi::c_int;
 
 use libc::{
     AF_NETLINK, AF_UNIX, CLONE_NEWUSER, ENOSYS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_SETFD, NETLINK_NETFILTER,
-    PROT_EXEC, SYS_add_key, SYS_bind, SYS_bpf, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3,
-    SYS_close, SYS_connect, SYS_delete_module, SYS_epoll_ctl, SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl,
-    SYS_fdatasync, SYS_finit_module, SYS_flock, SYS_fsmount, SYS_fstat, SYS_ftruncate, SYS_futex, SYS_getrandom,
-    SYS_getsockname, SYS_init_module, SYS_io_uring_setup, SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek,
-    SYS_madvise, SYS_mmap, SYS_mount, SYS_mount_setattr, SYS_move_mount, SYS_mprotect, SYS_mremap, SYS_munmap,
-    SYS_nanosleep, SYS_open_by_handle_at, SYS_open_tree, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64,
-    SYS_process_vm_readv, SYS_process_vm_writev, SYS_ptrace, SYS_pwrite64, SYS_read, SYS_reboot, SYS_recvfrom,
-    SYS_recvmsg, SYS_request_key, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield,
-    SYS_sendmsg, SYS_sendto, SYS_setns, SYS_sigaltstack, SYS_socket, SYS_swapon, SYS_umount2, SYS_unshare,
-    SYS_userfaultfd, SYS_write,
+    PROT_EXEC, SHUT_RD, SO_PEERCRED, SOL_SOCKET, SYS_accept4, SYS_add_key, SYS_bind, SYS_bpf, SYS_brk,
+    SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close, SYS_connect, SYS_delete_module,
+    SYS_epoll_ctl, SYS_epoll_pwait, SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fdatasync, SYS_finit_module, SYS_flock,
+    SYS_fsmount, SYS_fstat, SYS_ftruncate, SYS_futex, SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_init_module,
+    SYS_io_uring_setup, SYS_ioctl, SYS_kexec_load, SYS_keyctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mount,
+    SYS_mount_setattr, SYS_move_mount, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_open_by_handle_at,
+    SYS_open_tree, SYS_perf_event_open, SYS_pivot_root, SYS_ppoll, SYS_pread64, SYS_process_vm_readv,
+    SYS_process_vm_writev, SYS_ptrace, SYS_pwrite64, SYS_read, SYS_reboot, SYS_recvfrom, SYS_recvmsg, SYS_request_key,
+    SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_setns,
+    SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_swapon, SYS_umount2, SYS_unshare, SYS_userfaultfd, SYS_write,
 };
 #[cfg(target_arch = "x86_64")]
 use libc::{SYS_epoll_wait, SYS_kexec_file_load, SYS_poll};
@@ -60,14 +60,17 @@ macro_rules! calls {
 }
 
 /// What the engine may do, all of its threads. No call of these takes a path, makes a socket or a process, or reaches
-/// another one.
+/// another one but where that has connected.
 pub const ENGINE: &[Call] = calls! {
     SYS_read "records from the relay; new settings; being woken by the other thread"
-    SYS_write "the log; waking the other thread; what `knockq status` and `explain` show"
+    SYS_write "the log; waking the other thread"
     SYS_recvmsg "what root says, with the descriptors of new settings"
-    SYS_recvfrom "what changed in the tables; the gate's answers"
-    SYS_sendmsg "answers to root"
-    SYS_sendto "commands to the gate; events to those who watch"
+    SYS_recvfrom "what changed in the tables; the gate's answers; what root's commands want"
+    SYS_sendmsg "what root is to do"
+    SYS_sendto "commands to the gate; replies; events to those who watch"
+    SYS_accept4 "who connects to the sockets that it was given"
+    SYS_getsockopt [Is(1, SOL_SOCKET), Is(2, SO_PEERCRED)] "whose they are"
+    SYS_shutdown [Is(1, SHUT_RD)] "who watches has nothing to say"
     SYS_close "settings that were read; watchers who went; the store, to open it anew after a failed write"
     SYS_fcntl [Is(1, F_GET_SEALS)] "new settings: nobody can change them any more"
     SYS_fcntl [Is(1, F_DUPFD_CLOEXEC)] "the store, to open it anew after a failed write"

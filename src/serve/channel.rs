@@ -14,7 +14,7 @@ use rustix::net::{
 };
 
 /// Descriptors that one message carries at most.
-const MAX_DESCRIPTORS: usize = 5;
+const MAX_DESCRIPTORS: usize = 13;
 
 /// What is said.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,75 +23,87 @@ pub enum Message {
     Start,
     /// Gate to root: the queue is bound, the table may be loaded.
     Bound,
+    /// Root to gate: let go of the table, it is about to be loaded anew.
+    Release,
+    /// Gate to root, let go of the table: it persists without an owner.
+    Persists,
+    /// Gate to root, let go of the table: the same, but it was not there, and is empty.
+    Made,
     /// Root to both: the table is loaded.
     Loaded,
-    /// Child to root: it works; or, it has done what was asked last.
+    /// Child to root, or root to engine: what was asked last is done.
     Ready,
-    /// Engine to root: somebody took the table away, load it again.
-    Lost,
-    /// Root to engine: get ready for these new settings. Root to gate: do what these limits allow, too, from now on.
-    Settings,
-    /// Engine to root: it is not ready for the new settings, and will not be.
+    /// Engine to root: the table is not there, or not the one of this configuration; it is for others to load.
     Unable,
-    /// Root to both, first to the engine: the old settings are over. The gate takes packets from now on.
+    /// Root to engine: here are the settings that were read. Root to gate: do what these limits allow, too, from now on.
+    Settings,
+    /// Root to gate: the limits of before are over; the gate takes packets from now on. Engine to root: it may hear so.
     Enforce,
-    /// Root to both: let go of the table, it is about to be loaded anew.
-    Release,
-    /// Root to engine: shut these doors, and write into this memory at which connections may have begun.
-    Revoke,
     /// Root to child: it is time to go.
     Stop,
-    /// Root to engine: write into this memory how it is.
-    Report,
-    /// Engine to root: it is written.
-    Reported,
-    /// Root to engine: write into this memory what was refused last.
-    Explain,
-    /// Root to engine: whoever is at the other end wants to know what happens.
-    Watch,
-    /// Engine to root: it is ready for the new settings.
-    Prepared,
+    /// Engine to root: have the configuration read again.
+    Read,
+    /// Root to engine: it was not taken, and here is why.
+    Refused,
+    /// Engine to root: would the table of what was read load? Where others load it: what does nft list?
+    Check,
+    /// Root to engine: it is the table that is loaded.
+    Same,
+    /// Engine to root: the gate is to do what was read, too.
+    Permit,
+    /// Engine to root: load the table of what is in force.
+    Load,
+    /// Engine to root: what was read is in force.
+    Reloaded,
+    /// Engine to root: what was read is not put in force.
+    Kept,
+    /// Engine to root: the table is not what it should be, and others have to load it.
+    Lost,
+    /// Engine to root: it is what it should be again.
+    Found,
+    /// Engine to root: the gate is not on trial any more.
+    Confirm,
+    /// Root to engine: somebody wants the configuration to be read again.
+    Hangup,
+    /// Root to engine: say that you live.
+    Ping,
+    /// Engine to root: it lives.
+    Alive,
 }
 
 impl Message {
-    const ALL: [Self; 16] = [
+    /// Each, in the order of the bytes that stand for them.
+    pub const ALL: [Self; 25] = [
         Self::Start,
         Self::Bound,
+        Self::Release,
+        Self::Persists,
+        Self::Made,
         Self::Loaded,
         Self::Ready,
-        Self::Lost,
-        Self::Settings,
         Self::Unable,
+        Self::Settings,
         Self::Enforce,
-        Self::Release,
-        Self::Revoke,
         Self::Stop,
-        Self::Report,
-        Self::Reported,
-        Self::Explain,
-        Self::Watch,
-        Self::Prepared,
+        Self::Read,
+        Self::Refused,
+        Self::Check,
+        Self::Same,
+        Self::Permit,
+        Self::Load,
+        Self::Reloaded,
+        Self::Kept,
+        Self::Lost,
+        Self::Found,
+        Self::Confirm,
+        Self::Hangup,
+        Self::Ping,
+        Self::Alive,
     ];
 
-    const fn byte(self) -> u8 {
-        match self {
-            Self::Start => 1,
-            Self::Bound => 2,
-            Self::Loaded => 3,
-            Self::Ready => 4,
-            Self::Lost => 5,
-            Self::Settings => 6,
-            Self::Unable => 7,
-            Self::Enforce => 8,
-            Self::Release => 9,
-            Self::Revoke => 10,
-            Self::Stop => 11,
-            Self::Report => 12,
-            Self::Reported => 13,
-            Self::Explain => 14,
-            Self::Watch => 15,
-            Self::Prepared => 16,
-        }
+    fn byte(self) -> u8 {
+        let place = Self::ALL.iter().position(|message| *message == self).unwrap_or_default();
+        u8::try_from(place + 1).unwrap_or_default()
     }
 }
 
@@ -184,11 +196,6 @@ impl Channel {
     }
 }
 
-/// Whether there is something to receive.
-pub(super) fn has_word(socket: &impl AsFd) -> bool {
-    is(socket, PollFlags::IN)
-}
-
 /// Whether the peer of a socket has closed its end. Reading nothing does not tell: a message may have no bytes.
 pub(super) fn has_hung_up(socket: &impl AsFd) -> bool {
     is(socket, PollFlags::RDHUP)
@@ -212,7 +219,7 @@ mod tests {
     use super::{Channel, MAX_DESCRIPTORS, Message, message_pair};
 
     #[test]
-    fn a_message_with_more_descriptors_than_five_is_refused() {
+    fn a_message_with_more_descriptors_than_there_may_be_is_refused() {
         let (peer, own) = message_pair().unwrap();
         let (peer, own) = (Channel::new(peer), Channel::new(own));
         let carried = io::stderr();

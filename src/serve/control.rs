@@ -1,34 +1,22 @@
-//! Root's command socket: what root asks of the running daemon.
-//!
-//! A request and its reply are one value each, in postcard's encoding, sent in one go. Both ends are this binary.
+//! What root asks of the running daemon, through a socket of its own: a request and its reply are one value each, in postcard's
+//! encoding, each sent in one go. Both ends are this binary.
 
-use std::fs;
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use rustix::fs::Mode;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
-};
-use rustix::process::umask;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::report::{Part, ROOM, RefusedPart, RevokedPart};
+use super::sockets::control_path;
 use crate::service::Name;
 
-/// Bytes of the longest request or reply.
-const MAX_LEN: usize = 4096;
-
-/// Time that a client has to say what it wants, and to take the reply: root waits for nobody.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes of the longest request.
+pub(super) const MAX_LEN: usize = 4096;
 
 /// Time that the daemon may take: as long as it waits for the files, and then for a disk. Ten thousand users take two
 /// seconds to reload.
@@ -88,7 +76,7 @@ impl Selection {
 }
 
 /// What came of it.
-#[derive(PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub enum Reply {
     /// It is done.
     Done,
@@ -99,6 +87,20 @@ pub enum Reply {
         /// What to do about it.
         hint: String,
     },
+    /// Doors are shut, and these were whose.
+    Revoked(RevokedPart),
+    /// What was refused last.
+    Explained(RefusedPart),
+}
+
+impl Part for Reply {
+    fn halve(&mut self) {
+        match self {
+            Self::Done | Self::Refused { .. } => {}
+            Self::Revoked(part) => part.halve(),
+            Self::Explained(part) => part.halve(),
+        }
+    }
 }
 
 /// Why nobody answers, or the answer is no use.
@@ -128,6 +130,12 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// It does not answer.
+    #[error("{}: the daemon runs, but does not answer: its engine stands still", path.display())]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The daemon was started from another version of this binary.
     #[error("{}: the daemon that runs is another version than this command", path.display())]
     OtherVersion {
@@ -153,8 +161,9 @@ impl ControlError {
         }
     }
 
-    fn of_talking(path: PathBuf, cause: io::Error) -> Self {
+    pub(super) fn of_talking(path: PathBuf, cause: io::Error) -> Self {
         match cause.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => Self::Silent { path },
             ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Self::HungUp { path },
             ErrorKind::InvalidData => Self::OtherVersion { path },
             _ => Self::Io { path, cause },
@@ -162,139 +171,25 @@ impl ControlError {
     }
 }
 
-/// Root's end.
-pub struct Control {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Control {
-    /// Listens, for root alone.
-    ///
-    /// # Errors
-    /// When another daemon does, or the directory cannot be made.
-    pub fn listen(directory: &Path) -> Result<Self, ControlError> {
-        let path = socket_path(directory);
-        let fail = |cause| ControlError::Io { path: path.clone(), cause };
-        if UnixStream::connect(&path).is_ok() {
-            return Err(ControlError::Taken { path });
-        }
-        fs::create_dir_all(directory).map_err(fail)?;
-        let _ = fs::remove_file(&path); // of a daemon that was killed
-        let before = umask(Mode::XUSR | Mode::RWXG | Mode::RWXO);
-        let listener = UnixListener::bind(&path);
-        umask(before);
-        let listener = listener.map_err(fail)?;
-        listener.set_nonblocking(true).map_err(fail)?;
-        Ok(Self { listener, path })
-    }
-
-    /// Takes one request, with the stream that its reply goes to; `None` if whoever asked did not ask in time, or made no
-    /// sense.
-    pub fn accept(&self) -> Option<(Request, UnixStream)> {
-        let (mut stream, _) = self.listener.accept().ok()?;
-        stream.set_nonblocking(false).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).ok()?;
-        stream.set_write_timeout(Some(PATIENCE)).ok()?;
-        Some((receive(&mut stream).ok()?, stream))
-    }
-}
-
-impl AsFd for Control {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Replies; whoever asked may have gone away.
-pub fn reply(mut stream: UnixStream, reply: &Reply) {
-    let _ = send(&mut stream, reply);
-}
-
-/// Replies with a descriptor.
-pub fn hand_over(stream: &UnixStream, memory: &OwnedFd) {
-    let Ok(bytes) = postcard::to_stdvec(&Reply::Done) else { return };
-    let descriptors = [memory.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        let _ = sendmsg(stream, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL);
-    }
-}
-
-/// Asks the running daemon for something that it hands over as a descriptor; else its reply.
-///
-/// # Errors
-/// As [`ask`].
-pub fn ask_for_memory(directory: &Path, request: &Request) -> Result<Result<OwnedFd, Reply>, ControlError> {
-    talk(directory, request, |stream| {
-        let (bytes, mut descriptors) = receive_with_descriptors(&*stream)?;
-        if bytes.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let reply = postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData)?;
-        Ok(descriptors.pop().ok_or(reply))
-    })
-}
-
-/// What comes next, with two descriptors at most; no bytes at the end.
-pub(super) fn receive_with_descriptors(socket: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut bytes = vec![0; MAX_LEN];
-    let received = recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    bytes.truncate(received.bytes);
-    let descriptors = ancillary.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
-        _ => Vec::new(),
-    });
-    Ok((bytes, descriptors.collect()))
-}
-
 /// Asks the running daemon.
 ///
 /// # Errors
 /// [`ControlError`]; then nothing has been done, or nobody knows.
 pub fn ask(directory: &Path, request: &Request) -> Result<Reply, ControlError> {
-    talk(directory, request, receive)
-}
-
-fn talk<T>(
-    directory: &Path,
-    request: &Request,
-    answer: impl FnOnce(&mut UnixStream) -> io::Result<T>,
-) -> Result<T, ControlError> {
-    let path = socket_path(directory);
+    let path = control_path(directory);
     let mut stream = UnixStream::connect(&path).map_err(|cause| ControlError::of_connecting(&path, cause))?;
-    let told = stream.set_read_timeout(Some(WORK)).and_then(|()| send(&mut stream, request));
-    told.and_then(|()| answer(&mut stream)).map_err(|cause| ControlError::of_talking(path, cause))
+    let request = postcard::to_stdvec(request).map_err(io::Error::other);
+    let told = stream.set_read_timeout(Some(WORK)).and(request).and_then(|request| stream.write_all(&request));
+    let reply = told.and_then(|()| read_all(&stream)).and_then(|reply| match reply.as_slice() {
+        [] => Err(ErrorKind::UnexpectedEof.into()),
+        reply => postcard::from_bytes(reply).map_err(|_| ErrorKind::InvalidData.into()),
+    });
+    reply.map_err(|cause| ControlError::of_talking(path, cause))
 }
 
-fn socket_path(directory: &Path) -> PathBuf {
-    directory.join("control.sock")
-}
-
-fn send<T: Serialize>(stream: &mut UnixStream, value: &T) -> io::Result<()> {
-    stream.write_all(&postcard::to_stdvec(value).map_err(io::Error::other)?)
-}
-
-fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
-    let mut bytes = [0; MAX_LEN];
-    loop {
-        match stream.read(&mut bytes) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(length) => {
-                let value = postcard::from_bytes(bytes.get(..length).unwrap_or_default());
-                return value.map_err(|_| io::ErrorKind::InvalidData.into());
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {} // by a signal: SIGHUP, say
-            Err(error) => return Err(error),
-        }
-    }
+/// All that the daemon says.
+pub(super) fn read_all(stream: &UnixStream) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    stream.take(u64::try_from(ROOM).unwrap_or(u64::MAX)).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }

@@ -1,15 +1,11 @@
-//! Why the daemon does not start, or ends.
+//! Why root ends.
 
 use std::io;
-use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::control::ControlError;
-use super::gate_table::GateError;
+use super::channel::Message;
 use super::sandbox::SandboxError;
-use super::vocabulary::Breach;
-use crate::config::{ConfigError, FileError};
 
 /// Why root leaves its work.
 pub(super) enum Ended {
@@ -17,10 +13,10 @@ pub(super) enum Ended {
     Asked,
     /// The time of `serve --try` is over.
     Unconfirmed,
-    Failed(ServeError),
+    Failed(RootError),
 }
 
-impl<E: Into<ServeError>> From<E> for Ended {
+impl<E: Into<RootError>> From<E> for Ended {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
     }
@@ -28,52 +24,23 @@ impl<E: Into<ServeError>> From<E> for Ended {
 
 /// Why the daemon does not start, or stops.
 #[derive(Debug, Error)]
-pub enum ServeError {
+pub enum RootError {
     /// Not enough privileges to begin with.
     #[error("serve: needs root with CAP_NET_ADMIN")]
     NotRoot,
-    /// The configuration is refused.
+    /// A privilege stayed.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The counter store is not there or not safe.
-    #[error(transparent)]
-    Store(FileError),
-    /// It was replaced or taken away while the daemon started.
-    #[error("{}: the counter store was replaced or taken away while the daemon started", path.display())]
-    StoreReplaced {
-        /// The store's file.
-        path: PathBuf,
-    },
-    /// The account is unusable.
-    #[error(transparent)]
-    Account(#[from] SandboxError),
-    /// Another process has the queue.
-    #[error("queue {number}: already bound by {owner}")]
-    QueueTaken {
-        /// Its number.
-        number: u16,
-        /// The process, as far as the kernel tells.
-        owner: String,
-    },
-    /// The gate's program is not there.
-    #[error("{}: no such file: the program that opens the doors", path.display())]
-    NoGate {
-        /// Where it should be.
-        path: PathBuf,
-    },
-    /// The table is not as it should be.
-    #[error(transparent)]
-    Gate(#[from] GateError),
-    /// The command socket is not to be had.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// `serve --try` cannot undo what others load.
-    #[error("serve --try: ruleset = \"external\" leaves the gate to others, so it cannot be undone here")]
-    NothingToUndo,
+    Sandbox(#[from] SandboxError),
+    /// The table could not be loaded. This is what nft says.
+    #[error("nft: {0}")]
+    Nft(String),
+    /// It is for others to load, and they have not.
+    #[error("table inet knockq is not there, or not that of this configuration (ruleset = \"external\")")]
+    NotLoaded,
     /// Nobody confirmed in time.
     #[error("not confirmed: the gate is taken away, and the guarded ports are as open as without knockq")]
     NotConfirmed,
-    /// A child reported its own error and ended with this code.
+    /// A child ended with this code, and has said why.
     #[error("{process} could not start")]
     ChildFailed {
         /// Which.
@@ -112,4 +79,57 @@ pub enum ServeError {
     /// The kernel refused something.
     #[error("serve: {0}")]
     Io(#[from] io::Error),
+}
+
+/// What no child of ours would do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+pub enum Breach {
+    /// Another number of bytes, or another byte.
+    #[error("it sent what is no message")]
+    NoMessage,
+    /// A message at the wrong time.
+    #[error("it said {0:?}, which nobody waits for")]
+    Unasked(Message),
+    /// Its messages pile up.
+    #[error("it does not read what it is told")]
+    Deaf,
+    /// What it handed over is not what is expected.
+    #[error("what it handed over cannot be read")]
+    Unreadable,
+}
+
+impl RootError {
+    /// A child said what nobody waits for.
+    pub(super) const fn unasked(process: &'static str, said: Message) -> Self {
+        Self::Breach { process, breach: Breach::Unasked(said) }
+    }
+
+    /// What to do.
+    pub const fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NotRoot => Some("run it as root: sudo knockq serve"),
+            Self::Sandbox(SandboxError::Unprovable) => {
+                Some("boot Linux 5.9 or newer, with CONFIG_SECCOMP_FILTER as every distribution has it")
+            }
+            Self::Nft(_) => Some("see what is there with `nft list table inet knockq`, and if another knockq runs"),
+            Self::NotLoaded => Some(
+                "make it anew with `knockq ruleset --output FILE`, include that in /etc/nftables.conf, and load it: nft -f FILE",
+            ),
+            Self::NotConfirmed => Some("run `knockq confirm` within the time once a knock has opened the port"),
+            _ => None,
+        }
+    }
+
+    /// The exit code, as of sysexits.h.
+    pub const fn code(&self) -> u8 {
+        const FAILED: u8 = 1;
+        const PERMISSION: u8 = 77;
+        const CONFIGURATION: u8 = 78;
+        match self {
+            Self::NotRoot => PERMISSION,
+            Self::Sandbox(SandboxError::Unprovable) => CONFIGURATION,
+            Self::ChildFailed { code, .. } => *code,
+            _ => FAILED,
+        }
+    }
 }

@@ -17,24 +17,27 @@ use tokio::time::MissedTickBehavior;
 use tracing::field::display;
 use tracing::{debug, info, warn};
 
+use self::reload::{Reload, unexpected};
 use super::channel::{Channel, Message};
 use super::clock::{Clock, Jump, unix_now};
-use super::control::Selection;
+use super::control::{Reply, Request};
 use super::figures::Figures;
 use super::gate_link::GateLink;
-use super::policy::Policy;
 use super::reconciler::Reconciler;
 use super::refusals::Refusals;
 use super::repeats::Trouble;
-use super::report::{self, EnginePart};
+use super::report::{DaemonPart, Queue, Status, Table};
 use super::sandbox::{self, SandboxError};
-use super::settings::Settings;
+use super::settings::{Outline, Settings};
 use super::store::{Origin, Store, StoreError, StoreFloor};
+use super::visitors::{Visitor, Visitors};
 use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
 use crate::nft::Boot;
 use crate::queue::{RelayReader, records};
 use crate::verify::{Claim, Decision, Recorded, Refusal, Verifier, Withdrawal};
+
+mod reload;
 
 /// Keys that the index moves on by at one go: about a third of a millisecond.
 pub const SLICE: usize = 1_000;
@@ -87,16 +90,18 @@ impl From<io::Error> for EngineError {
     }
 }
 
-/// Runs the engine until root's process goes away.
+/// Runs the engine until root's process goes away; with `trial`, the gate goes in so many seconds unless somebody confirms it.
 ///
 /// # Errors
 /// [`EngineError`]: whatever it is, all processes stop.
-pub fn run() -> Result<(), EngineError> {
+pub fn run(trial: Option<u64>) -> Result<(), EngineError> {
     terminal::leave(c"knockq-engine")?;
     give_memory_back()?;
     let root = Channel::of_stdin()?;
-    let Some([relay, gate, watch, settings, store]) = root.expect(Message::Start)? else { return Ok(()) };
-    let Settings { identity, server, store_path, registry, policy } = handover::unseal(settings)?;
+    let Some([relay, gate, tables, settings, store, control, status, watch]) = root.expect(Message::Start)? else {
+        return Ok(());
+    };
+    let Settings { identity, server, store_path, registry, policy, outline } = handover::unseal(settings)?;
     let boot = Boot::this()?;
     let unprivileged = sandbox::give_up_privileges(identity, None)?;
 
@@ -104,8 +109,9 @@ pub fn run() -> Result<(), EngineError> {
     let _inside = runtime.enter();
     let root_speaks = socket(root.as_fd().try_clone_to_owned()?)?;
     let relay = RelayReader::new(relay)?;
-    let reconciler = Reconciler::new(GateLink::new(gate), watch, policy, boot);
+    let reconciler = Reconciler::new(GateLink::new(gate), tables, policy, boot);
     let tables = socket(reconciler.as_fd().try_clone_to_owned()?)?;
+    let visitors = Visitors::new([control, status, watch])?;
     let writing = writer::start()?;
     let store = File::from(store);
     let origin = Origin::of(&store)?;
@@ -136,8 +142,14 @@ pub fn run() -> Result<(), EngineError> {
         reconciler,
         tables,
         writing,
+        visitors,
+        queues: None,
         verifier,
-        next: None,
+        outline,
+        reload: Reload::default(),
+        has_complained: false,
+        trial: trial.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
+        started: Instant::now(),
         refusals: Refusals::new(Instant::now(), floor),
         figures: Figures::default(),
         claimed: VecDeque::new(),
@@ -168,9 +180,18 @@ struct Process {
     /// Where the kernel tells of changes to the tables.
     tables: UnixDatagram,
     writing: Writing,
+    /// Those who connect.
+    visitors: Visitors,
+    /// Where the kernel lists who has which queue.
+    queues: Option<File>,
     verifier: Verifier,
-    /// What is to take the place of verifier and policy.
-    next: Option<Box<(Verifier, Policy)>>,
+    outline: Outline,
+    reload: Reload,
+    /// It is known that others have not loaded the table.
+    has_complained: bool,
+    /// When the gate is undone unless somebody confirms it.
+    trial: Option<Instant>,
+    started: Instant,
     refusals: Refusals,
     figures: Figures,
     /// The packets of claims whose counters are being written, or wait for it, in the order in which they are.
@@ -205,6 +226,7 @@ impl Process {
                         return Ok(());
                     }
                 }
+                visitor = self.visitors.next() => self.receive(visitor)?,
                 done = self.writing.done.recv() => self.take(done.ok_or(EngineError::WriterGone)?)?,
                 _ = tick.tick() => self.tick()?,
                 changed = self.tables.readable(), if serves => {
@@ -224,7 +246,7 @@ impl Process {
                 self.reconciler.settle_some()?;
             }
             if self.reconciler.take_lost() {
-                self.root.send(Message::Lost, &[])?;
+                self.lost()?;
             }
             self.reconciler.check()?;
         }
@@ -262,56 +284,76 @@ impl Process {
     /// Does what root says; `false` if it is time to go.
     fn obey(&mut self, said: Option<(Message, Vec<OwnedFd>)>) -> Result<bool, EngineError> {
         let Some((message, mut descriptors)) = said else { return Ok(false) };
-        let answer = match (message, descriptors.pop()) {
+        match (message, descriptors.pop()) {
             (Message::Stop, _) => return Ok(false),
-            (Message::Loaded, _) => {
-                if !self.reconciler.loaded()? {
-                    return Ok(true);
-                }
-                Message::Ready
+            (Message::Loaded, queues) => {
+                self.queues = self.queues.take().or(queues.map(File::from));
+                self.loaded()?;
             }
-            (Message::Release, _) => {
-                self.reconciler.released()?;
-                Message::Ready
-            }
-            (Message::Settings, Some(settings)) => match self.writing.work.try_send(Work::Prepare(settings)) {
-                Ok(()) => return Ok(true),
-                Err(mpsc::TrySendError::Full(_)) => Message::Unable,
-                Err(mpsc::TrySendError::Disconnected(_)) => return Err(EngineError::WriterGone),
-            },
-            (Message::Enforce, _) => {
-                if let Some(next) = self.next.take() {
-                    let (verifier, policy) = *next;
-                    self.verifier.replace_with(verifier);
-                    self.figures.keep(self.verifier.users());
-                    self.reconciler.enforce(policy)?;
-                }
-                Message::Ready
-            }
-            (Message::Watch, Some(watcher)) => {
-                watchers::add(watcher);
-                return Ok(true);
-            }
-            (Message::Revoke, Some(selection)) => {
-                let memory = descriptors.pop().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-                let selection: Selection = handover::unseal(selection)?;
-                report::write(memory, self.reconciler.revoke(&selection)?)?;
-                Message::Ready
-            }
-            (Message::Report, Some(memory)) => {
-                let narrowed = self.verifier.narrowed(unix_now()).cloned().collect();
-                let knocks = self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor());
-                report::write(memory, EnginePart { knocks, doors: self.reconciler.part() })?;
-                Message::Reported
-            }
-            (Message::Explain, Some(memory)) => {
-                report::write(memory, self.figures.refused_part(self.verifier.accepted(), self.verifier.floor()))?;
-                Message::Reported
-            }
-            _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
-        };
-        self.root.send(answer, &[])?;
+            (Message::Ready, listed) => self.done(false, listed)?,
+            (Message::Same, None) => self.done(true, None)?,
+            (Message::Settings, Some(settings)) => self.read(settings)?,
+            (Message::Refused, Some(why)) => self.refused(why)?,
+            (Message::Hangup, None) => self.reload(None)?,
+            (Message::Ping, None) => self.root.send(Message::Alive, &[])?,
+            _ => return Err(unexpected()),
+        }
         Ok(true)
+    }
+
+    /// Does what somebody wants who has connected.
+    fn receive(&mut self, visitor: Visitor) -> Result<(), EngineError> {
+        match visitor {
+            Visitor::Asker(Request::Reload, asker) => return self.reload(Some(asker)),
+            Visitor::Asker(Request::Revoke(selection), asker) => {
+                asker.reply(Reply::Revoked(self.reconciler.revoke(&selection)?));
+            }
+            Visitor::Asker(Request::Explain, asker) => {
+                let part = self.figures.refused_part(self.verifier.accepted(), self.verifier.floor());
+                asker.reply(Reply::Explained(part));
+            }
+            Visitor::Asker(Request::Confirm, asker) => asker.reply(self.confirm()?),
+            Visitor::Status(reader) => {
+                let status = self.status();
+                self.visitors.tell(reader, status);
+            }
+            Visitor::Watcher(socket, uid) => {
+                watchers::admit(socket, uid);
+            }
+        }
+        Ok(())
+    }
+
+    fn confirm(&mut self) -> Result<Reply, EngineError> {
+        if self.trial.take().is_none() {
+            let hint = "`knockq serve --try 10m` sets a gate up on trial".to_owned();
+            return Ok(Reply::Refused { message: "the gate is not on trial, so it stays".to_owned(), hint });
+        }
+        self.root.send(Message::Confirm, &[])?;
+        Ok(Reply::Done)
+    }
+
+    fn status(&mut self) -> Status {
+        let now = Instant::now();
+        let narrowed = self.verifier.narrowed(unix_now()).cloned().collect();
+        let knocks = self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor());
+        let doors = self.reconciler.part();
+        let table = Table {
+            is_managed: self.reconciler.owns_table(),
+            is_right: self.reload.look.is_none(),
+            is_owned: self.reconciler.is_ours_alone(),
+            trial: self.trial.map(|end| end.saturating_duration_since(now).as_secs()),
+        };
+        let daemon = DaemonPart {
+            uptime: now.duration_since(self.started).as_secs(),
+            users: self.outline.users,
+            services: self.outline.services,
+            table,
+            queue: self.queues.as_ref().and_then(|queues| Queue::read(queues, self.outline.queue)),
+            reloaded: self.reload.last,
+            waits_for_disk: self.reload.waits_for_disk,
+        };
+        Status { daemon, knocks, doors }
     }
 
     fn claim(&mut self, claim: Claim, packet: Vec<u8>) -> Result<(), EngineError> {
@@ -342,11 +384,7 @@ impl Process {
                 }
                 self.tell_waiting();
             }
-            Done::Prepared(next) => {
-                let outcome = if next.is_some() { Message::Prepared } else { Message::Unable };
-                self.next = next;
-                self.root.send(outcome, &[])?;
-            }
+            Done::Prepared(next) => self.prepared(next)?,
         }
         Ok(())
     }
@@ -401,6 +439,7 @@ impl Process {
 
     fn tick(&mut self) -> Result<(), EngineError> {
         self.watch_clock();
+        self.mind_the_time()?;
         let now = unix_now();
         self.is_behind = self.verifier.advance(now, SLICE);
         self.verifier.forget(now);

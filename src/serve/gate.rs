@@ -1,6 +1,6 @@
 //! The gate: holds CAP_NET_ADMIN, looks at no byte of a packet, and does what the engine asks, within the limits that root has set.
 
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,10 @@ use super::admission::{Admission, NotPermitted};
 use super::channel::{Channel, Message, has_hung_up};
 use super::commands::{self, Answer, BATCH, COMMAND_LEN, Command, CommandError, monotonic};
 use super::limits::{Limits, NoLimit};
+use super::line::Lines;
 use super::sandbox::{self, SandboxError};
 use super::{calls, handover, terminal};
-use crate::nft::{Comment, Door, Doors, Element, ElementError, Listing, Ownership};
+use crate::nft::{Comment, Door, Doors, Element, ElementError, Listing, Ownership, track_sessions};
 use crate::queue::{KernelQueue, QueueError, RelayWriter};
 
 /// Time between two looks at what is over.
@@ -71,11 +72,11 @@ impl GateError {
     }
 }
 
-/// Runs the gate until root goes away; `log` takes a line, with its priority of sd-daemon(3).
+/// Runs the gate until root goes away.
 ///
 /// # Errors
 /// [`GateError`]: whatever it is, all processes stop.
-pub fn run(log: fn(u8, &str)) -> Result<(), GateError> {
+pub fn run(lines: Lines) -> Result<(), GateError> {
     terminal::leave(c"knockq-gate")?;
     let root = Channel::of_stdin()?;
     let Some([relay, engine, limits]) = root.expect(Message::Start)? else { return Ok(()) };
@@ -85,29 +86,21 @@ pub fn run(log: fn(u8, &str)) -> Result<(), GateError> {
     let unprivileged = sandbox::give_up_privileges(limits.identity, Some(Capability::CAP_NET_ADMIN))?;
     queue.bind()?;
     unprivileged.allow_only(calls::GATE)?;
-    root.send(Message::Bound, &[])?;
-    let Some([]) = root.expect(Message::Loaded)? else { return Ok(()) };
-    let (relay, doors) = (RelayWriter::new(relay), Doors::new()?);
     let mut gate = Gate {
-        log,
+        lines,
         root,
         queue,
-        relay,
+        relay: RelayWriter::new(relay),
         engine,
-        doors,
+        doors: Doors::new()?,
         owns_table: false,
         admission: Admission::new(limits, Instant::now()),
         listing: None,
         untold: Vec::new(),
         seen: 0,
     };
-    if !gate.own_table()? {
-        return Err(GateError::NoTable);
-    }
-    if gate.owns_table {
-        log(6, "the table is owned: nobody else can change or flush it");
-    }
-    gate.root.send(Message::Ready, &[])?;
+    gate.keep_sessions(gate.admission.limits());
+    gate.root.send(Message::Bound, &[])?;
     match gate.serve() {
         Err(GateError::HungUp) if gate.is_told_to_stop()? => Ok(()),
         done => done,
@@ -115,7 +108,7 @@ pub fn run(log: fn(u8, &str)) -> Result<(), GateError> {
 }
 
 struct Gate {
-    log: fn(u8, &str),
+    lines: Lines,
     root: Channel,
     queue: KernelQueue,
     relay: RelayWriter,
@@ -178,7 +171,7 @@ impl Gate {
 
     /// `false`: it is time to go.
     fn log_root_gone(&self) -> bool {
-        (self.log)(3, "root is gone; stopping all, and every door closes by its own timeout");
+        self.lines.error("root is gone; stopping all, and every door closes by its own timeout");
         false
     }
 
@@ -187,31 +180,69 @@ impl Gate {
         let Some((message, mut descriptors)) = self.root.receive()? else {
             return Ok(self.log_root_gone());
         };
-        match (message, descriptors.pop()) {
+        let answer = match (message, descriptors.pop()) {
             (Message::Stop, _) => return Ok(false),
             (Message::Loaded, _) => {
                 self.own_table()?;
+                Message::Ready
             }
-            (Message::Release, _) => self.let_go_of_table()?,
-            (Message::Settings, Some(limits)) => self.admission.prepare(handover::unseal_text(limits)?.parse()?),
-            (Message::Enforce, _) => self.admission.enforce(),
+            (Message::Release, _) => self.release_table()?,
+            (Message::Settings, Some(limits)) => {
+                let limits: Limits = handover::unseal_text(limits)?.parse()?;
+                self.keep_sessions(&limits);
+                self.admission.prepare(limits);
+                Message::Ready
+            }
+            (Message::Enforce, _) => {
+                self.admission.enforce();
+                Message::Ready
+            }
             _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
-        }
-        self.root.send(Message::Ready, &[])?;
+        };
+        self.root.send(answer, &[])?;
         Ok(true)
     }
 
-    /// Owns the table, where the kernel allows it; `false` if it is not there.
-    fn own_table(&mut self) -> Result<bool, GateError> {
+    /// Connections that are there before their port is guarded live on. What keeps conntrack from knowing them keeps no gate from
+    /// standing.
+    fn keep_sessions(&self, limits: &Limits) {
+        if let Err(error) = track_sessions(&limits.sessions) {
+            self.lines.warning(&format!("connections from before the gate may be cut: {error}"));
+        }
+    }
+
+    /// Owns the table, where the kernel allows it.
+    fn own_table(&mut self) -> Result<(), GateError> {
         if !self.admission.limits().owns_table {
-            return Ok(true); // whoever loads it must be able to load it again
+            return Ok(()); // whoever loads it must be able to load it again
         }
         let ownership = self.doors.own_table()?;
-        self.owns_table = ownership == Ownership::Adopted;
+        let owned_before = std::mem::replace(&mut self.owns_table, ownership == Ownership::Adopted);
         if ownership == Ownership::Made {
             self.let_go_of_table()?; // what was made is empty, a gate that lets all in
+            if !self.admission.is_open() {
+                return Err(GateError::NoTable);
+            }
         }
-        Ok(ownership != Ownership::Made)
+        if self.owns_table && !owned_before && !self.admission.is_open() {
+            self.lines.info("the table is owned: nobody else can change or flush it");
+        }
+        Ok(())
+    }
+
+    /// Lets go of the table, and says how it is to be loaded: nft fills one that persists without an owner, then this adopts it.
+    fn release_table(&mut self) -> Result<Message, GateError> {
+        self.let_go_of_table()?;
+        if !self.admission.limits().owns_table {
+            return Ok(Message::Ready);
+        }
+        let ownership = self.doors.own_table()?;
+        self.let_go_of_table()?;
+        Ok(match ownership {
+            Ownership::Made => Message::Made,
+            Ownership::Adopted => Message::Persists,
+            Ownership::Unsupported => Message::Ready,
+        })
     }
 
     /// From here on others may change the table, root among them.
@@ -252,7 +283,7 @@ impl Gate {
             Err(Errno::AGAIN) => Err(GateError::Deaf),
             Err(error) => Err(io::Error::from(error).into()),
         }?;
-        self.untold.drain(..).for_each(|line| (self.log)(6, &line)); // a log that stands still keeps no answer back
+        self.untold.drain(..).for_each(|line| self.lines.info(&line)); // a log that stands still keeps no answer back
         Ok(())
     }
 
@@ -334,16 +365,4 @@ fn errno(error: &ElementError) -> i32 {
         }
     };
     errno.raw_os_error()
-}
-
-/// Time that the log may take for a line.
-const LOG_TIME: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
-
-/// Writes a line of the log, in one go; a log that stands still loses it.
-pub fn write_line(has_priorities: bool, priority: u8, text: &str) {
-    if poll(&mut [PollFd::new(&io::stderr(), PollFlags::OUT)], Some(&LOG_TIME)) == Ok(0) {
-        return;
-    }
-    let mark = if has_priorities { format!("<{priority}>") } else { String::new() };
-    let _ = io::stderr().write_all(format!("{mark}gate: {text}\n").as_bytes());
 }

@@ -51,7 +51,11 @@ pub fn unseal_text(memory: OwnedFd) -> io::Result<String> {
     String::from_utf8(unseal_bytes(memory)?.to_vec()).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-fn unseal_bytes(memory: OwnedFd) -> io::Result<Zeroizing<Vec<u8>>> {
+/// Reads bytes back, and closes the memory.
+///
+/// # Errors
+/// When it is no sealed memory, which could change or never end.
+pub fn unseal_bytes(memory: OwnedFd) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut memory = File::from(memory);
     if !fcntl_get_seals(&memory)?.contains(SEALS) || memory.seek(SeekFrom::End(0))? > MAX_LEN {
         return Err(io::ErrorKind::InvalidData.into());

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -31,6 +31,8 @@ pub struct Limits {
     pub from: Option<BTreeSet<IpNet>>,
     /// The administrator's sets that may have sources.
     pub sets: BTreeSet<SetName>,
+    /// Connections from before their port was guarded, which live on: the client's end, and ours.
+    pub sessions: BTreeSet<(SocketAddr, SocketAddr)>,
 }
 
 /// No line of [`Limits`].
@@ -61,7 +63,8 @@ impl fmt::Display for Limits {
             Some(from) => from.iter().try_for_each(|network| writeln!(f, "from {network}"))?,
             None => writeln!(f, "from any")?,
         }
-        self.sets.iter().try_for_each(|set| writeln!(f, "set {set}"))
+        self.sets.iter().try_for_each(|set| writeln!(f, "set {set}"))?;
+        self.sessions.iter().try_for_each(|(client, server)| writeln!(f, "session {client} {server}"))
     }
 }
 
@@ -70,10 +73,11 @@ impl FromStr for Limits {
 
     /// Whatever is not said allows nothing.
     fn from_str(text: &str) -> Result<Self, NoLimit> {
-        let (ports, from, sets) = (BTreeMap::new(), Some(BTreeSet::new()), BTreeSet::new());
+        let (ports, from) = (BTreeMap::new(), Some(BTreeSet::new()));
+        let (sets, sessions) = (BTreeSet::new(), BTreeSet::new());
         let identity = Identity { uid: u32::MAX, gid: u32::MAX };
         let (queue, owns_table, answer, grants_per_minute) = (0, false, Answer::Drop, 0);
-        let mut limits = Self { identity, queue, owns_table, answer, grants_per_minute, ports, from, sets };
+        let mut limits = Self { identity, queue, owns_table, answer, grants_per_minute, ports, from, sets, sessions };
         for line in text.lines() {
             limits.read(line).ok_or_else(|| NoLimit(line.to_owned()))?;
         }
@@ -104,6 +108,9 @@ impl Limits {
             ("set", Some(_)) => {
                 self.sets.insert(value.parse().ok()?);
             }
+            ("session", Some((client, server))) => {
+                self.sessions.insert((client.parse().ok()?, server.parse().ok()?));
+            }
             _ => return None,
         }
         Some(())
@@ -124,6 +131,7 @@ mod tests {
             ports: BTreeMap::from([(("tcp/22".parse().unwrap(), false), 30), (("udp/25".parse().unwrap(), true), 60)]),
             from: Some(["192.0.2.0/24".parse().unwrap(), "2001:db8::/64".parse().unwrap()].into()),
             sets: ["inet filter alice".parse().unwrap()].into(),
+            sessions: [("[2001:db8::1]:40000".parse().unwrap(), "[2001:db8::2]:22".parse().unwrap())].into(),
         }
     }
 
@@ -133,7 +141,18 @@ mod tests {
         for limits in [some, any] {
             assert_eq!(limits.to_string().parse(), Ok(limits));
         }
-        for line in ["", "port tcp/22", "port tcp 22", "from", "from x", "set a b", "queue 65536", "owns it", "else"] {
+        for line in [
+            "",
+            "port tcp/22",
+            "port tcp 22",
+            "from",
+            "from x",
+            "set a b",
+            "session 192.0.2.1:9",
+            "queue 65536",
+            "owns it",
+            "else",
+        ] {
             let text = format!("{}{line}\n", limits());
             assert_eq!(text.parse::<Limits>().unwrap_err().to_string(), format!("`{line}` is no limit"));
         }

@@ -23,6 +23,12 @@ pub struct Style {
 }
 
 impl Style {
+    /// As options of a child.
+    pub fn flags(self) -> impl Iterator<Item = &'static str> {
+        let flags = [("--priorities", self.priorities), ("--debug", self.debug)];
+        flags.into_iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| flag)
+    }
+
     /// Under systemd, standard error is the journal's.
     pub fn of_environment(debug: bool) -> Self {
         Self { priorities: std::env::var_os("JOURNAL_STREAM").is_some(), debug }

@@ -1,4 +1,4 @@
-//! A child process: this binary again, in another role.
+//! A child process of root's: a program, the channel to it, and its end.
 
 use std::ffi::OsStr;
 use std::io;
@@ -8,10 +8,8 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use super::channel::{Channel, Message, has_word, message_pair};
-use super::ending::ServeError;
-use super::log::Style;
-use super::vocabulary::{Breach, Vocabulary};
+use super::channel::{Channel, Message, message_pair};
+use super::ending::{Breach, RootError};
 
 /// Time that a child has to end when it is told to.
 const STOP: Duration = Duration::from_secs(5);
@@ -24,7 +22,6 @@ pub(super) struct Process {
     pub(super) name: &'static str,
     child: Child,
     pub(super) channel: Option<Channel>,
-    vocabulary: Vocabulary,
 }
 
 /// How a child ended.
@@ -45,32 +42,22 @@ impl Process {
         name: &'static str,
         program: &Path,
         arguments: &[&OsStr],
-        style: Style,
         log: Option<&OwnedFd>,
     ) -> io::Result<Self> {
         let (ours, theirs) = message_pair()?;
         let mut command = Command::new(program);
         command.arg0(format!("knockq: {name}")).args(arguments);
-        for (flag, is_set) in [("--priorities", style.priorities), ("--debug", style.debug)] {
-            if is_set {
-                command.arg(flag);
-            }
-        }
         if let Some(log) = log {
             command.stderr(log.try_clone()?);
         }
         let child = command.env_clear().current_dir("/").stdin(theirs).stdout(Stdio::null()).spawn()?;
-        Ok(Self { name, child, channel: Some(Channel::new(ours)), vocabulary: Vocabulary::new(name) })
+        Ok(Self { name, child, channel: Some(Channel::new(ours)) })
     }
 
-    /// Tells it something.
-    pub(super) fn tell(&mut self, message: Message, descriptors: &[&OwnedFd]) -> Result<(), ServeError> {
-        if self.vocabulary.is_to_be_silent() && self.channel.as_ref().is_some_and(has_word) {
-            self.hear()?; // what waits to be heard was said too early
-        }
+    /// Tells it something. It is never waited for.
+    pub(super) fn tell(&self, message: Message, descriptors: &[OwnedFd]) -> Result<(), RootError> {
         let Some(channel) = &self.channel else { return Ok(()) };
-        self.vocabulary.tell(message);
-        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(|descriptor| descriptor.as_fd()).collect();
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         channel.send(message, &descriptors).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => self.breaks(Breach::Deaf),
             _ => error.into(),
@@ -78,19 +65,16 @@ impl Process {
     }
 
     /// What it says; `None` when it has hung up.
-    pub(super) fn hear(&mut self) -> Result<Option<(Message, Vec<OwnedFd>)>, ServeError> {
+    pub(super) fn hear(&self) -> Result<Option<(Message, Vec<OwnedFd>)>, RootError> {
         match self.channel.as_ref().map(Channel::receive) {
-            Some(Ok(Some((message, descriptors)))) => {
-                self.vocabulary.hear(message, descriptors.len()).map_err(|breach| self.breaks(breach))?;
-                Ok(Some((message, descriptors)))
-            }
+            Some(Ok(said)) => Ok(said),
             Some(Err(error)) if error.kind() == io::ErrorKind::InvalidData => Err(self.breaks(Breach::NoMessage)),
             _ => Ok(None),
         }
     }
 
-    const fn breaks(&self, breach: Breach) -> ServeError {
-        ServeError::Breach { process: self.name, breach }
+    const fn breaks(&self, breach: Breach) -> RootError {
+        RootError::Breach { process: self.name, breach }
     }
 
     /// Tells it to go, and hangs up.
@@ -123,32 +107,21 @@ impl End {
 
 #[cfg(test)]
 mod tests {
-    use super::{Breach, Channel, Command, Message, Process, ServeError, Vocabulary, message_pair};
+    use super::{Breach, Channel, Command, Message, Process, RootError, message_pair};
 
     /// A child that has ended, and the end of the channel that it would hold.
     fn process() -> (Process, Channel) {
         let (ours, theirs) = message_pair().unwrap();
         let child = Command::new("true").spawn().unwrap();
-        let channel = Some(Channel::new(ours));
-        (Process { name: "engine", child, channel, vocabulary: Vocabulary::new("engine") }, Channel::new(theirs))
+        (Process { name: "engine", child, channel: Some(Channel::new(ours)) }, Channel::new(theirs))
     }
 
     #[test]
     fn a_child_that_reads_nothing_is_named_and_nobody_waits_for_it() {
         let (mut process, theirs) = process();
-        let told = (0..100_000).map(|_| process.tell(Message::Settings, &[])).find_map(Result::err);
-        assert!(matches!(told, Some(ServeError::Breach { process: "engine", breach: Breach::Deaf })), "{told:?}");
+        let told = (0..100_000).find_map(|_| process.tell(Message::Settings, &[]).err());
+        assert!(matches!(told, Some(RootError::Breach { process: "engine", breach: Breach::Deaf })), "{told:?}");
         drop(theirs);
-        process.end();
-    }
-
-    #[test]
-    fn what_a_child_says_before_it_is_told_anything_is_a_breach() {
-        let (mut process, theirs) = process();
-        theirs.send(Message::Ready, &[]).unwrap();
-        let told = process.tell(Message::Start, &[]).unwrap_err();
-        let breach = Breach::Unasked(Message::Ready);
-        assert!(matches!(told, ServeError::Breach { breach: said, .. } if said == breach), "{told:?}");
         process.end();
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -20,9 +21,9 @@ use super::report::{DoorsPart, LiveDoor, RevokedPart};
 use super::watchers::CLOSING;
 use crate::nft::{
     Boot, Comment, Door, Element, ElementError, Layout, Lister, Loss, Member, Open, OpenDoor, SetError, SetName, Time,
-    Watch,
+    Watch, without_door,
 };
-use crate::service::Name;
+use crate::service::{Name, Port};
 use crate::verify::{self, Withdrawal};
 
 /// Time between two looks at what has run out.
@@ -33,6 +34,9 @@ const TELLING: Duration = Duration::from_secs(10);
 
 /// The clock may differ by so many seconds from one tick to the next before it was set.
 const CLOCK_STEP: u64 = 2;
+
+/// Connections that are told of when they are cut.
+const CUTS_TOLD: usize = 8;
 
 /// What to do about doors that were saved.
 const SAVING: &str = "save all tables but knockq's: docs/guide-server.md#saving-the-firewall";
@@ -144,6 +148,23 @@ impl Reconciler {
         self.drain_table_events()?; // what was lost meanwhile is to be told
         self.gate.check()?;
         Ok(true)
+    }
+
+    /// The table is root's to load, not for others.
+    pub const fn owns_table(&self) -> bool {
+        self.policy.owns_table
+    }
+
+    /// The kernel leaves the table to the gate alone, as the gate said last.
+    pub const fn is_ours_alone(&self) -> bool {
+        self.gate.last().owns_table
+    }
+
+    /// Says who is cut off, of those who are connected to ports whose connections end with their door from now on.
+    pub fn warn_of_cuts(&mut self, connected: BTreeSet<(IpAddr, Port)>) {
+        for (source, port) in without_door(connected, &mut self.gate).iter().take(CUTS_TOLD) {
+            warn!(%source, %port, "is connected without a door, and cut: on_close = \"kill\"");
+        }
     }
 
     /// Whether the table has been loaded.

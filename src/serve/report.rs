@@ -1,17 +1,10 @@
-//! What the daemon tells of itself: each process its part. None reads another's; the command that asked puts them together.
-//!
-//! A child writes its part into memory of a fixed size that root gives it: four bytes of length, big-endian, then
-//! postcard.
+//! What the daemon tells of itself, in postcard's encoding.
 
 use std::fs::File;
-use std::io::{self, Write};
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use ipnet::IpNet;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::nft::Door;
@@ -19,15 +12,12 @@ use crate::service::{Name, Port};
 use crate::verify::explain::Record;
 use crate::verify::{Floor, Reason};
 
-/// Bytes of the memory for one part.
-const MEMORY: u64 = 4 << 20;
+/// Bytes that are told at most.
+pub const ROOM: usize = 4 << 20;
 
-/// Bytes of a part at most.
-const ROOM: usize = (4 << 20) - 4;
-
-/// Root's part. Times are seconds.
+/// How the daemon is. Times are seconds.
 #[derive(Serialize, Deserialize)]
-pub struct RootPart {
+pub struct DaemonPart {
     /// Since the daemon was ready.
     pub uptime: u64,
     /// How many may knock.
@@ -139,9 +129,11 @@ pub struct DoorsPart {
     pub is_cut: bool,
 }
 
-/// What the engine tells.
+/// All of it.
 #[derive(Serialize, Deserialize)]
-pub struct EnginePart {
+pub struct Status {
+    /// Of itself.
+    pub daemon: DaemonPart,
     /// Of knocks.
     pub knocks: KnocksPart,
     /// Of doors.
@@ -165,7 +157,7 @@ pub struct LiveDoor {
     pub seconds_left: u64,
 }
 
-/// What the engine knows of the packets that were refused last, for root.
+/// What the engine knows of the packets that were refused last.
 #[derive(Serialize, Deserialize)]
 pub struct RefusedPart {
     /// The packets, the oldest first. Their bytes may hold tokens that can still be spent.
@@ -194,7 +186,7 @@ pub struct RevokedPart {
 }
 
 /// A part that can be made shorter.
-pub trait Part: Serialize + DeserializeOwned {
+pub trait Part: Serialize {
     /// Leaves half of it out, and says so.
     fn halve(&mut self);
 }
@@ -215,7 +207,7 @@ impl Part for RefusedPart {
     }
 }
 
-impl Part for EnginePart {
+impl Part for Status {
     fn halve(&mut self) {
         if self.doors.doors.len() > 1024 {
             self.doors.doors.truncate(self.doors.doors.len() / 2);
@@ -233,53 +225,25 @@ impl Part for RevokedPart {
     }
 }
 
-/// Memory for one child's part, whose size nobody can change: a child that somebody has taken over fills no more.
-///
-/// # Errors
-/// The kernel's.
-pub fn memory() -> io::Result<OwnedFd> {
-    let memory = memfd_create("knockq-report", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    ftruncate(&memory, MEMORY)?;
-    fcntl_add_seals(&memory, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-    Ok(memory)
-}
-
-/// Writes a part, or what fits of it.
-///
-/// # Errors
-/// The kernel's.
-pub fn write(memory: OwnedFd, mut part: impl Part) -> io::Result<()> {
-    let bytes = loop {
-        let bytes = postcard::to_stdvec(&part).map_err(io::Error::other)?;
+/// A part, or what fits of it.
+pub fn encode(mut part: impl Part) -> Vec<u8> {
+    loop {
+        let bytes = postcard::to_stdvec(&part).unwrap_or_default();
         if bytes.len() <= ROOM {
-            break bytes;
+            return bytes;
         }
         part.halve();
-    };
-    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    let mut memory = File::from(memory);
-    memory.write_all(&length.to_be_bytes())?;
-    memory.write_all(&bytes)
-}
-
-/// Reads a part, whoever wrote it.
-///
-/// # Errors
-/// `InvalidData` for what is none.
-pub fn read<P: Part>(memory: OwnedFd) -> io::Result<P> {
-    let memory = File::from(memory);
-    let mut length = [0; 4];
-    memory.read_exact_at(&mut length, 0)?;
-    let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
-    if length > ROOM {
-        return Err(io::ErrorKind::InvalidData.into());
     }
-    let mut bytes = vec![0; length];
-    memory.read_exact_at(&mut bytes, 4)?;
-    postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 impl Queue {
+    /// What the kernel lists now of the queue with this number.
+    pub fn read(listing: &File, number: u16) -> Option<Self> {
+        let mut bytes = [0; 16 << 10];
+        let length = listing.read_at(&mut bytes, 0).ok()?;
+        Self::of_listing(&String::from_utf8_lossy(bytes.get(..length)?), number)
+    }
+
     /// The line of the queue with this number.
     pub fn of_listing(listing: &str, number: u16) -> Option<Self> {
         let lines = listing.lines().map(|line| line.split_whitespace().map_while(|field| field.parse().ok()));
@@ -294,55 +258,18 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::io::{Seek, Write};
-
-    use proptest::prelude::{any, proptest};
-
-    use super::{EnginePart, KnocksPart, MEMORY, Queue, RefusedPart, Seen, memory, read, write};
-
-    fn part(users: usize) -> KnocksPart {
-        let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
-        KnocksPart { users: (0..users).map(|user| (name(user), Seen::default())).collect(), ..KnocksPart::default() }
-    }
+    use super::{KnocksPart, Queue, Seen, encode};
 
     #[test]
     fn what_does_not_fit_is_cut_and_said_to_be() {
+        let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
         for (users, is_cut) in [(3, false), (100_000, true)] {
-            let memory = memory().unwrap();
-            write(memory.try_clone().unwrap(), part(users)).unwrap();
-            let read: KnocksPart = read(memory).unwrap();
+            let users = (0..users).map(|user| (name(user), Seen::default())).collect::<Vec<_>>();
+            let count = users.len();
+            let bytes = encode(KnocksPart { users, ..KnocksPart::default() });
+            let read: KnocksPart = postcard::from_bytes(&bytes).unwrap();
             assert_eq!(read.is_cut, is_cut);
-            assert!(if is_cut { (10_000..users).contains(&read.users.len()) } else { read.users.len() == users });
-        }
-    }
-
-    #[test]
-    fn memory_neither_grows_nor_shrinks_and_what_is_no_part_is_refused() {
-        for length in [(4 << 20) - 3, u32::MAX, 3] {
-            let memory = memory().unwrap();
-            let mut file = File::from(memory.try_clone().unwrap());
-            file.write_all(&length.to_be_bytes()).unwrap();
-            file.write_all(&[0xff; 16]).unwrap();
-            assert!(read::<KnocksPart>(memory).is_err(), "{length}");
-        }
-        let mut file = File::from(memory().unwrap());
-        assert!(file.set_len(MEMORY + 1).is_err() && file.set_len(0).is_err());
-        file.seek(std::io::SeekFrom::End(0)).unwrap();
-        assert!(file.write_all(&[0]).is_err());
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_make_the_reader_fail(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
-            let handed = || {
-                let memory = memory().unwrap();
-                let mut file = File::from(memory.try_clone().unwrap());
-                file.write_all(&u32::try_from(bytes.len()).unwrap().to_be_bytes()).unwrap();
-                file.write_all(&bytes).unwrap();
-                memory
-            };
-            let _ = (read::<KnocksPart>(handed()), read::<EnginePart>(handed()), read::<RefusedPart>(handed()));
+            assert!(if is_cut { (10_000..count).contains(&read.users.len()) } else { read.users.len() == count });
         }
     }
 

@@ -1,162 +1,210 @@
-//! Root: root, but it sees no packet and no frame. It has the configuration read, starts the others, tends the table,
-//! does what root asks, and stops all when one of the others dies.
+//! Root: a program of its own. It starts the others, and does what stands in a short list when the engine says so: it runs nft with
+//! texts that were made before the first packet came. It sees no packet and no command of the gate's, and stops all when one
+//! of the others dies.
 
-use std::fs;
-use std::io;
+use std::convert::Infallible;
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::path::{self, Path, PathBuf};
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability};
+use sd_notify::NotifyState;
 use signal_hook::consts::SIGHUP;
-use tracing::{error, info};
 
 use super::channel::Message;
-use super::children::{CONFIGURATION, Children, Event};
-use super::clock::unix_now;
-use super::configuration::{self, Fixed, Plan};
-use super::control::{self, Control, Reply, Request};
-use super::ending::{Ended, ServeError};
-use super::gate_table::GateTable;
-use super::log::{self, Style};
-use super::manager::{self, NotifyState};
-use super::observers::Observers;
-use super::report::{self, Queue, RootPart, Table};
-use super::start::{self, Raised, TO_START, TO_WORK, take_gate_away};
-use super::vocabulary::Breach;
-use super::{calls, handover, sandbox, terminal, watchers};
+use super::children::{CONFIGURATION, Children, Event, WORK};
+pub use super::ending::RootError;
+use super::ending::{Breach, Ended};
+use super::line::Lines;
+use super::plan::Plan;
+use super::program::{nft, run as run_program};
+use super::{calls, handover, sandbox, terminal};
 
-/// Time between two looks at a table that others have to load.
-const LOOK: Duration = Duration::from_secs(1);
+/// Times that the table is loaded again before giving up, and the time between.
+const LOAD_TRIES: u32 = 100;
+const LOAD_PAUSE: Duration = Duration::from_millis(10);
+
+/// Time between two runs of nft for the engine, whatever it says.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Time between two questions whether the engine lives.
+const PING: Duration = Duration::from_secs(30);
 
 /// Time that reading the configuration may take: ten thousand users take two seconds.
-const READING: Duration = Duration::from_secs(60);
+const READING: Duration = WORK;
 
-/// Who may wait for a reload at most: each holds a descriptor.
-const MAX_ASKERS: usize = 64;
+/// What root needs as long as it lives: for nft, and to end a child that does not end.
+const TO_WORK: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_KILL];
 
-/// Why a configuration cannot be put in force while the disk does not answer, and what to do.
-const WAITS_FOR_DISK: &str = "the counters of its users cannot be read, for the disk does not answer";
-const DISK_HINT: &str = "look after the disk; the configuration is read again when it answers";
+/// What its children need until they have become others, with less.
+const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
 
-/// Runs the daemon until it is told to stop; with `trial`, for so long at most unless it is confirmed.
+/// What makes the table, where it does not persist without an owner.
+const ADD: &str = "add table inet knockq\n";
+const DELETE: &str = "delete table inet knockq\n";
+
+/// Where the kernel lists who has which queue, for `knockq status`.
+const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
+
+/// Takes away the table that is made for comparison, if it is there.
+const CLEAR: &str = "add table inet knockq_check\ndelete table inet knockq_check\n";
+
+/// What the service manager shows while others have to load the table.
+const OPEN: &str = "table inet knockq is not what it should be, so guarded ports may be open: see the log";
+
+/// How root is started, by `knockq serve`.
+pub struct Start {
+    /// The configuration's path.
+    pub config: PathBuf,
+    /// Seconds after which the gate is taken away, unless it is confirmed.
+    pub trial: Option<u64>,
+    /// What the others are told of the log.
+    pub flags: Vec<String>,
+    /// The programs `knockq` and `knockq-gate`, by descriptors that stay open: an upgrade does not change what is started.
+    pub knockq: PathBuf,
+    /// As above.
+    pub gate: PathBuf,
+    /// Where lines go.
+    pub lines: Lines,
+}
+
+/// Runs the daemon until it is told to stop.
 ///
 /// # Errors
-/// [`ServeError`]. Doors that are open stay open for the time that they have left; the gate stays shut.
-pub fn run(config_path: &Path, trial: Option<Duration>, style: Style) -> Result<(), ServeError> {
-    log::start("knockq", style);
+/// [`RootError`]. Doors that are open stay open for the time that they have left; the gate stays shut.
+pub fn run(start: Start) -> Result<(), RootError> {
     let may = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
     if !rustix::process::geteuid().is_root() || !may {
-        return Err(ServeError::NotRoot);
+        return Err(RootError::NotRoot);
     }
-    close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for the children
     let log = terminal::writing_end(io::stderr())?; // while it may be opened: the terminal may be another user's
-    let mut children = Children::new(style, log)?; // a signal that comes from here on is not lost
+    let children = Children::new(log)?; // a signal that comes from here on is not lost
     sandbox::keep_only(&[TO_WORK, TO_START].concat())?;
     sandbox::forbid(calls::NEVER, calls::MISSING)?;
-    let config_path = path::absolute(config_path)?;
-    let ended = match start::bring_up(&mut children, &config_path, trial) {
-        Ok(raised) => {
-            let (mut root, control) = Root::new(children, config_path, raised, trial);
-            let Err(ended) = root.watch(&control);
-            root.stop(ended)
-        }
-        Err(ended) => {
-            children.end();
-            ended
-        }
+    let lines = start.lines;
+    let mut root = Root {
+        trial: start.trial.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
+        start,
+        children,
+        plan: None,
+        next: None,
+        persists: false,
+        has_loaded: false,
+        reading: None,
+        nft_ran: None,
+        pinged: None,
+        ping: Instant::now() + PING,
     };
-    match ended {
+    let Err(ended) = root.bring_up().and_then(|()| root.watch());
+    match root.stop(ended) {
         Ended::Failed(error) => Err(error),
         Ended::Asked => {
-            info!("stopped; doors that are open keep the time that they have left");
+            lines.info("stopped; doors that are open keep the time that they have left");
             Ok(())
         }
-        Ended::Unconfirmed => Err(ServeError::NotConfirmed),
+        Ended::Unconfirmed => Err(RootError::NotConfirmed),
     }
 }
 
-/// The daemon, once all of it works.
 struct Root {
+    start: Start,
     children: Children,
-    config_path: PathBuf,
-    fixed: Fixed,
-    gate: GateTable,
-    observers: Observers,
-    started: Instant,
-    /// How many may knock, and for how many services.
-    counts: (usize, usize),
-    /// When the configuration was last read again, in Unix seconds, and whether it was taken.
-    reloaded: Option<(u64, bool)>,
-    /// What is ready, in one line.
-    summary: String,
-    /// The table is not what it should be, and it is for others to load it: when to look again.
-    look: Option<Instant>,
-    /// The engine has new settings that it could not yet prepare, because the disk does not answer.
-    is_preparing: bool,
+    /// What is in force, and the memory that it came in.
+    plan: Option<(Plan, OwnedFd)>,
+    /// What was read, with the gate's limits, and is to be put in force.
+    next: Option<(Plan, OwnedFd, OwnedFd)>,
+    /// The table persists without an owner.
+    persists: bool,
+    /// The gate stands, and must not be left open.
+    has_loaded: bool,
     /// When the gate is undone unless somebody confirms it.
     trial: Option<Instant>,
     /// When the child that reads the configuration has taken too long.
     reading: Option<Instant>,
-    /// Who waits for the reload that goes on.
-    askers: Vec<UnixStream>,
-    /// Who came too late for it: the files may have changed since it read them.
-    late: Option<Vec<UnixStream>>,
+    /// When nft was run last for the engine.
+    nft_ran: Option<Instant>,
+    /// When the engine was asked whether it lives, if it has not said so; and when it will be.
+    pinged: Option<Instant>,
+    ping: Instant,
 }
 
 impl Root {
-    fn new(children: Children, config_path: PathBuf, raised: Raised, trial: Option<Duration>) -> (Self, Control) {
-        let Raised { fixed, control, observers, counts, gate, summary, is_outdated } = raised;
-        let trial = trial.map(|time| {
-            info!(
-                seconds = time.as_secs(),
-                hint = "knockq confirm",
-                "on trial: unless confirmed, the gate is taken away"
+    /// Starts everything. The order matters: the engine understands knocks, then the queue is bound, then the table sends it
+    /// packets.
+    fn bring_up(&mut self) -> Result<(), Ended> {
+        self.start_reading()?;
+        let (_, mut handed) = self.children.wait_for(CONFIGURATION, &[Message::Ready])?;
+        self.children.dismiss(CONFIGURATION);
+        let (plan, memory) = take_plan(&mut handed)?;
+        if handed.len() < GATE_AT_START {
+            return Err(unreadable().into());
+        }
+        let for_gate: Vec<OwnedFd> = handed.drain(..GATE_AT_START).collect();
+        let beside = self.start.config.parent().unwrap_or(Path::new("/"));
+        if !sandbox::write_only_to(&[beside, Path::new("/dev/null")])? {
+            self.start.lines.warning(
+                "this kernel has no Landlock: one lock less on the daemon's processes \
+                 hint=\"boot with `lsm=landlock,...`, or a kernel with CONFIG_SECURITY_LANDLOCK\"",
             );
-            Instant::now() + time
-        });
-        let root = Self {
-            children,
-            config_path,
-            fixed,
-            gate,
-            observers,
-            started: Instant::now(),
-            counts,
-            reloaded: None,
-            summary,
-            look: None,
-            is_preparing: false,
-            trial,
-            reading: None,
-            askers: Vec::new(),
-            late: is_outdated.then(Vec::new),
-        };
-        (root, control)
+        }
+        let trial = self.start.trial.map(|seconds| format!("--trial={seconds}"));
+        self.start_child("engine", &trial.iter().map(OsStr::new).collect::<Vec<_>>())?;
+        self.children.tell("engine", Message::Start, &handed)?;
+        self.children.wait_for("engine", &[Message::Ready])?;
+        let priorities = self.start.flags.iter().filter(|flag| *flag == "--priorities").map(OsStr::new);
+        let arguments: Vec<&OsStr> = [OsStr::new(env!("CARGO_PKG_VERSION"))].into_iter().chain(priorities).collect();
+        self.children.start("gate", &self.start.gate, &arguments)?;
+        self.children.tell("gate", Message::Start, &for_gate)?;
+        self.children.wait_for("gate", &[Message::Bound])?;
+        sandbox::keep_only(TO_WORK)?;
+
+        let (is_managed, summary) = (plan.is_managed, plan.summary.clone());
+        let outdated = plan.outdated.clone();
+        self.plan = Some((plan, memory));
+        if is_managed {
+            self.load()?;
+            let _ = nft(&["-f", "-"], &outdated)?; // it is not there, most often
+        }
+        self.ask_gate(Message::Loaded, &[])?;
+        let queues = File::open(QUEUES).map(OwnedFd::from); // since the gate has one
+        self.children.tell("engine", Message::Loaded, &queues.into_iter().collect::<Vec<_>>())?;
+        loop {
+            match self.children.wait_for("engine", &[Message::Ready, Message::Unable, Message::Check])?.0 {
+                Message::Ready => break,
+                Message::Check => self.check()?,
+                _ => return Err(RootError::NotLoaded.into()),
+            }
+        }
+        self.ask_gate(Message::Enforce, &[])?;
+        self.keep()?;
+        self.start.lines.info(&summary);
+        self.notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
+        if let Some(seconds) = self.start.trial {
+            let hint = "unless confirmed, the gate is taken away seconds";
+            self.start.lines.info(&format!("on trial: {hint}={seconds} hint=\"knockq confirm\""));
+        }
+        Ok(())
     }
 
     /// Does what comes, until it is told to stop or a child dies.
-    fn watch(&mut self, control: &Control) -> Result<std::convert::Infallible, Ended> {
-        self.reload_once_more()?;
+    fn watch(&mut self) -> Result<Infallible, Ended> {
         loop {
             self.mind_the_time()?; // each time, for what else comes may never end
-            let resumes = self.observers.resumes(Instant::now());
-            let deadline = self.trial.into_iter().chain(self.reading).chain(self.look).chain(resumes).min();
-            match self.children.next(control, &self.observers, deadline)? {
-                Some(Event::Signal(SIGHUP)) => self.reload(None)?,
+            let answer = self.pinged.map_or(self.ping, |pinged| pinged + WORK);
+            let deadline = [self.trial, self.reading].into_iter().flatten().fold(answer, Instant::min);
+            match self.children.next(None, Some(deadline))? {
+                Some(Event::Signal(SIGHUP)) => self.children.tell("engine", Message::Hangup, &[])?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
-                Some(Event::Request) => self.answer(control.accept())?,
-                Some(Event::Status) => self.tell_observer()?,
-                Some(Event::Watch) => self.admit_watcher()?,
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
-                Some(Event::Gone(CONFIGURATION)) => self.keep_configuration("the configuration is refused")?,
+                Some(Event::Gone(CONFIGURATION)) => self.refuse_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.stop_all(child))),
-                Some(Event::Message("engine", Message::Lost, _)) => self.restore()?,
-                Some(Event::Message("engine", Message::Prepared | Message::Unable, _)) => self.catch_up()?,
-                Some(Event::Message(process, said, _)) => {
-                    return Err(ServeError::Breach { process, breach: Breach::Unasked(said) }.into());
-                }
+                Some(Event::Message("engine", said, _)) => self.obey(said)?,
+                Some(Event::Message(process, said, _)) => return Err(RootError::unasked(process, said).into()),
                 None => {}
             }
         }
@@ -170,306 +218,266 @@ impl Root {
             return Err(Ended::Unconfirmed);
         }
         if is_over(self.reading) {
-            self.keep_configuration("reading the configuration takes too long")?;
+            self.refuse_configuration("reading the configuration takes too long")?;
         }
-        if is_over(self.look) { self.restore() } else { Ok(()) }
-    }
-
-    /// Somebody changed or deleted the table.
-    fn restore(&mut self) -> Result<(), Ended> {
-        let look = Instant::now() + LOOK;
-        if restore(&mut self.children, &self.gate)? {
-            if self.look.take().is_some() {
-                info!("table inet knockq is as it should be again, and open doors are open again");
-                self.tell_status();
-            }
-        } else if self.look.replace(look).is_none() {
-            self.gate.complain();
-            self.tell_status();
+        if is_over(self.pinged.map(|pinged| pinged + WORK)) {
+            return Err(RootError::TooSlow("engine").into());
+        }
+        if self.ping <= now {
+            self.ping = now + PING;
+            self.pinged.get_or_insert(now);
+            self.children.tell("engine", Message::Ping, &[])?;
         }
         Ok(())
     }
 
-    /// Tells the service manager what there is to see.
-    fn tell_status(&self) {
-        let status = if self.look.is_some() { manager::OPEN } else { &self.summary };
-        manager::notify(&[NotifyState::Status(status)]);
-    }
-
-    fn answer(&mut self, request: Option<(Request, UnixStream)>) -> Result<(), Ended> {
-        match request {
-            Some((Request::Reload, stream)) => self.reload(Some(stream)),
-            Some((Request::Revoke(selection), stream)) => {
-                match handover::seal(&selection).and_then(|selection| Ok((selection, report::memory()?))) {
-                    Ok((selection, memory)) => {
-                        self.ask("engine", Message::Revoke, &[&memory, &selection])?;
-                        control::hand_over(&stream, &memory);
-                    }
-                    Err(error) => control::reply(stream, &busy(&error.to_string())),
+    /// Does what the engine says: this, and nothing else.
+    fn obey(&mut self, said: Message) -> Result<(), Ended> {
+        let is_managed = self.plan.as_ref().is_some_and(|(plan, _)| plan.is_managed);
+        match said {
+            Message::Alive => self.pinged = None,
+            Message::Read if !self.children.has(CONFIGURATION) => {
+                if let Ok(now) = NotifyState::monotonic_usec_now() {
+                    self.notify(&[NotifyState::Reloading, now]);
                 }
-                self.catch_up_with_reloads()
-            }
-            Some((Request::Explain, stream)) => {
-                match report::memory() {
-                    Ok(memory) => {
-                        self.ask_for("engine", Message::Explain, &[&memory], &[Message::Reported])?;
-                        control::hand_over(&stream, &memory);
-                    }
-                    Err(error) => control::reply(stream, &busy(&error.to_string())),
+                self.next = None;
+                if let Err(error) = self.start_reading() {
+                    self.refuse(&format!("nobody can be started to read the configuration: {error}\nfree resources"))?;
                 }
-                self.catch_up_with_reloads()
             }
-            Some((Request::Confirm, stream)) => {
-                control::reply(stream, &self.confirm());
-                Ok(())
+            Message::Check => self.check()?,
+            Message::Permit if self.next.is_some() => {
+                let limits = self.next.as_ref().and_then(|(.., limits)| limits.try_clone().ok());
+                self.ask_gate(Message::Settings, limits.as_slice())?;
+                self.children.tell("engine", Message::Ready, &[])?;
             }
-            None => Ok(()),
-        }
-    }
-
-    /// What `ask` found to be done.
-    fn catch_up_with_reloads(&mut self) -> Result<(), Ended> {
-        if self.children.has(CONFIGURATION) { Ok(()) } else { self.reload_once_more() }
-    }
-
-    /// Hands somebody who looks on what the daemon tells of itself. Nothing of it is looked at here.
-    fn tell_observer(&mut self) -> Result<(), Ended> {
-        let Some(client) = self.observers.accept_status() else { return Ok(()) };
-        let Ok(engine) = report::memory() else { return Ok(()) };
-        self.ask_for("engine", Message::Report, &[&engine], &[Message::Reported])?;
-        let part = self.part();
-        self.observers.hand_over(client, &part, &engine);
-        self.catch_up_with_reloads()
-    }
-
-    /// Has somebody told what happens.
-    fn admit_watcher(&mut self) -> Result<(), Ended> {
-        let Some((client, uid)) = self.observers.accept_watcher() else { return Ok(()) };
-        let Ok(copy) = client.try_clone() else { return Ok(()) };
-        if !watchers::admit(copy, uid) {
-            watchers::turn_away(client);
-            return Ok(());
-        }
-        Ok(self.children.tell("engine", Message::Watch, &[&client])?)
-    }
-
-    fn part(&self) -> RootPart {
-        let now = Instant::now();
-        let (users, services) = self.counts;
-        let queues = fs::read_to_string(start::QUEUES).unwrap_or_default();
-        RootPart {
-            uptime: now.duration_since(self.started).as_secs(),
-            users,
-            services,
-            table: Table {
-                is_managed: !self.gate.is_for_others(),
-                is_right: self.look.is_none(),
-                is_owned: self.gate.is_ours_alone(),
-                trial: self.trial.map(|end| end.saturating_duration_since(now).as_secs()),
-            },
-            queue: Queue::of_listing(&queues, self.fixed.queue),
-            reloaded: self.reloaded,
-            waits_for_disk: self.is_preparing,
-        }
-    }
-
-    fn confirm(&mut self) -> Reply {
-        if self.trial.take().is_none() {
-            let hint = "`knockq serve --try 10m` sets a gate up on trial".to_owned();
-            return Reply::Refused { message: "the gate is not on trial, so it stays".to_owned(), hint };
-        }
-        info!("confirmed: the gate stays");
-        Reply::Done
-    }
-
-    /// Has the configuration read by a child, while everything goes on; once more if that is being done already.
-    fn reload(&mut self, asker: Option<UnixStream>) -> Result<(), Ended> {
-        if self.children.has(CONFIGURATION) {
-            let late = self.late.get_or_insert_default();
-            match asker {
-                Some(stream) if late.len() >= MAX_ASKERS => control::reply(stream, &busy("too many wait for a reload")),
-                asker => late.extend(asker),
+            Message::Enforce if self.next.is_some() => {
+                self.ask_gate(Message::Enforce, &[])?;
+                self.plan = self.next.take().map(|(plan, memory, _)| (plan, memory));
+                self.children.tell("engine", Message::Ready, &[])?;
             }
-            return Ok(());
-        }
-        self.askers.extend(asker);
-        if let Ok(now) = NotifyState::monotonic_usec_now() {
-            manager::notify(&[NotifyState::Reloading, now]);
-        }
-        match self.children.start(CONFIGURATION, &["--config".as_ref(), self.config_path.as_os_str()]) {
-            Ok(()) => {
-                self.reading = Some(Instant::now() + READING);
-                Ok(())
+            Message::Load if is_managed => {
+                self.pace();
+                self.load()?;
+                self.ask_gate(Message::Loaded, &[])?;
+                self.children.tell("engine", Message::Loaded, &[])?;
             }
-            Err(error) => {
-                self.refuse(&format!("nobody can be started to read the configuration: {error}"), "free resources")
+            Message::Reloaded => {
+                self.keep()?;
+                self.tell_ready();
             }
+            Message::Kept => {
+                self.next = None;
+                self.tell_ready();
+            }
+            Message::Found => self.tell_ready(),
+            Message::Lost => self.notify(&[NotifyState::Status(OPEN)]),
+            Message::Confirm if self.trial.is_some() => {
+                self.trial = None;
+                self.start.lines.info("confirmed: the gate stays");
+            }
+            _ => return Err(RootError::unasked("engine", said).into()),
         }
+        Ok(())
+    }
+
+    /// Has the configuration read by a child, while everything goes on.
+    fn start_reading(&mut self) -> io::Result<()> {
+        let config = self.start.config.clone();
+        let mut arguments = vec![OsStr::new("--config"), config.as_os_str()];
+        if self.start.trial.is_some() {
+            arguments.push(OsStr::new("--trial"));
+        }
+        self.start_child(CONFIGURATION, &arguments)?;
+        self.reading = Some(Instant::now() + READING);
+        let before = self.plan.as_ref().map(|(_, memory)| memory.try_clone()).transpose()?;
+        self.children.tell(CONFIGURATION, Message::Start, before.as_slice()).map_err(io::Error::other)
+    }
+
+    /// Starts `knockq` in a role.
+    fn start_child(&mut self, name: &'static str, arguments: &[&OsStr]) -> io::Result<()> {
+        let flags = self.start.flags.iter().map(OsStr::new);
+        let arguments: Vec<&OsStr> =
+            [OsStr::new(name)].into_iter().chain(arguments.iter().copied()).chain(flags).collect();
+        self.children.start(name, &self.start.knockq, &arguments)
+    }
+
+    fn take_configuration(&mut self, mut read: Vec<OwnedFd>) -> Result<(), Ended> {
+        self.children.dismiss(CONFIGURATION);
+        self.reading = None;
+        let (plan, memory) = take_plan(&mut read)?;
+        let [limits, settings] = read.try_into().map_err(|_| unreadable())?;
+        self.next = Some((plan, memory, limits));
+        Ok(self.children.tell("engine", Message::Settings, &[settings])?)
     }
 
     /// The configuration could not be read; if it was refused, the child has said why.
-    fn keep_configuration(&mut self, why: &str) -> Result<(), Ended> {
-        self.dismiss_reader();
-        let hint = format!("knockq check --config {}", self.config_path.display());
-        self.refuse(why, &hint)
-    }
-
-    fn dismiss_reader(&mut self) {
-        self.reading = None;
+    fn refuse_configuration(&mut self, why: &str) -> Result<(), Ended> {
         self.children.dismiss(CONFIGURATION);
+        self.reading = None;
+        let hint = format!("knockq check --config {}", self.start.config.display());
+        Ok(self.refuse(&format!("{why}\n{hint}"))?)
     }
 
-    fn refuse(&mut self, why: &str, hint: &str) -> Result<(), Ended> {
-        self.reloaded = Some((unix_now(), false));
-        error!(hint, "not reloaded: {why}; the configuration of before stays in force");
-        let message = format!("not reloaded: {why}; the configuration of before stays in force");
-        self.end_reload(|| Reply::Refused { message: message.clone(), hint: hint.to_owned() })
+    fn refuse(&self, why: &str) -> Result<(), RootError> {
+        self.children.tell("engine", Message::Refused, &[handover::seal_bytes(why.as_bytes())?])
     }
 
-    fn end_reload(&mut self, reply: impl Fn() -> Reply) -> Result<(), Ended> {
-        self.askers.drain(..).for_each(|stream| control::reply(stream, &reply()));
-        manager::notify(&[NotifyState::Ready]);
-        self.reload_once_more()
-    }
-
-    /// For those who came too late for the last one, if there are any.
-    fn reload_once_more(&mut self) -> Result<(), Ended> {
-        let Some(late) = self.late.take() else { return Ok(()) };
-        self.askers = late;
-        self.reload(None)
-    }
-
-    /// Puts a configuration in force that was read and understood. No knock is lost: the queue stays bound, the engine
-    /// prepares beside its work, and the table changes in one transaction.
-    fn take_configuration(&mut self, read: Vec<OwnedFd>) -> Result<(), Ended> {
-        self.dismiss_reader();
-        let (plan, settings, limits) = configuration::take(read)?;
-        let Plan { fixed, ruleset, users, services, knock_ports, .. } = plan;
-        if self.is_preparing {
-            return self.refuse(WAITS_FOR_DISK, DISK_HINT);
-        }
-        if let Some(setting) = self.fixed.difference(&fixed) {
-            return self.refuse(&format!("only a restart changes `{setting}`"), "systemctl restart knockq");
-        }
-        if (self.gate.is_for_others() || self.gate.differs_from(&ruleset))
-            && let Err(error) = self.gate.could_become(&ruleset)
-        {
-            return self.refuse(&error.to_string(), &error.hint());
-        }
-        match self.ask_for("engine", Message::Settings, &[&settings], &[Message::Prepared, Message::Unable]) {
-            Ok(Message::Prepared) => {}
-            Ok(_) => return self.refuse("the counters of its users cannot be read", "journalctl -u knockq"),
-            // Its lookups go on, and a new daemon would wait for the same disk.
-            Err(Ended::Failed(ServeError::TooSlow(_))) => {
-                self.is_preparing = true;
-                return self.refuse(WAITS_FOR_DISK, DISK_HINT);
-            }
-            Err(ended) => return Err(ended),
-        }
-        // The gate permits what either configuration does until the engine asks by the new one alone.
-        self.ask("gate", Message::Settings, &[&limits])?;
-        self.ask("engine", Message::Enforce, &[])?;
-        self.ask("gate", Message::Enforce, &[])?;
-        if self.gate.differs_from(&ruleset) {
-            self.ask("engine", Message::Release, &[])?;
-            self.ask("gate", Message::Release, &[])?;
-            self.gate.replace(ruleset)?;
-            if self.gate.is_for_others() {
-                self.restore()?;
-            } else {
-                show(&mut self.children)?;
-            }
-        }
-        self.gate.keep();
-        self.say_reloaded(users, services, &knock_ports)
-    }
-
-    fn say_reloaded(&mut self, users: usize, services: usize, knock_ports: &str) -> Result<(), Ended> {
-        info!(users, services, knock_ports, "reloaded");
-        self.reloaded = Some((unix_now(), true));
-        self.counts = (users, services);
-        self.summary = manager::summary(users, services, knock_ports);
-        self.tell_status();
-        self.end_reload(|| Reply::Done)
-    }
-
-    /// The disk has answered: what was refused for it is read again, for the files may have changed.
-    fn catch_up(&mut self) -> Result<(), Ended> {
-        self.is_preparing = false;
-        self.reload(None)
-    }
-
-    /// Asks a child for something and waits until it is done. If the table is taken away meanwhile, that comes first.
-    fn ask(&mut self, name: &'static str, message: Message, descriptors: &[&OwnedFd]) -> Result<(), Ended> {
-        self.ask_for(name, message, descriptors, &[Message::Ready]).map(drop)
-    }
-
-    /// The same, for one of these answers.
-    fn ask_for(
-        &mut self,
-        name: &'static str,
-        message: Message,
-        descriptors: &[&OwnedFd],
-        answers: &[Message],
-    ) -> Result<Message, Ended> {
-        let was_right = self.look.is_none();
-        let Self { children, gate, look, late, is_preparing, .. } = self;
-        children.tell(name, message, descriptors)?;
-        let answer = children.wait_for(name, answers, |children, event| match event {
-            // It is about to be loaded anyway, and until then it must have no owner.
-            Event::Message("engine", Message::Lost, _) if message == Message::Release => Ok(()),
-            Event::Message("engine", Message::Lost, _) => {
-                if !restore(children, gate)? {
-                    *look = Some(Instant::now() + LOOK);
-                    gate.complain();
+    /// Whether the table of what was read would load; where others load it, what there is, and what there should be.
+    fn check(&mut self) -> Result<(), Ended> {
+        self.pace();
+        let Some((current, _)) = &self.plan else { return Ok(()) };
+        let next = self.next.as_ref().map_or(current, |(next, ..)| next);
+        if !next.is_managed {
+            let listed = listed(&next.check)?;
+            return Ok(match listed {
+                Ok(listed) => {
+                    self.children.tell("engine", Message::Ready, &[handover::seal_bytes(listed.as_bytes())?])?;
                 }
-                Ok(())
-            }
-            Event::Message("engine", ..) => {
-                *is_preparing = false;
-                late.get_or_insert_default();
-                Ok(())
-            }
-            _ => Ok(()),
-        })?;
-        if was_right && self.look.is_some() {
-            self.tell_status();
+                Err(said) => self.refuse(&said)?,
+            });
         }
-        Ok(answer.0)
+        if next.ruleset == current.ruleset {
+            return Ok(self.children.tell("engine", Message::Same, &[])?);
+        }
+        match nft(&["-c", "-f", "-"], &next.check)? {
+            Ok(_) => Ok(self.children.tell("engine", Message::Ready, &[])?),
+            Err(said) => Ok(self.refuse(&format!("nft: {said}\nknockq ruleset --check"))?),
+        }
     }
 
-    /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut.
-    fn stop(mut self, ended: Ended) -> Ended {
-        manager::notify(&[NotifyState::Stopping]);
-        if self.trial.is_none() {
-            self.gate.leave_shut(); // that the table was lost may not have been heard yet
+    /// Waits until nft may be run for the engine again.
+    fn pace(&mut self) {
+        if let Some(ran) = self.nft_ran {
+            sleep(PAUSE.saturating_sub(ran.elapsed()));
+        }
+        self.nft_ran = Some(Instant::now());
+    }
+
+    /// Loads the table of what is in force, of which the gate lets go. Whoever deleted it may be at it still.
+    fn load(&mut self) -> Result<(), Ended> {
+        let released = self.ask_gate(Message::Release, &[])?;
+        self.persists = released != Message::Ready;
+        let mut loaded = self.load_once(self.persists)?;
+        for _ in 1..LOAD_TRIES {
+            if loaded.is_ok() {
+                break;
+            }
+            sleep(LOAD_PAUSE);
+            loaded = self.load_once(self.persists)?;
+        }
+        if let Err(said) = loaded {
+            if released == Message::Made {
+                let _ = nft(&["-f", "-"], DELETE)?; // it is empty; the error that is reported is the cause
+            }
+            return Err(self.explain(said).into());
+        }
+        self.has_loaded = true;
+        Ok(())
+    }
+
+    /// nft before 1.1 cannot name the flags of a table that persists, so it must not try to add it.
+    fn load_once(&self, persists: bool) -> io::Result<Result<String, String>> {
+        let Some((plan, _)) = &self.plan else { return Ok(Ok(String::new())) };
+        let text = if persists { plan.ruleset.replacen(ADD, "", 1) } else { plan.ruleset.clone() };
+        nft(&["-f", "-"], &text)
+    }
+
+    /// nft says little of what a kernel lacks; the command that makes the table for people says more.
+    fn explain(&self, said: String) -> RootError {
+        let config = self.start.config.display().to_string();
+        let explained = run_program(&self.start.knockq, &["ruleset", "--check", "--config", &config], "");
+        match explained {
+            Ok(Err(explained)) => {
+                let _ = io::stderr().write_all(format!("{explained}\n").as_bytes());
+                RootError::ChildFailed { process: "nft", code: 1 }
+            }
+            _ => RootError::Nft(said),
+        }
+    }
+
+    /// Keeps in the include file beside the configuration what was loaded last: the next boot begins with it. What others load is
+    /// theirs to write.
+    fn keep(&self) -> io::Result<()> {
+        let Some((plan, _)) = self.plan.as_ref().filter(|(plan, _)| plan.is_managed) else { return Ok(()) };
+        let path = self.start.config.with_file_name("knockq.nft").display().to_string();
+        if let Err(said) = run_program(&self.start.knockq, &["keep", "--output", &path], &plan.ruleset)? {
+            self.start.lines.warning(&format!("the next boot begins with the gate of before: {said}"));
+        }
+        Ok(())
+    }
+
+    /// Asks the gate for something and waits until it is done.
+    fn ask_gate(&mut self, message: Message, descriptors: &[OwnedFd]) -> Result<Message, Ended> {
+        const ANSWERS: [Message; 3] = [Message::Ready, Message::Persists, Message::Made];
+        self.children.tell("gate", message, descriptors)?;
+        let answers = if message == Message::Release { &ANSWERS[..] } else { &[Message::Ready] };
+        Ok(self.children.wait_for("gate", answers)?.0)
+    }
+
+    /// Tells the service manager what is ready.
+    fn tell_ready(&self) {
+        let summary = self.plan.as_ref().map_or("", |(plan, _)| &plan.summary);
+        self.notify(&[NotifyState::Ready, NotifyState::Status(summary)]);
+    }
+
+    /// The service manager may have gone, or never have been there: that is no reason to stop.
+    fn notify(&self, state: &[NotifyState<'_>]) {
+        if let Err(error) = sd_notify::notify(state) {
+            self.start.lines.warning(&format!("the service manager does not listen: {error}"));
+        }
+    }
+
+    /// Ends the others. A gate that nobody has confirmed goes with them, whatever the cause; any other stays shut: that the table
+    /// was lost may not have been heard yet.
+    fn stop(&mut self, ended: Ended) -> Ended {
+        self.notify(&[NotifyState::Stopping]);
+        let is_on_trial = self.trial.is_some();
+        let is_owned = self.persists && self.children.has("gate"); // nobody else can have deleted it
+        if self.has_loaded && !is_on_trial && !is_owned && !matches!(self.load_once(self.persists), Ok(Ok(_))) {
+            let _ = self.load_once(false);
         }
         self.children.end();
-        if self.trial.is_none() { ended } else { take_gate_away(ended) }
+        if !(self.has_loaded && is_on_trial) {
+            return ended;
+        }
+        match (nft(&["-f", "-"], DELETE), ended) {
+            (Ok(Err(said)), _) => Ended::Failed(RootError::Nft(said)),
+            (Err(error), _) => error.into(),
+            (Ok(Ok(_)), Ended::Asked) => Ended::Unconfirmed,
+            (Ok(Ok(_)), ended) => ended,
+        }
     }
 }
 
-/// Loads the table again, of which the gate lets go; `false` if that is for others to do, and they have not yet.
-fn restore(children: &mut Children, gate: &GateTable) -> Result<bool, Ended> {
-    tell_gate(children, Message::Release)?;
-    let is_right = gate.restore()?;
-    if is_right {
-        show(children)?;
+/// Descriptors that are the gate's at the start: the relay, the engine's commands, its limits.
+const GATE_AT_START: usize = 3;
+
+/// The plan comes first of what was handed over.
+fn take_plan(handed: &mut Vec<OwnedFd>) -> Result<(Plan, OwnedFd), RootError> {
+    if handed.is_empty() {
+        return Err(unreadable());
     }
-    Ok(is_right)
+    let memory = handed.remove(0);
+    let plan = Plan::read(&memory).map_err(|_| unreadable())?;
+    Ok((plan, memory))
 }
 
-/// The table is loaded.
-fn show(children: &mut Children) -> Result<(), Ended> {
-    tell_gate(children, Message::Loaded)?;
-    Ok(children.tell("engine", Message::Loaded, &[])?)
+const fn unreadable() -> RootError {
+    RootError::Breach { process: CONFIGURATION, breach: Breach::Unreadable }
 }
 
-fn tell_gate(children: &mut Children, message: Message) -> Result<(), Ended> {
-    children.tell("gate", message, &[])?;
-    children.wait_for("gate", &[Message::Ready], |_, _| Ok(())).map(drop)
-}
-
-fn busy(why: &str) -> Reply {
-    Reply::Refused { message: format!("the daemon cannot do this now: {why}"), hint: "try again".to_owned() }
+/// The table that is there, and the one that this text makes under another name, each as JSON and as text, with a zero byte after
+/// each. One that is not there has no text.
+fn listed(check: &str) -> io::Result<Result<String, String>> {
+    let made = nft(&["-f", "-"], &format!("{CLEAR}{check}"))?;
+    let mut listed = String::new();
+    for table in ["knockq", "knockq_check"] {
+        for how in ["-j", "-t"] {
+            let text = nft(&[how, "list", "table", "inet", table], "")?.unwrap_or_default();
+            let _ = write!(listed, "{text}\0");
+        }
+    }
+    let _ = nft(&["-f", "-"], CLEAR)?;
+    Ok(made.map(|_| listed))
 }

@@ -31,7 +31,7 @@ const ROOT: u32 = 0;
 pub(super) const CLOSING: &str = "closing";
 
 /// Bytes of the longest event, which `knockq watch` has room for.
-const MAX_EVENT: usize = 4096;
+pub(super) const MAX_EVENT: usize = 4096;
 
 /// What stands for the rest of a text that was cut.
 const CUT: &str = " [...]";
@@ -80,18 +80,15 @@ pub(super) fn admit(socket: OwnedFd, uid: u32) -> bool {
     let has_place = has_place(uid, watchers.iter().map(|watcher| watcher.uid));
     if has_place {
         watchers.push(Watcher { socket, uid, lost: 0 });
+    } else {
+        turn_away(socket);
     }
     has_place
 }
 
-/// Tells one more whom root has let in.
-pub(super) fn add(socket: OwnedFd) {
-    admit(socket, ROOT);
-}
-
 /// Tells one who is turned away why.
-pub(super) fn turn_away(socket: OwnedFd) {
-    let event = Event::new("knockq", "error", "too many watch already");
+fn turn_away(socket: OwnedFd) {
+    let event = Event::new("engine", "error", "too many watch already");
     Watcher { socket, uid: ROOT, lost: 0 }.send(&event.json());
 }
 

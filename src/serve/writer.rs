@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 use super::clock::unix_now;
 use super::policy::Policy;
 use super::repeats::Trouble;
-use super::settings::Settings;
+use super::settings::{Outline, Settings};
 use super::store::{Store, StoreError};
 use super::{handover, log};
 use crate::verify::{Claim, Recorded, Refusal, Registry, Secrets, User, Verifier};
@@ -45,8 +45,15 @@ pub(super) enum Work {
 pub(super) enum Done {
     /// The disk took a batch of claims, or did not.
     Recorded(Result<Vec<Recorded>, Vec<Refusal>>),
-    /// Verifier and policy by the new settings; the verifier knows no more of the past than the store does; or there can be none.
-    Prepared(Option<Box<(Verifier, Policy)>>),
+    /// What the new settings make; the verifier knows no more of the past than the store does; or there can be none.
+    Prepared(Option<Box<Prepared>>),
+}
+
+/// What takes the place of what is in force.
+pub(super) struct Prepared {
+    pub(super) verifier: Verifier,
+    pub(super) policy: Policy,
+    pub(super) outline: Outline,
 }
 
 /// The thread beside the lookups. When this is dropped, the thread ends after the batch that it writes, whatever waits, and
@@ -156,9 +163,9 @@ impl Writer {
     }
 }
 
-fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<(Verifier, Policy)> {
-    let Settings { registry, policy, .. } = handover::unseal(settings)?;
-    Ok((prepare(store, registry).map_err(io::Error::other)?, policy))
+fn prepare_anew(store: &mut Store, settings: OwnedFd) -> io::Result<Prepared> {
+    let Settings { registry, policy, outline, .. } = handover::unseal(settings)?;
+    Ok(Prepared { verifier: prepare(store, registry).map_err(io::Error::other)?, policy, outline })
 }
 
 /// A verifier by these settings, with the counters that the store knows. Of users whose count it may have forgotten, no knock

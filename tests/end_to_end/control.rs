@@ -234,7 +234,7 @@ fn a_revocation_while_the_configuration_is_read_ends_nothing() {
         daemon.signal(Signal::SIGHUP);
         lab.revoke(&["--all"]);
     }
-    eventually("a reload", || daemon.log().contains("knockq: reloaded"));
+    eventually("a reload", || daemon.log().contains("engine: reloaded"));
     lab.knock(Family::V6, &[]);
     lab.wait_for_door(Family::V6.alice(), 22);
     daemon.stop();
@@ -273,7 +273,7 @@ fn whoever_waits_for_a_reload_that_hangs_holds_nothing_up() {
     let lab = Lab::new();
     let daemon = lab.start();
     let reader = hold_reader(&daemon);
-    let reloads = || daemon.log().matches("knockq: reloaded").count();
+    let reloads = || daemon.log().matches("engine: reloaded").count();
     let before = reloads();
     // A request to reload is one byte (postcard, of src/serve/control.rs).
     let wait = |_| {

@@ -91,7 +91,7 @@ fn doctor_tells_whether_the_gate_stands_whether_the_daemon_reads_its_queue_and_w
     );
     let mut daemon = daemon;
     daemon.signal(Signal::SIGHUP);
-    daemon.wait_for("knockq: reloaded");
+    daemon.wait_for("engine: reloaded");
     let reloaded = lab.doctor();
     reloaded.has("table", "ok", &[]);
     reloaded.has("include-file", "ok", &[]);
@@ -104,7 +104,7 @@ fn doctor_tells_whether_the_gate_stands_whether_the_daemon_reads_its_queue_and_w
         lab.server.sh(&format!("{damage}{}", file.display()));
         lab.doctor().has("include-file", "problem", &[said, "systemctl reload knockq"]);
         daemon.signal(Signal::SIGHUP);
-        eventually("the reload", || daemon.log().matches("knockq: reloaded").count() > reloads);
+        eventually("the reload", || daemon.log().matches("engine: reloaded").count() > reloads);
         lab.doctor().has("include-file", "ok", &[]);
     }
 }

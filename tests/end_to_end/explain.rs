@@ -188,9 +188,9 @@ fn explain_tells_what_of_the_users_entry_forbids_a_knock() {
         ("expires = \"2020-01-01\"", "expired", "expired"),
     ] {
         fs::write(&user, format!("{line}\n{entry}")).unwrap();
-        let reloads = daemon.log().matches("knockq: reloaded").count();
+        let reloads = daemon.log().matches("engine: reloaded").count();
         daemon.signal(Signal::SIGHUP);
-        eventually("the reload", || daemon.log().matches("knockq: reloaded").count() > reloads);
+        eventually("the reload", || daemon.log().matches("engine: reloaded").count() > reloads);
         let knocks = FAMILIES.map(|family| {
             let before = count(&lab.status(), reason);
             let knock = unhex(&lab.print_knock(family, &["--source", "none"]));

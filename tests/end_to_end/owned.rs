@@ -14,10 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use knockq::nft::{Comment, Door, Element, Member, Query};
+use knockq::nft::{Comment, Door, Doors, Element, Member, Ownership, Query};
 use knockq::serve::channel::{Channel, Message};
 use knockq::serve::commands::{self, Answer, COMMAND_LEN, Command, monotonic};
-use knockq::serve::report::{self, RevokedPart};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::io::Errno;
@@ -79,9 +78,10 @@ fn stage_path(lab: &Lab) -> PathBuf {
 
 fn spawn(lab: &Lab, role: &str, arguments: &[&str]) -> Daemon {
     let played = knockq().with_file_name("examples").join("owned");
-    let gate = if role == "gate" { played.clone() } else { knockq().with_file_name("knockq-gate") };
+    let [root, gate] = ["knockq-root", "knockq-gate"].map(|name| knockq().with_file_name(name));
+    let gate = if role == "gate" { played.clone() } else { gate };
     let programs = lab.directory.path.join("bin");
-    for (name, program) in [("knockq", played), ("knockq-gate", gate)] {
+    for (name, program) in [("knockq", played), ("knockq-gate", gate), ("knockq-root", root)] {
         // By another process: one that another test starts would keep what we write to open, and it could not be run.
         let copied = std::process::Command::new("cp")
             .arg("--remove-destination")
@@ -150,6 +150,7 @@ struct Engine {
     relay: Option<OwnedFd>,
     gate: Option<OwnedFd>,
     tables: OwnedFd,
+    status: UnixListener,
 }
 
 impl Engine {
@@ -159,12 +160,14 @@ impl Engine {
 
     fn start_with(lab: &Lab, arguments: &[&str]) -> Self {
         let mut owned = Owned::spawn(lab, "engine", arguments);
-        let [relay, gate, tables, _settings, _store] = owned.is_told(Message::Start);
+        let [relay, gate, tables, _settings, _store, _control, status, _watch] = owned.is_told(Message::Start);
         owned.say(Message::Ready);
-        let [] = owned.is_told(Message::Loaded);
+        let [_queues] = owned.is_told(Message::Loaded);
         owned.say(Message::Ready);
         owned.is_ready();
-        Self { owned, relay: Some(relay), gate: Some(gate), tables }
+        let status = UnixListener::from(status);
+        status.set_nonblocking(false).unwrap();
+        Self { owned, relay: Some(relay), gate: Some(gate), tables, status }
     }
 
     fn gate(&self) -> &OwnedFd {
@@ -180,16 +183,19 @@ impl Engine {
         ask(self.gate(), commands).expect("the gate is there")
     }
 
-    /// Does what a reload asks of it, as the real one would.
+    /// Has root do what a reload takes, as the real one would.
     fn reload(&self) {
-        let reloads = || self.owned.daemon.log().matches("knockq: reloaded").count();
-        let before = reloads();
         self.owned.daemon.signal(Signal::SIGHUP);
+        let [] = self.owned.is_told(Message::Hangup);
+        self.owned.say(Message::Read);
         let [_settings] = self.owned.is_told(Message::Settings);
-        self.owned.say(Message::Prepared);
-        let [] = self.owned.is_told(Message::Enforce);
-        self.owned.say(Message::Ready);
-        eventually("reloading", || reloads() > before);
+        for (said, answer) in
+            [(Message::Check, Message::Same), (Message::Permit, Message::Ready), (Message::Enforce, Message::Ready)]
+        {
+            self.owned.say(said);
+            let [] = self.owned.is_told(answer);
+        }
+        self.owned.say(Message::Reloaded);
     }
 
     fn stop(mut self) {
@@ -214,6 +220,12 @@ fn gate(lab: &Lab) -> (Owned, OwnedFd) {
     let [relay, commands, _limits] = owned.is_told(Message::Start);
     owned.say(Message::Bound);
     thread::spawn(move || answer_all(&commands));
+    let [] = owned.is_told(Message::Release);
+    owned.say(match lab.server.enter(|| Doors::new().unwrap().own_table().unwrap()) {
+        Ownership::Made => Message::Made,
+        Ownership::Adopted => Message::Persists,
+        Ownership::Unsupported => Message::Ready,
+    });
     for message in [Message::Loaded, Message::Enforce] {
         let [] = owned.is_told(message);
         owned.say(Message::Ready);
@@ -275,7 +287,7 @@ fn lab_with(ssh: &str) -> (Lab, World) {
     let lab = Lab::with(ssh);
     lab.server.sh("nft 'add table inet others; add set inet others s { type inet_service; elements = { 1 }; }'");
     fs::create_dir(lab.directory.path.join("bin")).unwrap();
-    for name in ["knockq", "knockq-gate"] {
+    for name in ["knockq", "knockq-gate", "knockq-root"] {
         File::create(lab.directory.path.join("bin").join(name)).unwrap();
     }
     lab.start().stop();
@@ -507,17 +519,8 @@ fn a_flood_of_permitted_commands_opens_what_the_rate_allows_and_holds_nothing_up
         let flooding = scope.spawn(|| flood(engine.gate(), &is_over));
         eventually("the doors that the rate allows", || open_doors(&lab).len() >= 20);
 
-        // What root asks, what the kernel queues, and what root says still get their turn.
-        for _ in 0..3 {
-            let asked = scope.spawn(|| {
-                lab.control(&["revoke", "203.0.113.0/24", "--config", &lab.config().display().to_string()]);
-            });
-            let [memory, _selection] = engine.owned.is_told(Message::Revoke);
-            report::write(memory, RevokedPart::default()).unwrap();
-            engine.owned.say(Message::Ready);
-            asked.join().unwrap();
-            engine.reload();
-        }
+        // What the kernel queues, and what root says, still get their turn.
+        (0..3).for_each(|_| engine.reload());
         for family in FAMILIES {
             assert!(!lab.alice.reaches(family.server(), 20_000));
         }
@@ -575,16 +578,18 @@ fn an_engine_that_says_what_it_may_not_stops_all_with_one_line() {
     let no_message = || "it sent what is no message".to_owned();
     for (bytes, descriptors, line) in [
         (&[99][..], 0, no_message()),
-        (&[4, 4], 0, no_message()),
+        (&[7, 7], 0, no_message()),
         (&[], 0, no_message()),
-        (&[4; 4096], 0, no_message()),
-        (&[4], 100, no_message()),
-        (&[4], 0, unasked("Ready")),
-        (&[4], 1, unasked("Ready")),
-        (&[2], 0, unasked("Bound")),
-        (&[7], 0, unasked("Unable")),
-        (&[11], 0, unasked("Stop")),
-        (&[13], 0, unasked("Reported")),
+        (&[7; 4096], 0, no_message()),
+        (&[7], 100, no_message()),
+        (&[Message::Ready as u8 + 1], 0, unasked("Ready")),
+        (&[Message::Ready as u8 + 1], 1, unasked("Ready")),
+        (&[Message::Bound as u8 + 1], 0, unasked("Bound")),
+        (&[Message::Unable as u8 + 1], 0, unasked("Unable")),
+        (&[Message::Stop as u8 + 1], 0, unasked("Stop")),
+        (&[Message::Permit as u8 + 1], 0, unasked("Permit")),
+        (&[Message::Enforce as u8 + 1], 0, unasked("Enforce")),
+        (&[Message::Confirm as u8 + 1], 0, unasked("Confirm")),
     ] {
         let engine = Engine::start(&lab);
         say(engine.owned.channel(), bytes, &vec![null.as_fd(); descriptors]);
@@ -602,23 +607,29 @@ fn say(channel: &Channel, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
     sendmsg(channel, &[std::io::IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
 }
 
-/// Whatever it writes, root hands it on unread, and the command that asked trusts nothing in it.
+/// Whatever it writes, the command that asked trusts nothing in it.
 #[test]
 fn what_an_engine_writes_for_the_status_harms_neither_the_daemon_nor_who_asked() {
     let (lab, world) = lab_with("open_for = \"6s\"");
     let engine = Engine::start(&lab);
     let runtime = lab.runtime().display().to_string();
-    for bytes in [&[0; 4][..], &[0xff; 64], &random::<4096>()] {
+    let version = [&[5][..], env!("CARGO_PKG_VERSION").as_bytes()].concat();
+    for (bytes, error) in [
+        (vec![0; 4], "another version"),
+        (vec![0xff; 64], "another version"),
+        (random::<4096>().to_vec(), "another version"),
+        ([&version[..], &[0xff; 64]].concat(), "invalid data"),
+        ([&version[..], &random::<4096>()].concat(), "invalid data"),
+        ([&version[..], &[1; 16 << 20]].concat(), "invalid data"),
+    ] {
         thread::scope(|scope| {
             let asked = scope.spawn(|| lab.knockq(&lab.server, &["status", "--runtime", &runtime]));
-            let [memory] = engine.owned.is_told(Message::Report);
-            let mut memory = File::from(memory);
-            assert!(memory.set_len(1 << 40).is_err(), "it can fill no more");
-            memory.write_all(bytes).unwrap();
-            engine.owned.say(Message::Reported);
+            let (mut reader, _) = engine.status.accept().unwrap();
+            let _ = reader.write_all(&bytes); // it reads no more than it has room for
+            drop(reader);
             let asked = asked.join().unwrap();
             let said = String::from_utf8_lossy(&asked.stderr).into_owned();
-            assert!(asked.status.code() == Some(1) && said.contains("status.sock: invalid data"), "{said}");
+            assert!(asked.status.code() == Some(1) && said.contains("status.sock: ") && said.contains(error), "{said}");
         });
     }
     engine.stop();
@@ -628,22 +639,17 @@ fn what_an_engine_writes_for_the_status_harms_neither_the_daemon_nor_who_asked()
 #[test]
 fn an_answer_that_is_none_stops_all_with_one_line() {
     let (lab, world) = lab_with("open_for = \"6s\"");
-    let null = File::open("/dev/null").unwrap();
-    for (answer, descriptors, line) in [
-        (Message::Bound, 0, "it said Bound, which nobody waits for"),
-        (Message::Prepared, 1, "the number of descriptors with its Prepared is 1"),
-    ] {
-        let engine = Engine::start(&lab);
-        engine.owned.daemon.signal(Signal::SIGHUP);
-        let [_settings] = engine.owned.is_told(Message::Settings);
-        engine.owned.channel().send(answer, &vec![null.as_fd(); descriptors]).unwrap();
-        engine.owned.ends_with(&format!("knockq: engine broke the protocol: {line}; stopping all"));
-        nothing_else_changed(&lab, &world, 0);
-    }
+    let line = |said: &str| format!("knockq: engine broke the protocol: it said {said}, which nobody waits for");
+    let engine = Engine::start(&lab);
+    engine.owned.daemon.signal(Signal::SIGHUP);
+    let [] = engine.owned.is_told(Message::Hangup);
+    engine.owned.say(Message::Bound);
+    engine.owned.ends_with(&line("Bound"));
+    nothing_else_changed(&lab, &world, 0);
     // While it starts.
     let engine = Owned::spawn(&lab, "engine", &[]);
     engine.say(Message::Unable);
-    engine.ends_with("knockq: engine broke the protocol: it said Unable, which nobody waits for; stopping all");
+    engine.ends_with(&line("Unable"));
     nothing_else_changed(&lab, &world, 0);
 }
 
@@ -653,10 +659,9 @@ fn a_gate_that_says_what_it_may_not_stops_all_with_one_line() {
     let unasked = |said: &str| format!("it said {said}, which nobody waits for");
     for (bytes, line) in [
         (&[0][..], "it sent what is no message".to_owned()),
-        (&[4], unasked("Ready")),
-        (&[2], unasked("Bound")),
-        (&[5], unasked("Lost")),
-        (&[13], unasked("Reported")),
+        (&[Message::Ready as u8 + 1], unasked("Ready")),
+        (&[Message::Bound as u8 + 1], unasked("Bound")),
+        (&[Message::Load as u8 + 1], unasked("Load")),
     ] {
         let (gate, _relay) = gate(&lab);
         say(gate.channel(), bytes, &[]);
@@ -683,54 +688,26 @@ fn a_gate_that_hangs_up_and_lives_on_stops_all_with_one_true_line() {
     nothing_else_changed(&lab, &world, 0);
 }
 
+/// It is paced, so that nft is not run without end.
 #[test]
-fn an_engine_that_loses_the_table_twice_before_it_is_loaded_again_stops_all() {
+fn an_engine_that_has_the_table_loaded_for_ever_holds_up_neither_root_nor_the_clock() {
     let (lab, world) = lab_with("open_for = \"6s\"");
-    let mut played = Engine::start(&lab);
-    let engine = &mut played.owned;
-    for _ in 0..100 {
-        engine.say(Message::Lost);
-    }
-    let channel = engine.channel.take().unwrap();
-    while matches!(channel.receive(), Ok(Some((message, _))) if message != Message::Stop) {}
-    engine.process = None;
-    assert_eq!(engine.daemon.end(), Some(1));
-    let events = engine.events();
-    let line = "knockq: engine broke the protocol: it said Lost, which nobody waits for; stopping all";
-    assert!(events.len() == 2 && events[0].contains("it is loaded again") && events[1].contains(line), "{events:#?}");
-    nothing_else_changed(&lab, &world, 0);
-}
-
-#[test]
-fn an_engine_that_loses_the_table_for_ever_holds_up_neither_root_nor_the_clock() {
-    let (lab, world) = lab_with("open_for = \"6s\"");
-    let mut played = Engine::start_with(&lab, &["--try", "40s"]);
+    let mut played = Engine::start_with(&lab, &["--try", "20s"]);
     let engine = &mut played.owned;
     let start = Instant::now();
-    let config = lab.config().display().to_string();
-    thread::scope(|scope| {
-        let channel = engine.channel();
-        let losing = scope.spawn(move || {
-            let mut losses = 0;
-            channel.send(Message::Lost, &[]).unwrap();
-            while let Ok(Some((told, mut descriptors))) = channel.receive() {
-                match told {
-                    Message::Loaded => losses += 1,
-                    Message::Revoke => {
-                        report::write(descriptors.remove(0), RevokedPart::default()).unwrap();
-                        channel.send(Message::Ready, &[]).unwrap();
-                    }
-                    _ => return losses,
-                }
-                if told == Message::Loaded && channel.send(Message::Lost, &[]).is_err() {
-                    break;
-                }
-            }
-            losses
-        });
-        lab.control(&["revoke", "203.0.113.0/24", "--config", &config]);
-        assert!(losing.join().unwrap() > 3);
-    });
+    let mut loads = 0;
+    (0..50).for_each(|_| engine.say(Message::Load));
+    while let Ok(Some((told, _))) = engine.channel().receive() {
+        match told {
+            Message::Loaded => loads += 1,
+            Message::Ping => engine.say(Message::Alive),
+            _ => break,
+        }
+        if loads > 10 && engine.channel().send(Message::Load, &[]).is_err() {
+            break;
+        }
+    }
+    assert!((4..=start.elapsed().as_millis() / 100 + 1).contains(&loads), "{loads} in {:?}", start.elapsed());
     engine.process = None;
     assert_eq!(engine.daemon.end(), Some(1));
     assert!(start.elapsed() < 2 * BOUND, "{:?}", start.elapsed());
@@ -739,52 +716,36 @@ fn an_engine_that_loses_the_table_for_ever_holds_up_neither_root_nor_the_clock()
     assert_eq!(World::of(&lab).files, world.files);
 }
 
-/// A minute each.
+/// Root asks each half minute whether it lives, and it only ever says other things.
 #[test]
-fn a_child_that_never_answers_stops_all_after_a_minute() {
-    let (lab, world) = lab_with("open_for = \"6s\"");
-    let engine = Engine::start(&lab);
-    engine.owned.daemon.signal(Signal::SIGHUP);
-    let [_settings] = engine.owned.is_told(Message::Settings);
-    engine.owned.channel().send(Message::Prepared, &[]).unwrap();
-    thread::sleep(Duration::from_secs(60)); // it reads nothing more
-    let [] = engine.owned.is_told(Message::Enforce);
-    engine.owned.ends_with("knockq: engine gave no answer within a minute; stopping all");
-    nothing_else_changed(&lab, &world, 0);
-}
-
-/// Root asks it to shut a door, and it only ever says that the table is lost.
-#[test]
-fn an_engine_that_says_everything_but_the_answer_stops_all_after_a_minute() {
+fn an_engine_that_says_everything_but_that_it_lives_stops_all_after_a_minute() {
     let (lab, world) = lab_with("open_for = \"6s\"");
     let mut played = Engine::start(&lab);
     let engine = &mut played.owned;
     let start = Instant::now();
-    thread::scope(|scope| {
-        let config = lab.config().display().to_string();
-        let asked = scope.spawn({
-            let lab = &lab;
-            move || lab.knockq(&lab.server, &["revoke", "203.0.113.0/24", "--config", &config])
-        });
-        let channel = engine.channel();
-        while let Ok(Some((told, _))) = channel.receive() {
-            match told {
-                Message::Stop => break,
-                Message::Revoke | Message::Loaded => channel.send(Message::Lost, &[]).unwrap(),
-                other => panic!("{other:?}"),
-            }
+    while let Ok(Some((told, _))) = engine.channel().receive() {
+        match told {
+            Message::Stop => break,
+            Message::Ping | Message::Same => engine.say(Message::Check),
+            other => panic!("{other:?}"),
         }
-        let said = String::from_utf8(asked.join().unwrap().stderr).unwrap();
-        assert!(
-            said.contains("control.sock: the daemon hung up before it answered") && said.contains("Hint: "),
-            "{said}"
-        );
-    });
+    }
     engine.process = None;
     assert_eq!(engine.daemon.end(), Some(1));
     assert!(start.elapsed() < 2 * BOUND, "{:?}", start.elapsed());
     let last = engine.events().pop().unwrap();
     assert!(last.contains("knockq: engine gave no answer within a minute; stopping all"), "{last}");
+    nothing_else_changed(&lab, &world, 0);
+}
+
+#[test]
+fn a_gate_that_never_answers_stops_all_after_a_minute() {
+    let (lab, world) = lab_with("open_for = \"6s\"");
+    let (owned, _relay) = gate(&lab);
+    owned.daemon.signal(Signal::SIGHUP);
+    let [_limits] = owned.is_told(Message::Settings);
+    thread::sleep(Duration::from_secs(61));
+    owned.ends_with("knockq: gate gave no answer within a minute; stopping all");
     nothing_else_changed(&lab, &world, 0);
 }
 
@@ -795,9 +756,9 @@ fn a_reader_of_the_configuration_that_says_what_it_may_not_stops_all_with_one_li
     writer.write_all(&random::<64>()).unwrap();
     for (bytes, descriptors, line) in [
         (&[77][..], 0, "it sent what is no message"),
-        (&[5], 0, "it said Lost, which nobody waits for"),
-        (&[4], 2, "the number of descriptors with its Ready is 2"),
-        (&[4], 3, "what it handed over cannot be read"),
+        (&[Message::Load as u8 + 1], 0, "it said Load, which nobody waits for"),
+        (&[Message::Ready as u8 + 1], 0, "what it handed over cannot be read"),
+        (&[Message::Ready as u8 + 1], 3, "what it handed over cannot be read"),
     ] {
         let mut daemon = spawn(&lab, "configuration", &[]);
         daemon.wait_for("knockq: ready");

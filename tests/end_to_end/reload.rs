@@ -34,9 +34,9 @@ impl Lab {
 }
 
 fn reload(daemon: &mut Daemon) {
-    let before = daemon.log().matches("knockq: reloaded").count();
+    let before = daemon.log().matches("engine: reloaded").count();
     daemon.signal(Signal::SIGHUP);
-    eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+    eventually("reloading", || daemon.log().matches("engine: reloaded").count() > before);
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
             });
             for network in 0..5 {
                 lab.trust(&format!("192.0.2.{network}"));
-                let before = daemon.log().matches("knockq: reloaded").count();
+                let before = daemon.log().matches("engine: reloaded").count();
                 let root = Traced::attach(daemon.pid());
                 daemon.signal(Signal::SIGHUP);
                 // One reads the configuration, one has the kernel check the new table, one loads it.
@@ -191,7 +191,7 @@ fn no_knock_is_lost_while_the_configuration_is_read_again() {
                     child.release();
                 }
                 root.release();
-                eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+                eventually("reloading", || daemon.log().matches("engine: reloaded").count() > before);
             }
             drop(until_dropped);
         });

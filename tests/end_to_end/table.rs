@@ -198,7 +198,7 @@ fn an_external_table_is_checked_and_never_touched() {
     daemon.wait_for("stays in force hint=\"knockq ruleset --output ");
     lab.load_include_file();
     daemon.signal(Signal::SIGHUP);
-    daemon.wait_for("knockq: reloaded");
+    daemon.wait_for("engine: reloaded");
     for family in FAMILIES {
         assert!(lab.door(family.alice(), 22).is_some());
         assert!(lab.alice.reaches(family.server(), 22) && !lab.mallory.reaches(family.server(), 22));

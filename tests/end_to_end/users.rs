@@ -24,9 +24,9 @@ impl Lab {
 }
 
 fn reload(daemon: &Daemon) {
-    let before = daemon.log().matches("knockq: reloaded").count();
+    let before = daemon.log().matches("engine: reloaded").count();
     daemon.signal(Signal::SIGHUP);
-    eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+    eventually("reloading", || daemon.log().matches("engine: reloaded").count() > before);
 }
 
 #[test]

@@ -11,8 +11,8 @@ use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;
 use crate::nft;
-use crate::serve::ending::ServeError;
-use crate::serve::start::refuse_taken_queue;
+use crate::serve::configuration::ServeError;
+use crate::serve::configuration::refuse_taken_queue;
 
 /// What the daemon's process that reads the queue is called.
 const GATE: &str = "(knockq-gate)";
@@ -59,7 +59,7 @@ pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
 
 /// A gate that goes away by itself, if this one does.
 pub(super) fn trial(config: &ServerConfig) -> Option<Finding> {
-    let left = ask_daemon(config)?.root.table.trial?;
+    let left = ask_daemon(config)?.daemon.table.trial?;
     let message = format!("the gate is on trial: in {} it is gone, and guarded ports are open to all", time_left(left));
     Some(Finding::note("trial", message).hint("when a knock has let you in: knockq confirm"))
 }

@@ -89,7 +89,7 @@ fn is_told(family: Family, at_the_start: &str, lose: impl FnOnce(&Lab)) {
     says(&explained, &sentence);
 
     daemon.signal(Signal::SIGHUP);
-    eventually("the reload", || daemon.log().contains("knockq: reloaded"));
+    eventually("the reload", || daemon.log().contains("engine: reloaded"));
     let waits = lab.knockq(&lab.alice, &["send", "server", "ssh", family.flag(), "--wait"]);
     assert!(!waits.status.success());
     says(&String::from_utf8_lossy(&waits.stderr), "no knocks are accepted until HH:MM:SS (counter store in doubt)");

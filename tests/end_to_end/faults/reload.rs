@@ -16,7 +16,7 @@ use crate::recorded::persona;
 use crate::{UntilDropped, daemon_owned_the_table, flow, raw_socket, send_raw, unix_now};
 
 fn reloads(daemon: &Daemon) -> usize {
-    daemon.log().matches("knockq: reloaded").count()
+    daemon.log().matches("engine: reloaded").count()
 }
 
 /// Root's child in this role, if there is one now.
@@ -136,7 +136,7 @@ fn a_hundred_hangups_while_all_else_goes_wrong_too_lose_no_knock_and_no_grant() 
     daemon.signal(Signal::SIGHUP);
     eventually("one more reload", || reloads(&daemon) > before);
     let log = daemon.log();
-    let told = log.matches("knockq: reloaded").count() + log.matches("the configuration of before stays").count();
+    let told = log.matches("engine: reloaded").count() + log.matches("the configuration of before stays").count();
     assert!((2..=101).contains(&told), "{told} lines for 101 hangups");
     let is_expected = |line: &&str| {
         let known = [
@@ -217,7 +217,7 @@ fn a_hangup_that_comes_while_the_daemon_starts_is_done_when_it_is_ready() {
     assert!(!daemon.log().contains("ready"), "it was to be hung up on before: {}", daemon.log());
     root.release();
     daemon.wait_for("knockq: ready");
-    daemon.wait_for("knockq: reloaded");
+    daemon.wait_for("engine: reloaded");
     for family in FAMILIES {
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
@@ -244,7 +244,7 @@ fn a_user_who_is_removed_while_the_daemon_starts_is_not_in_it() {
     root.release();
     succeeds(&removed);
     daemon.wait_for("knockq: ready");
-    daemon.wait_for("knockq: reloaded users=0");
+    daemon.wait_for("engine: reloaded users=0");
     let doors: Vec<IpAddr> = FAMILIES.map(Family::alice).to_vec();
     for family in FAMILIES {
         lab.knock(family, &["ssh"]);

@@ -95,7 +95,7 @@ fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_
     let running = fs::read_link(format!("/proc/{}/exe", daemon.pid())).unwrap();
     assert!(running.to_str().unwrap().ends_with(" (deleted)"), "{running:?}");
     daemon.signal(Signal::SIGHUP);
-    daemon.wait_for("knockq: reloaded");
+    daemon.wait_for("engine: reloaded");
     lab.add_user("bob", &["mail"]);
     for family in FAMILIES {
         succeeds(&lab.knockq_as("bob", &lab.alice, &["send", "server", "mail", family.flag()]));

@@ -99,9 +99,9 @@ fn while_root_stands_still_knocks_go_on_and_a_reload_waits() {
         lab.wait_for_door(family.alice(), 22);
         eventually("closing", || lab.door(family.alice(), 22).is_none());
     }
-    assert_eq!(count(&daemon, "knockq: reloaded"), 0);
+    assert_eq!(count(&daemon, "engine: reloaded"), 0);
     kill(daemon.pid(), Signal::SIGCONT).unwrap();
-    eventually("the reload", || count(&daemon, "knockq: reloaded") == 1);
+    eventually("the reload", || count(&daemon, "engine: reloaded") == 1);
     daemon.stop();
 }
 

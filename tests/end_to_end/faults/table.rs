@@ -106,9 +106,9 @@ fn no_stranger_is_answered_while_the_daemon_is_killed_started_and_reloaded() {
     }
     for network in 1..=3 {
         lab.trust(&format!("192.0.2.{network}"));
-        let before = daemon.log().matches("knockq: reloaded").count();
+        let before = daemon.log().matches("engine: reloaded").count();
         daemon.signal(Signal::SIGHUP);
-        eventually("reloading", || daemon.log().matches("knockq: reloaded").count() > before);
+        eventually("reloading", || daemon.log().matches("engine: reloaded").count() > before);
     }
     for family in FAMILIES {
         lab.knock(family, &[]);
@@ -373,7 +373,7 @@ fn thousands_of_doors_that_are_shut_at_once_are_no_change_by_others() {
     assert_eq!(daemon.log().matches("engine: revoked user=alice").count(), usize::try_from(DOORS).unwrap());
     for times in 1..=2 {
         daemon.signal(Signal::SIGHUP);
-        eventually("a reload", || daemon.log().matches("knockq: reloaded").count() == times);
+        eventually("a reload", || daemon.log().matches("engine: reloaded").count() == times);
     }
     assert_eq!(restorations(&daemon), 0, "its own changes are none by others");
 }

@@ -1,0 +1,85 @@
+//! What root needs of a configuration, made by the child that reads it: texts, which root hands on and does not look into.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::handover;
+
+/// What root does for one configuration. In memory its parts stand one after the other, with a zero byte between them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// Root loads the table, not the host's nftables.conf.
+    pub is_managed: bool,
+    /// What is ready, in one line.
+    pub summary: String,
+    /// The include file. It begins with a table that is added, if it is not there.
+    pub ruleset: String,
+    /// The same under another name: to be checked or, where others load the table, to be compared with theirs.
+    pub check: String,
+    /// What is deleted after the first load, if it is there.
+    pub outdated: String,
+    /// What the next configuration is compared with, by the child that reads it.
+    pub before: Vec<u8>,
+}
+
+/// So many parts; the last may have zero bytes.
+const PARTS: usize = 6;
+
+/// Whether root loads the table.
+const MODES: [&str; 2] = ["external", "managed"];
+
+impl Plan {
+    /// In sealed memory.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn seal(&self) -> io::Result<OwnedFd> {
+        let mode = MODES[usize::from(self.is_managed)];
+        let texts = [mode, &self.summary, &self.ruleset, &self.check, &self.outdated];
+        let mut bytes = texts.iter().flat_map(|text| text.bytes().chain([0])).collect::<Vec<u8>>();
+        bytes.extend(&self.before);
+        handover::seal_bytes(&bytes)
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// When it is no sealed memory, or holds something else.
+    pub fn read(memory: impl AsFd) -> io::Result<Self> {
+        let bytes = handover::unseal_bytes(memory.as_fd().try_clone_to_owned()?)?;
+        let mut parts = bytes.splitn(PARTS, |byte| *byte == 0);
+        let mut part = || parts.next().map(<[u8]>::to_vec).ok_or(io::ErrorKind::InvalidData);
+        let [mode, summary, ruleset, check, outdated] = [part()?, part()?, part()?, part()?, part()?];
+        let before = part()?;
+        let text = |bytes| String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData);
+        let mode = text(mode)?;
+        let is_managed = MODES.iter().position(|known| *known == mode).ok_or(io::ErrorKind::InvalidData)? == 1;
+        let [summary, ruleset, check, outdated] = [text(summary)?, text(ruleset)?, text(check)?, text(outdated)?];
+        Ok(Self { is_managed, summary, ruleset, check, outdated, before })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Plan, handover};
+
+    #[test]
+    fn a_plan_survives_the_way_and_what_is_none_is_refused() {
+        let plan = |is_managed| Plan {
+            is_managed,
+            summary: "ready: users 1".to_owned(),
+            ruleset: "add table inet knockq\n".to_owned(),
+            check: String::new(),
+            outdated: String::new(),
+            before: vec![0, 1, 0],
+        };
+        for plan in [plan(false), plan(true)] {
+            let memory = plan.seal().unwrap();
+            assert_eq!(Plan::read(&memory).unwrap(), plan);
+            assert_eq!(Plan::read(&memory).unwrap(), plan, "it is there still");
+        }
+        for bytes in [&b""[..], b"managed", b"managed\0\0\0\0", b"other\0\0\0\0\0", b"managed\0\xff\0\0\0\0"] {
+            assert!(Plan::read(handover::seal_bytes(bytes).unwrap()).is_err(), "{bytes:?}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Running a program for root: one at a time, with a text, for a minute at most.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::process::Command;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::handover;
+
+/// Where every distribution has it; never looked up by name, for this runs as root.
+const NFT: &str = "/usr/sbin/nft";
+
+/// Time after which it is killed.
+const TIME: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+
+/// Bytes that it may write: what nft lists where 65,535 doors are open is a third of it.
+const ROOM: u64 = 32 << 20;
+
+/// Has nft do this with this text: what it has written, or what it says is wrong.
+///
+/// # Errors
+/// The kernel's, when it cannot be run.
+pub(super) fn nft(arguments: &[&str], text: &str) -> io::Result<Result<String, String>> {
+    match run(Path::new(NFT), arguments, text) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Err(format!("{NFT}: {error}"))),
+        ran => ran,
+    }
+}
+
+/// Runs a program with these arguments, no environment, and this text as standard input.
+///
+/// # Errors
+/// The kernel's, when it cannot be run.
+pub(super) fn run(program: &Path, arguments: &[&str], text: &str) -> io::Result<Result<String, String>> {
+    let [output, said] = [memory()?, memory()?];
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().env("LC_ALL", "C").current_dir("/");
+    command.stdin(handover::seal_bytes(text.as_bytes())?).stdout(output.try_clone()?).stderr(said.try_clone()?);
+    let mut child = command.spawn()?;
+    let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+    while poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&TIME)) == Err(Errno::INTR) {}
+    let _ = child.kill(); // if it goes on
+    let status = child.wait()?;
+    if status.success() {
+        return Ok(Ok(written(output)?));
+    }
+    let said = written(said)?;
+    Ok(Err(if said.is_empty() { status.to_string() } else { said.trim_end().to_owned() }))
+}
+
+/// Memory for what a program writes, which does not grow.
+fn memory() -> io::Result<File> {
+    let memory = memfd_create("knockq", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&memory, ROOM)?;
+    fcntl_add_seals(&memory, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(memory.into())
+}
+
+/// What was written up to where the program stopped, whose place in it is ours.
+fn written(mut memory: File) -> io::Result<String> {
+    let length = memory.stream_position()?;
+    memory.seek(SeekFrom::Start(0))?;
+    let mut bytes = Vec::new();
+    memory.take(length).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::run;
+
+    fn sh(script: &str, text: &str) -> Result<String, String> {
+        run(Path::new("/bin/sh"), &["-c", script], text).unwrap()
+    }
+
+    #[test]
+    fn what_a_program_writes_and_says_is_told_apart_and_has_its_bounds() {
+        assert_eq!(sh("cat; echo said >&2", "text"), Ok("text".to_owned()));
+        assert_eq!(sh("echo written; echo said >&2; exit 1", ""), Err("said".to_owned()));
+        assert_eq!(sh("exit 3", ""), Err("exit status: 3".to_owned()));
+        assert_eq!(sh("head -c 40000000 /dev/zero", "").unwrap_err().contains("error"), true);
+        assert!(run(Path::new("/no/such/program"), &[], "").is_err());
+    }
+}
