@@ -1026,14 +1026,19 @@ fn the_daemons_processes_cannot_be_started_by_hand() {
     let world = World::new();
     world.run(&["engine"]).fails(1, &["engine"]);
     for (arguments, code, said) in [
-        ([].as_slice(), 1, "gate: only `knockq serve` of the same version can start it"),
-        (&["0.0.0"], 1, "gate: only"),
+        ([].as_slice(), 1, "gate: error: only `knockq serve` of the same version can start it"),
+        (&["0.0.0"], 1, "gate: error: only"),
         (&[env!("CARGO_PKG_VERSION")], 1, "gate: "),
     ] {
         let mut gate = Command::new(env!("CARGO_BIN_EXE_knockq-gate"));
         Ran(gate.args(arguments).stdin(Stdio::null()).output().unwrap()).fails(code, &[said]);
     }
     let config = world.config().display().to_string();
+    for arguments in [&[][..], &["0.0.0", "-", "3", "4", &config]] {
+        let mut root = Command::new(env!("CARGO_BIN_EXE_knockq-root"));
+        Ran(root.args(arguments).output().unwrap())
+            .fails(1, &["knockq: error: only `knockq serve` of the same version can start it"]);
+    }
     world.run(&["configuration", "--config", &config]).fails(1, &["serve: "]);
 }
 

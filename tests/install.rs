@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 const KNOCKQ: &str = env!("CARGO_BIN_EXE_knockq");
 
 /// What is installed below DESTDIR, besides manual pages. The first two of them alone are programs.
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
     "usr/bin/knockq",
     "usr/libexec/knockq/knockq-gate",
+    "usr/libexec/knockq/knockq-root",
     "usr/lib/systemd/system/knockq-gate.service",
     "usr/lib/systemd/system/knockq.service",
     "usr/lib/sysusers.d/knockq.conf",

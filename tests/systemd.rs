@@ -280,7 +280,7 @@ fn the_daemon_runs_hardened_and_reloads_under_systemd() {
 #[test]
 fn uninstall_stops_what_runs_and_says_what_stays() {
     let machine = Machine::boot("uninstall", "");
-    const OURS: &str = "knockq: |/usr/local/bin/knockq";
+    const OURS: &str = "knockq: |knockq serve";
     assert_ne!(machine.processes(OURS), "");
     let said = machine.says(&format!("{PLACES} {}/dist/uninstall 2>&1", env!("CARGO_MANIFEST_DIR")));
     assert!(said.contains("nft delete table inet knockq") && said.contains("/etc/knockq"), "{said}");

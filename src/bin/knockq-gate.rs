@@ -20,8 +20,7 @@ fn main() -> ExitCode {
     match gate::run(lines) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            lines.error(&error.to_string());
-            error.hint().into_iter().for_each(|hint| lines.error(&format!("Hint: {hint}")));
+            lines.last_words(&error.to_string(), error.hint());
             ExitCode::FAILURE
         }
     }

@@ -26,11 +26,9 @@ fn main() -> ExitCode {
     match root::run(Start { config, trial: trial.parse().ok(), flags, knockq, gate, lines }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let message = error.to_string();
             if !matches!(error, root::RootError::ChildFailed { .. }) {
-                eprintln!("knockq: {message}");
+                lines.last_words(&error.to_string(), error.hint());
             }
-            error.hint().into_iter().for_each(|hint| eprintln!("Hint: {hint}"));
             ExitCode::from(error.code())
         }
     }

@@ -193,7 +193,7 @@ impl Revoke {
             },
         };
         let ending = if self.kill { end_connections(&selection, &whose) } else { Ending::default() };
-        let shown = show(&meant, &open_doors()?, self.kill.then_some(ending.ended));
+        let shown = show(&selection, &meant, &open_doors()?, self.kill.then_some(ending.ended));
         for (Door { source, port, .. }, error) in &unshut {
             note(&format!("{source} {port}: not shut: {error}"));
         }
@@ -259,18 +259,22 @@ fn covers(selection: &Selection, open: &OpenDoor) -> bool {
 }
 
 /// What became of the doors, and how many connections were ended if they were to be.
-fn show(meant: &[OpenDoor], left: &[OpenDoor], ended: Option<u64>) -> Result<(), Failure> {
+fn show(selection: &Selection, meant: &[OpenDoor], left: &[OpenDoor], ended: Option<u64>) -> Result<(), Failure> {
     match (meant.is_empty(), ended) {
         (false, _) => {}
         (true, None) => note("no such door is open"),
         (true, Some(ended)) => note(&format!("no such door is open; connections that were ended: {ended}")),
     }
-    let mut is_by_hand = false;
+    let (mut is_by_hand, mut is_unheard) = (false, false);
     let lines = meant.iter().map(|open| {
-        let still = left.iter().find(|still| still.what == open.what).map(Shown::of);
-        let state = match &still {
+        let still = left.iter().find(|still| still.what == open.what);
+        let is_meant = still.is_some_and(|still| covers(selection, still));
+        let state = match &still.map(Shown::of) {
             None => "shut".to_owned(),
-            Some(Shown { user: Some(user), .. }) => format!("still open for {user}"),
+            Some(Shown { user: Some(user), .. }) => {
+                is_unheard |= is_meant;
+                format!("still open for {user}")
+            }
             Some(_) => {
                 is_by_hand = true;
                 "still open, by hand".to_owned()
@@ -279,6 +283,10 @@ fn show(meant: &[OpenDoor], left: &[OpenDoor], ended: Option<u64>) -> Result<(),
         format!("{} {}: {state}\n", open.what.source, open.what.port)
     });
     print(&lines.collect::<String>())?;
+    if is_unheard {
+        let message = "revoke: the daemon does not shut what it was told to".to_owned();
+        return Err(Failure::new(message).hint("if nobody has just knocked again: stop it, and revoke again"));
+    }
     if is_by_hand {
         let message = "revoke: the daemon leaves alone what it has not opened".to_owned();
         return Err(Failure::new(message).hint("stop it, revoke again, and start it; other doors keep their time"));

@@ -243,13 +243,13 @@ impl Made {
                 connected: nft::connected(&kill, &ruleset.trusted, std::iter::empty()),
             },
         };
-        let Outline { users, services, knock_ports, queue, .. } = &settings.outline;
+        let Outline { users, services, knock_ports, .. } = &settings.outline;
         let is_managed = config.ruleset_mode == RulesetMode::Managed;
         let before =
             Before { fixed: Fixed::of(config, accounts), guarded: ruleset.guarded.clone(), kill: ruleset.kill.clone() };
         let plan = Plan {
             is_managed,
-            summary: format!("ready: users {users}, services {services}, knock ports {knock_ports}, queue {queue}"),
+            summary: format!("ready: users {users}, services {services}, knock ports {knock_ports}"),
             ruleset: ruleset.to_string(),
             check: if is_managed { ruleset.for_check() } else { ruleset.for_comparison() },
             outdated: OUTDATED.to_owned(),

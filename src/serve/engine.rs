@@ -226,7 +226,7 @@ impl Process {
                         return Ok(());
                     }
                 }
-                visitor = self.visitors.next() => self.receive(visitor)?,
+                visitor = self.visitors.next(), if serves => self.receive(visitor)?,
                 done = self.writing.done.recv() => self.take(done.ok_or(EngineError::WriterGone)?)?,
                 _ = tick.tick() => self.tick()?,
                 changed = self.tables.readable(), if serves => {

@@ -22,6 +22,13 @@ impl Lines {
         self.write(3, "error: ", text);
     }
 
+    /// Why it ends, and what to do, as a command says it.
+    pub fn last_words(self, text: &str, hint: Option<&str>) {
+        let mark = if self.priorities { "<3>" } else { "" };
+        let hint = hint.map(|hint| format!("{mark}Hint: {hint}\n")).unwrap_or_default();
+        let _ = io::stderr().write_all(format!("{mark}{}: {text}\n{hint}", self.process).as_bytes());
+    }
+
     /// Something may be wrong.
     pub fn warning(self, text: &str) {
         self.write(4, "warning: ", text);

@@ -21,13 +21,23 @@ const TIME: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 /// Bytes that it may write: what nft lists where 65,535 doors are open is a third of it.
 const ROOM: u64 = 32 << 20;
 
+/// What a program says that has failed.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) struct Failed {
+    pub(super) said: String,
+    /// Its exit code; 1 if it was killed.
+    pub(super) code: u8,
+}
+
 /// Has nft do this with this text: what it has written, or what it says is wrong.
 ///
 /// # Errors
 /// The kernel's, when it cannot be run.
-pub(super) fn nft(arguments: &[&str], text: &str) -> io::Result<Result<String, String>> {
+pub(super) fn nft(arguments: &[&str], text: &str) -> io::Result<Result<String, Failed>> {
     match run(Path::new(NFT), arguments, text) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Err(format!("{NFT}: {error}"))),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Ok(Err(Failed { said: format!("{NFT}: {error}"), code: 1 }))
+        }
         ran => ran,
     }
 }
@@ -36,7 +46,7 @@ pub(super) fn nft(arguments: &[&str], text: &str) -> io::Result<Result<String, S
 ///
 /// # Errors
 /// The kernel's, when it cannot be run.
-pub(super) fn run(program: &Path, arguments: &[&str], text: &str) -> io::Result<Result<String, String>> {
+pub(super) fn run(program: &Path, arguments: &[&str], text: &str) -> io::Result<Result<String, Failed>> {
     let [output, said] = [memory()?, memory()?];
     let mut command = Command::new(program);
     command.args(arguments).env_clear().env("LC_ALL", "C").current_dir("/");
@@ -50,7 +60,8 @@ pub(super) fn run(program: &Path, arguments: &[&str], text: &str) -> io::Result<
         return Ok(Ok(written(output)?));
     }
     let said = written(said)?;
-    Ok(Err(if said.is_empty() { status.to_string() } else { said.trim_end().to_owned() }))
+    let said = if said.is_empty() { status.to_string() } else { said.trim_end().to_owned() };
+    Ok(Err(Failed { said, code: status.code().and_then(|code| code.try_into().ok()).unwrap_or(1) }))
 }
 
 /// Memory for what a program writes, which does not grow.
@@ -74,18 +85,18 @@ fn written(mut memory: File) -> io::Result<String> {
 mod tests {
     use std::path::Path;
 
-    use super::run;
+    use super::{Failed, run};
 
-    fn sh(script: &str, text: &str) -> Result<String, String> {
-        run(Path::new("/bin/sh"), &["-c", script], text).unwrap()
+    fn sh(script: &str, text: &str) -> Result<String, (String, u8)> {
+        run(Path::new("/bin/sh"), &["-c", script], text).unwrap().map_err(|Failed { said, code }| (said, code))
     }
 
     #[test]
     fn what_a_program_writes_and_says_is_told_apart_and_has_its_bounds() {
         assert_eq!(sh("cat; echo said >&2", "text"), Ok("text".to_owned()));
-        assert_eq!(sh("echo written; echo said >&2; exit 1", ""), Err("said".to_owned()));
-        assert_eq!(sh("exit 3", ""), Err("exit status: 3".to_owned()));
-        assert_eq!(sh("head -c 40000000 /dev/zero", "").unwrap_err().contains("error"), true);
+        assert_eq!(sh("echo written; echo said >&2; exit 1", ""), Err(("said".to_owned(), 1)));
+        assert_eq!(sh("exit 3", ""), Err(("exit status: 3".to_owned(), 3)));
+        assert!(sh("head -c 40000000 /dev/zero", "").is_err());
         assert!(run(Path::new("/no/such/program"), &[], "").is_err());
     }
 }

@@ -22,7 +22,7 @@ pub use super::ending::RootError;
 use super::ending::{Breach, Ended};
 use super::line::Lines;
 use super::plan::Plan;
-use super::program::{nft, run as run_program};
+use super::program::{Failed, nft, run as run_program};
 use super::{calls, handover, sandbox, terminal};
 
 /// Times that the table is loaded again before giving up, and the time between.
@@ -139,7 +139,7 @@ impl Root {
     fn bring_up(&mut self) -> Result<(), Ended> {
         self.start_reading()?;
         let (_, mut handed) = self.children.wait_for(CONFIGURATION, &[Message::Ready])?;
-        self.children.dismiss(CONFIGURATION);
+        self.dismiss_reader();
         let (plan, memory) = take_plan(&mut handed)?;
         if handed.len() < GATE_AT_START {
             return Err(unreadable().into());
@@ -201,6 +201,10 @@ impl Root {
                 Some(Event::Signal(SIGHUP)) => self.children.tell("engine", Message::Hangup, &[])?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
+                Some(Event::Message(CONFIGURATION, Message::Refused, why)) => {
+                    self.dismiss_reader();
+                    self.children.tell("engine", Message::Refused, &why)?;
+                }
                 Some(Event::Gone(CONFIGURATION)) => self.refuse_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.stop_all(child))),
                 Some(Event::Message("engine", said, _)) => self.obey(said)?,
@@ -270,7 +274,7 @@ impl Root {
                 self.next = None;
                 self.tell_ready();
             }
-            Message::Found => self.tell_ready(),
+            Message::Found => self.notify(&[NotifyState::Status(self.summary())]),
             Message::Lost => self.notify(&[NotifyState::Status(OPEN)]),
             Message::Confirm if self.trial.is_some() => {
                 self.trial = None;
@@ -303,8 +307,7 @@ impl Root {
     }
 
     fn take_configuration(&mut self, mut read: Vec<OwnedFd>) -> Result<(), Ended> {
-        self.children.dismiss(CONFIGURATION);
-        self.reading = None;
+        self.dismiss_reader();
         let (plan, memory) = take_plan(&mut read)?;
         let [limits, settings] = read.try_into().map_err(|_| unreadable())?;
         self.next = Some((plan, memory, limits));
@@ -313,10 +316,14 @@ impl Root {
 
     /// The configuration could not be read; if it was refused, the child has said why.
     fn refuse_configuration(&mut self, why: &str) -> Result<(), Ended> {
-        self.children.dismiss(CONFIGURATION);
-        self.reading = None;
+        self.dismiss_reader();
         let hint = format!("knockq check --config {}", self.start.config.display());
         Ok(self.refuse(&format!("{why}\n{hint}"))?)
+    }
+
+    fn dismiss_reader(&mut self) {
+        self.children.dismiss(CONFIGURATION);
+        self.reading = None;
     }
 
     fn refuse(&self, why: &str) -> Result<(), RootError> {
@@ -334,7 +341,7 @@ impl Root {
                 Ok(listed) => {
                     self.children.tell("engine", Message::Ready, &[handover::seal_bytes(listed.as_bytes())?])?;
                 }
-                Err(said) => self.refuse(&said)?,
+                Err(Failed { said, .. }) => self.refuse(&said)?,
             });
         }
         if next.ruleset == current.ruleset {
@@ -342,7 +349,10 @@ impl Root {
         }
         match nft(&["-c", "-f", "-"], &next.check)? {
             Ok(_) => Ok(self.children.tell("engine", Message::Ready, &[])?),
-            Err(said) => Ok(self.refuse(&format!("nft: {said}\nknockq ruleset --check"))?),
+            Err(Failed { said, .. }) => {
+                let said = said.replace('\n', " ");
+                Ok(self.refuse(&format!("nft: {said}\nknockq ruleset --check"))?)
+            }
         }
     }
 
@@ -356,28 +366,30 @@ impl Root {
 
     /// Loads the table of what is in force, of which the gate lets go. Whoever deleted it may be at it still.
     fn load(&mut self) -> Result<(), Ended> {
-        let released = self.ask_gate(Message::Release, &[])?;
-        self.persists = released != Message::Ready;
-        let mut loaded = self.load_once(self.persists)?;
+        let mut loaded = self.try_to_load()?;
         for _ in 1..LOAD_TRIES {
             if loaded.is_ok() {
                 break;
             }
             sleep(LOAD_PAUSE);
-            loaded = self.load_once(self.persists)?;
+            loaded = self.try_to_load()?;
         }
-        if let Err(said) = loaded {
-            if released == Message::Made {
-                let _ = nft(&["-f", "-"], DELETE)?; // it is empty; the error that is reported is the cause
-            }
-            return Err(self.explain(said).into());
+        self.has_loaded |= loaded.is_ok();
+        loaded.map(drop).map_err(|failed| self.explain(failed.said).into())
+    }
+
+    fn try_to_load(&mut self) -> Result<Result<String, Failed>, Ended> {
+        let released = self.ask_gate(Message::Release, &[])?;
+        self.persists = released != Message::Ready;
+        let loaded = self.load_once(self.persists)?;
+        if loaded.is_err() && released == Message::Made {
+            let _ = nft(&["-f", "-"], DELETE)?; // it is empty, and would let all in
         }
-        self.has_loaded = true;
-        Ok(())
+        Ok(loaded)
     }
 
     /// nft before 1.1 cannot name the flags of a table that persists, so it must not try to add it.
-    fn load_once(&self, persists: bool) -> io::Result<Result<String, String>> {
+    fn load_once(&self, persists: bool) -> io::Result<Result<String, Failed>> {
         let Some((plan, _)) = &self.plan else { return Ok(Ok(String::new())) };
         let text = if persists { plan.ruleset.replacen(ADD, "", 1) } else { plan.ruleset.clone() };
         nft(&["-f", "-"], &text)
@@ -388,9 +400,9 @@ impl Root {
         let config = self.start.config.display().to_string();
         let explained = run_program(&self.start.knockq, &["ruleset", "--check", "--config", &config], "");
         match explained {
-            Ok(Err(explained)) => {
-                let _ = io::stderr().write_all(format!("{explained}\n").as_bytes());
-                RootError::ChildFailed { process: "nft", code: 1 }
+            Ok(Err(Failed { said, code })) => {
+                let _ = io::stderr().write_all(format!("{said}\n").as_bytes());
+                RootError::ChildFailed { process: "nft", code }
             }
             _ => RootError::Nft(said),
         }
@@ -401,7 +413,8 @@ impl Root {
     fn keep(&self) -> io::Result<()> {
         let Some((plan, _)) = self.plan.as_ref().filter(|(plan, _)| plan.is_managed) else { return Ok(()) };
         let path = self.start.config.with_file_name("knockq.nft").display().to_string();
-        if let Err(said) = run_program(&self.start.knockq, &["keep", "--output", &path], &plan.ruleset)? {
+        if let Err(Failed { said, .. }) = run_program(&self.start.knockq, &["keep", "--output", &path], &plan.ruleset)?
+        {
             self.start.lines.warning(&format!("the next boot begins with the gate of before: {said}"));
         }
         Ok(())
@@ -417,8 +430,11 @@ impl Root {
 
     /// Tells the service manager what is ready.
     fn tell_ready(&self) {
-        let summary = self.plan.as_ref().map_or("", |(plan, _)| &plan.summary);
-        self.notify(&[NotifyState::Ready, NotifyState::Status(summary)]);
+        self.notify(&[NotifyState::Ready, NotifyState::Status(self.summary())]);
+    }
+
+    fn summary(&self) -> &str {
+        self.plan.as_ref().map_or("", |(plan, _)| &plan.summary)
     }
 
     /// The service manager may have gone, or never have been there: that is no reason to stop.
@@ -442,7 +458,7 @@ impl Root {
             return ended;
         }
         match (nft(&["-f", "-"], DELETE), ended) {
-            (Ok(Err(said)), _) => Ended::Failed(RootError::Nft(said)),
+            (Ok(Err(Failed { said, .. })), _) => Ended::Failed(RootError::Nft(said)),
             (Err(error), _) => error.into(),
             (Ok(Ok(_)), Ended::Asked) => Ended::Unconfirmed,
             (Ok(Ok(_)), ended) => ended,
@@ -469,7 +485,7 @@ const fn unreadable() -> RootError {
 
 /// The table that is there, and the one that this text makes under another name, each as JSON and as text, with a zero byte after
 /// each. One that is not there has no text.
-fn listed(check: &str) -> io::Result<Result<String, String>> {
+fn listed(check: &str) -> io::Result<Result<String, Failed>> {
     let made = nft(&["-f", "-"], &format!("{CLEAR}{check}"))?;
     let mut listed = String::new();
     for table in ["knockq", "knockq_check"] {

@@ -202,3 +202,43 @@ async fn observer(status: &UnixListener, watch: &UnixDatagram, last_was_status: 
         tokio::select! { biased; visitor = status => visitor, visitor = watcher => visitor }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+
+    use super::{Visitor, Visitors};
+
+    #[test]
+    fn who_asks_for_the_status_all_the_time_keeps_nobody_from_watching() {
+        let directory = std::env::temp_dir().join(format!("knockq-visitors-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let address = |name: &str| SocketAddrUnix::new(directory.join(name)).unwrap();
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let seqpacket = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let stream = |name: &str| {
+            let listener = UnixListener::bind(directory.join(name)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            OwnedFd::from(listener)
+        };
+        let watch = seqpacket();
+        bind(&watch, &address("watch")).unwrap();
+        listen(&watch, 8).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _inside = runtime.enter();
+        let mut visitors = Visitors::new([stream("control"), stream("status"), watch]).unwrap();
+        let _asking = [(); 2].map(|()| UnixStream::connect(directory.join("status")).unwrap());
+        let _watching = [(); 2].map(|()| {
+            let socket = seqpacket();
+            connect(&socket, &address("watch")).unwrap();
+            socket
+        });
+        let turns = [(); 4].map(|()| matches!(runtime.block_on(visitors.next()), Visitor::Status(_)));
+        fs::remove_dir_all(&directory).unwrap();
+        assert_eq!(turns, [true, false, true, false]);
+    }
+}

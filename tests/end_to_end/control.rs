@@ -245,9 +245,9 @@ fn a_command_that_waits_for_a_daemon_that_dies_says_so() {
     for kills_root in [false, true] {
         let lab = Lab::new();
         let mut daemon = lab.start();
-        let [(_, root), (_, gate), _] = daemon.processes();
+        let [(_, root), (_, gate), (_, engine)] = daemon.processes();
         let config = lab.config().display().to_string();
-        let descriptors = || fs::read_dir(format!("/proc/{root}/fd")).unwrap().count();
+        let descriptors = || fs::read_dir(format!("/proc/{engine}/fd")).unwrap().count();
         let before = descriptors();
         kill(gate, Signal::SIGSTOP).unwrap(); // it gives no answer
         thread::scope(|scope| {

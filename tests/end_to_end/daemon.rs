@@ -39,7 +39,7 @@ fn the_death_of_any_process_stops_all_with_one_line_and_opens_nothing() {
     for (role, line) in [
         ("gate", "gate was killed by signal 9; stopping all"),
         ("engine", "engine was killed by signal 9; stopping all"),
-        ("root", "gate: root is gone; stopping all"),
+        ("root", "gate: error: root is gone; stopping all"),
     ] {
         let mut daemon = lab.start();
         let processes = daemon.processes();

@@ -133,6 +133,7 @@ impl Traced {
             ptrace::syscall(self.thread, signal).unwrap();
             match self.wait() {
                 WaitStatus::PtraceSyscall(_) => return ptrace::getregs(self.thread).unwrap(),
+                WaitStatus::Stopped(_, Signal::SIGTRAP) => signal = None, // another program begins
                 WaitStatus::Stopped(_, sent) => signal = Some(sent),
                 other => panic!("{other:?}"),
             }

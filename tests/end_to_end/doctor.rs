@@ -494,11 +494,12 @@ fn doctor_sees_a_store_that_is_not_safe_and_accounts_that_are_missing() {
 fn a_daemon_that_does_not_answer_holds_neither_doctor_nor_check_up() {
     let lab = Lab::new();
     let daemon = lab.start();
-    kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    let [_, _, (_, engine)] = daemon.processes();
+    kill(engine, Signal::SIGSTOP).unwrap();
     let start = Instant::now();
     lab.doctor().has("store", "unknown", &["the daemon does not tell whether it is in doubt"]);
     let check = lab.knockq(&lab.server, &["check", "--config", &lab.config().display().to_string()]);
-    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    kill(engine, Signal::SIGCONT).unwrap();
     succeeds(&check);
     assert!(String::from_utf8_lossy(&check.stderr).contains("the daemon does not tell whether it is in doubt"));
     assert!(start.elapsed() < Duration::from_secs(60));

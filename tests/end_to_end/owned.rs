@@ -90,8 +90,8 @@ fn spawn(lab: &Lab, role: &str, arguments: &[&str]) -> Daemon {
             .unwrap();
         assert!(copied.success());
     }
-    let owned = format!("{role}:{}", stage_path(lab).display());
-    Daemon::spawn_program(&programs.join("knockq"), lab, arguments, &[("KNOCKQ_OWNED", &owned)])
+    fs::write(programs.join("owned"), format!("{role}:{}", stage_path(lab).display())).unwrap();
+    Daemon::spawn_program(&programs.join("knockq"), lab, arguments, &[])
 }
 
 impl Owned {
@@ -287,7 +287,7 @@ fn lab_with(ssh: &str) -> (Lab, World) {
     let lab = Lab::with(ssh);
     lab.server.sh("nft 'add table inet others; add set inet others s { type inet_service; elements = { 1 }; }'");
     fs::create_dir(lab.directory.path.join("bin")).unwrap();
-    for name in ["knockq", "knockq-gate", "knockq-root"] {
+    for name in ["knockq", "knockq-gate", "knockq-root", "owned"] {
         File::create(lab.directory.path.join("bin").join(name)).unwrap();
     }
     lab.start().stop();

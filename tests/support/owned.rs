@@ -1,8 +1,8 @@
 //! knockq, but for one of its processes, which belongs to an attacker. It hands its end of the channel to the test, which
 //! plays it from then on, and sits there: it ends for no word of root, only with the test.
 //!
-//! Which process, and where the test listens, is in root's environment, for its children have none. If nobody listens
-//! there, the process is what it should be.
+//! Which process, and where the test listens, is in a file beside the program. If nobody listens there, the process is what it
+//! should be.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -22,8 +22,7 @@ fn main() -> ExitCode {
 
 /// The test, if it plays this process and listens.
 fn player(role: &str) -> Option<UnixStream> {
-    let environment = fs::read_to_string(format!("/proc/{}/environ", std::os::unix::process::parent_id())).ok()?;
-    let owned = environment.split('\0').find_map(|variable| variable.strip_prefix("KNOCKQ_OWNED="))?;
+    let owned = fs::read_to_string(std::env::current_exe().ok()?.with_file_name("owned")).ok()?;
     let (owned, path) = owned.split_once(':')?;
     (owned == role).then(|| UnixStream::connect(path).ok())?
 }

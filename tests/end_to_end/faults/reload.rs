@@ -227,7 +227,7 @@ fn a_hangup_that_comes_while_the_daemon_starts_is_done_when_it_is_ready() {
 }
 
 /// Its files are read, and nobody can tell it of a change yet: it is about to wait for the child that has read them.
-fn start_and_hold_after_reading(lab: &Lab) -> (Daemon, Traced) {
+pub(super) fn start_and_hold_after_reading(lab: &Lab) -> (Daemon, Traced) {
     let daemon = Daemon::spawn(lab, &[]);
     let root = Traced::attach(daemon.pid());
     root.run_to(&[PPOLL]);
@@ -240,9 +240,13 @@ fn a_user_who_is_removed_while_the_daemon_starts_is_not_in_it() {
     let lab = Lab::with("open_for = \"1h\"");
     let (mut daemon, root) = start_and_hold_after_reading(&lab);
     let config = lab.config().display().to_string();
-    let removed = lab.knockq(&lab.server, &["user", "remove", "alice", "--config", &config]);
-    root.release();
-    succeeds(&removed);
+    thread::scope(|scope| {
+        let remove = || lab.knockq(&lab.server, &["user", "remove", "alice", "--config", &config]);
+        let removed = scope.spawn(remove); // it waits for the daemon that starts
+        eventually("the removal", || !lab.config().with_file_name("users.d").join("alice.toml").exists());
+        root.release();
+        succeeds(&removed.join().unwrap());
+    });
     daemon.wait_for("knockq: ready");
     daemon.wait_for("engine: reloaded users=0");
     let doors: Vec<IpAddr> = FAMILIES.map(Family::alice).to_vec();

@@ -81,8 +81,12 @@ fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_
     let lab = knock::lab();
     let program = lab.directory.path.join("knockq");
     let this_version = format!("cat {}", knockq().display());
-    replace(&lab, &program, &this_version);
-    replace(&lab, &program.with_file_name("knockq-gate"), &format!("{this_version}-gate"));
+    let install = |by: &dyn Fn(&str) -> String| {
+        ["", "-gate", "-root"].iter().for_each(|which| {
+            replace(&lab, &program.with_file_name(format!("knockq{which}")), &by(which));
+        });
+    };
+    install(&|which| format!("{this_version}{which}"));
     let start = || {
         let mut daemon = Daemon::spawn_program(&program, &lab, &[], &[]);
         daemon.wait_for("knockq: ready");
@@ -91,7 +95,7 @@ fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_
     let mut daemon = start();
     FAMILIES.into_iter().for_each(|family| renew(&lab, "alice", family));
 
-    replace(&lab, &program, "printf '#!/bin/sh\\nexit 1\\n'");
+    install(&|_| "printf '#!/bin/sh\\nexit 1\\n'".to_owned());
     let running = fs::read_link(format!("/proc/{}/exe", daemon.pid())).unwrap();
     assert!(running.to_str().unwrap().ends_with(" (deleted)"), "{running:?}");
     daemon.signal(Signal::SIGHUP);
@@ -102,7 +106,7 @@ fn a_daemon_whose_binary_is_replaced_goes_on_and_reloads_and_the_next_one_takes_
         lab.wait_for_door(family.alice(), 25);
     }
 
-    replace(&lab, &program, &this_version);
+    install(&|which| format!("{this_version}{which}"));
     daemon.stop();
     let _daemon = start();
     for family in FAMILIES {

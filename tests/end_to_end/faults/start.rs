@@ -1,12 +1,8 @@
 //! A network that comes late, changes or lacks a family, and files that are missing.
 
 use std::fs::{self, File};
-use std::thread;
-use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-
-use super::reload::child;
+use super::reload::start_and_hold_after_reading;
 use crate::lab::{Daemon, FAMILIES, Family, Lab, succeeds};
 
 impl Lab {
@@ -159,39 +155,16 @@ fn a_store_that_another_process_still_has_open_is_named_and_the_next_start_has_i
     FAMILIES.iter().for_each(|family| lab.serves(*family));
 }
 
-/// Its engine has the file of before, and has not opened it yet.
-fn start_and_recover_meanwhile(lab: &Lab) -> Daemon {
-    let config = lab.config().display().to_string();
-    for _ in 0..50 {
-        let mut daemon = Daemon::spawn(lab, &[]);
-        let root = daemon.pid();
-        let engine = loop {
-            if let Some(engine) = child(root, "engine") {
-                break engine;
-            }
-            thread::sleep(Duration::from_millis(1));
-        };
-        kill(engine, Signal::SIGSTOP).unwrap();
-        let recovered = lab.knockq(&lab.server, &["recover", "--config", &config]).status.success();
-        kill(engine, Signal::SIGCONT).unwrap();
-        if recovered {
-            return daemon;
-        }
-        daemon.wait_for("knockq: ready");
-        daemon.stop();
-    }
-    panic!("it was never held in time");
-}
-
+/// The child that reads the configuration has locked it: what would replace it is told that the daemon runs.
 #[test]
-fn a_store_that_recover_replaces_while_the_daemon_starts_is_not_written_to_in_vain() {
+fn a_store_is_not_replaced_while_the_daemon_starts() {
     let lab = Lab::new();
-    lab.set("window = \"5s\"");
-    let mut daemon = start_and_recover_meanwhile(&lab);
-    assert_eq!(daemon.end(), Some(1), "which the service manager tries again: {}", daemon.log());
-    let log = daemon.log();
-    assert!(log.contains("counters.redb: the counter store was replaced or taken away while the daemon"), "{log}");
-    let _daemon = lab.start();
-    thread::sleep(Duration::from_secs(6)); // until the floor is reached
+    let (mut daemon, root) = start_and_hold_after_reading(&lab);
+    let config = lab.config().display().to_string();
+    let refused = lab.knockq(&lab.server, &["recover", "--config", &config]);
+    root.release();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("recover: the daemon runs: "), "{said}");
+    daemon.wait_for("knockq: ready");
     FAMILIES.iter().for_each(|family| lab.serves(*family));
 }
