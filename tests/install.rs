@@ -100,7 +100,7 @@ fn install_puts_every_file_in_its_place_and_uninstall_leaves_none() {
         let said = succeeds(&stage.make("install", KNOCKQ));
         assert_eq!(stage.files(), installed());
         for file in installed() {
-            let mode = if FILES[..2].contains(&file.as_str()) { 0o755 } else { 0o644 };
+            let mode = if FILES[..3].contains(&file.as_str()) { 0o755 } else { 0o644 };
             assert_eq!(fs::metadata(stage.path(&file)).unwrap().permissions().mode() & 0o7777, mode, "{file}");
         }
         let mut value = [0; 64];

@@ -10,11 +10,10 @@ use knockq::crypto::{KnockPorts, KnockSecrets, PrivateKey, Side};
 use knockq::nft::{Comment, Door, Element, Member, Query, Ruleset};
 use knockq::packet::{Flow, Syn};
 use knockq::serve::commands::Command;
-use knockq::serve::configuration::{Fixed, Plan};
 use knockq::serve::control::{Reply, Request, Selection};
 use knockq::serve::policy::{Allowance, Opening, Policy};
 use knockq::serve::sandbox::Identity;
-use knockq::serve::settings::Settings;
+use knockq::serve::settings::{Outline, Settings};
 use knockq::service::{Answer, Name, Port};
 use knockq::verify::{Registry, Secrets, Service, SourcePolicy, User};
 use knockq_fuzz::recorded::persona;
@@ -153,7 +152,7 @@ fn channel() {
     write("channel", "start", [2, 0, 1, 1]);
     write("channel", "stop-where-start-is-expected", [0, 0, 1, 11]);
     write("channel", "every-message", (1..=4).flat_map(|message| [0, 1, 1, message]).collect::<Vec<u8>>());
-    write("channel", "too-many-descriptors", [5, 1, 1, 1]);
+    write("channel", "too-many-descriptors", [14, 1, 1, 1]);
     write("channel", "too-long", [0, 1, 2, 1, 0]);
     write("channel", "nothing", [0, 1, 0]);
 }
@@ -198,30 +197,17 @@ fn handed_over() {
     seed("selection", 1, postcard::to_stdvec(&selection).unwrap());
 
     let [server, alice]: [PrivateKey; 2] = ["B", "C"].map(|c| format!("{}A=", c.repeat(42)).parse().unwrap());
-    let plan = Plan {
-        fixed: Fixed {
-            server: *server.public(),
-            store: "/var/lib/knockq/counters.redb".into(),
-            runtime: "/run/knockq".into(),
-            queue: 4097,
-            ruleset_mode: knockq::config::server::RulesetMode::Managed,
-            accounts: [identity; 2],
-        },
-        observers: Some(998),
-        missing_accounts: vec!["knockq".to_owned()],
-        ruleset: Ruleset {
-            guarded: vec![port],
-            kill: vec![port],
-            knock_ports: vec![20_000..=21_023],
-            trusted: vec!["10.0.0.0/8".parse().unwrap()],
-            answer: Answer::Drop,
-            queue: 4097,
-        },
-        users: 1,
-        services: 1,
-        knock_ports: "20000-21023".to_owned(),
+    let ruleset = Ruleset {
+        guarded: vec![port],
+        kill: vec![port],
+        knock_ports: vec![20_000..=21_023],
+        trusted: vec!["10.0.0.0/8".parse().unwrap()],
+        answer: Answer::Drop,
+        queue: 4097,
     };
-    seed("plan", 2, postcard::to_stdvec(&plan).unwrap());
+    // As `Plan::seal` writes it.
+    let texts = ["managed", "ready: users 1", &ruleset.to_string(), &ruleset.for_check(), "", "before"];
+    seed("plan", 2, texts.join("\0").into_bytes());
     let user = User {
         name: "alice".parse().unwrap(),
         public_key: *alice.public(),
@@ -239,7 +225,9 @@ fn handed_over() {
         services: vec![Service { name: ssh, selector: 22, ports: vec![port], open_for: 30, once: false, kill: false }],
         users: vec![user],
     };
-    let settings = Settings { identity, server: *server.public(), store_path: "store".to_owned(), registry, policy };
+    let outline = Outline { users: 1, services: 1, knock_ports: "20000-21023".to_owned(), ..Outline::default() };
+    let (server, store_path) = (*server.public(), "store".to_owned());
+    let settings = Settings { identity, server, store_path, registry, policy, outline };
     seed("settings", 3, postcard::to_stdvec(&settings).unwrap());
 }
 

@@ -165,6 +165,7 @@ impl From<ServeError> for Failure {
                 Self::new(format!("{}: {cause}", path.display())).hint(DISK)
             }
             ServeError::Store(error) => error.into(),
+            ServeError::NotRoot => Self::new(message).hint("run it as root: sudo knockq serve").code(PERMISSION),
             ServeError::StoreReplaced { .. } => {
                 Self::new(message).hint("start the daemon when `knockq recover` is done")
             }

@@ -53,6 +53,9 @@ const OUTDATED: &str = "delete chain inet knockq ended\ndelete set inet knockq e
 /// Why the daemon cannot be started, or reload.
 #[derive(Debug, Error)]
 pub enum ServeError {
+    /// Not enough privileges to begin with.
+    #[error("serve: needs root with CAP_NET_ADMIN")]
+    NotRoot,
     /// The configuration is refused.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -25,9 +25,6 @@ impl<E: Into<RootError>> From<E> for Ended {
 /// Why the daemon does not start, or stops.
 #[derive(Debug, Error)]
 pub enum RootError {
-    /// Not enough privileges to begin with.
-    #[error("serve: needs root with CAP_NET_ADMIN")]
-    NotRoot,
     /// A privilege stayed.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -107,7 +104,6 @@ impl RootError {
     /// What to do.
     pub const fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NotRoot => Some("run it as root: sudo knockq serve"),
             Self::Sandbox(SandboxError::Unprovable) => {
                 Some("boot Linux 5.9 or newer, with CONFIG_SECCOMP_FILTER as every distribution has it")
             }
@@ -123,10 +119,8 @@ impl RootError {
     /// The exit code, as of sysexits.h.
     pub const fn code(&self) -> u8 {
         const FAILED: u8 = 1;
-        const PERMISSION: u8 = 77;
         const CONFIGURATION: u8 = 78;
         match self {
-            Self::NotRoot => PERMISSION,
             Self::Sandbox(SandboxError::Unprovable) => CONFIGURATION,
             Self::ChildFailed { code, .. } => *code,
             _ => FAILED,

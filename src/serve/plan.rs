@@ -34,7 +34,8 @@ impl Plan {
     /// # Errors
     /// The kernel's.
     pub fn seal(&self) -> io::Result<OwnedFd> {
-        let mode = MODES[usize::from(self.is_managed)];
+        let [external, managed] = MODES;
+        let mode = if self.is_managed { managed } else { external };
         let texts = [mode, &self.summary, &self.ruleset, &self.check, &self.outdated];
         let mut bytes = texts.iter().flat_map(|text| text.bytes().chain([0])).collect::<Vec<u8>>();
         bytes.extend(&self.before);
@@ -53,9 +54,12 @@ impl Plan {
         let before = part()?;
         let text = |bytes| String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData);
         let mode = text(mode)?;
-        let is_managed = MODES.iter().position(|known| *known == mode).ok_or(io::ErrorKind::InvalidData)? == 1;
+        let [external, managed] = MODES.map(|known| known == mode);
+        if !external && !managed {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         let [summary, ruleset, check, outdated] = [text(summary)?, text(ruleset)?, text(check)?, text(outdated)?];
-        Ok(Self { is_managed, summary, ruleset, check, outdated, before })
+        Ok(Self { is_managed: managed, summary, ruleset, check, outdated, before })
     }
 }
 

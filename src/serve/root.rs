@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use caps::{CapSet, Capability};
+use caps::Capability;
 use sd_notify::NotifyState;
 use signal_hook::consts::SIGHUP;
 
@@ -78,10 +78,6 @@ pub struct Start {
 /// # Errors
 /// [`RootError`]. Doors that are open stay open for the time that they have left; the gate stays shut.
 pub fn run(start: Start) -> Result<(), RootError> {
-    let may = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
-    if !rustix::process::geteuid().is_root() || !may {
-        return Err(RootError::NotRoot);
-    }
     let log = terminal::writing_end(io::stderr())?; // while it may be opened: the terminal may be another user's
     let children = Children::new(log)?; // a signal that comes from here on is not lost
     sandbox::keep_only(&[TO_WORK, TO_START].concat())?;
@@ -336,13 +332,13 @@ impl Root {
         let Some((current, _)) = &self.plan else { return Ok(()) };
         let next = self.next.as_ref().map_or(current, |(next, ..)| next);
         if !next.is_managed {
-            let listed = listed(&next.check)?;
-            return Ok(match listed {
+            return match listed(&next.check)? {
                 Ok(listed) => {
-                    self.children.tell("engine", Message::Ready, &[handover::seal_bytes(listed.as_bytes())?])?;
+                    let listed = [handover::seal_bytes(listed.as_bytes())?];
+                    Ok(self.children.tell("engine", Message::Ready, &listed)?)
                 }
-                Err(Failed { said, .. }) => self.refuse(&said)?,
-            });
+                Err(Failed { said, .. }) => Ok(self.refuse(&said)?),
+            };
         }
         if next.ruleset == current.ruleset {
             return Ok(self.children.tell("engine", Message::Same, &[])?);

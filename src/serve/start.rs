@@ -8,6 +8,7 @@ use std::path::{self, Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use caps::{CapSet, Capability};
 use rustix::fs::{Mode, OFlags};
 
 use super::configuration::ServeError;
@@ -21,8 +22,12 @@ const GATE: &str = "knockq-gate";
 /// changes nothing of what it starts.
 ///
 /// # Errors
-/// When one of them is not there, or cannot be run.
+/// When this is not root's, or one of them is not there or cannot be run.
 pub fn become_root(config: &Path, trial: Option<Duration>, style: Style) -> Result<Infallible, ServeError> {
+    let may = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
+    if !rustix::process::geteuid().is_root() || !may {
+        return Err(ServeError::NotRoot);
+    }
     close_fds::set_fds_cloexec(3, &[]); // what we inherited is not for root
     let own = fs::read_link("/proc/self/exe")?;
     let (root, gate) = (program(&own, ROOT)?, program(&own, GATE)?);

@@ -58,7 +58,8 @@ pub(super) struct Visitors {
     status: UnixListener,
     /// One that keeps messages apart; the runtime knows none of that kind.
     watch: UnixDatagram,
-    said: (mpsc::Sender<(Request, Asker)>, mpsc::Receiver<(Request, Asker)>),
+    asking: mpsc::Sender<(Request, Asker)>,
+    asked: mpsc::Receiver<(Request, Asker)>,
     /// The users of those who read a status.
     readers: Arc<Mutex<Vec<u32>>>,
     /// Who had the last turn comes second: clients of one kind that come all the time keep none of the other out.
@@ -90,11 +91,13 @@ impl Visitors {
     /// The kernel's.
     pub(super) fn new([control, status, watch]: [OwnedFd; 3]) -> io::Result<Self> {
         let now = Instant::now();
+        let (asking, asked) = mpsc::channel(COMMANDS);
         Ok(Self {
             control: UnixListener::from_std(StdListener::from(control))?,
             status: UnixListener::from_std(StdListener::from(status))?,
             watch: UnixDatagram::from_std(StdSocket::from(watch))?,
-            said: mpsc::channel(COMMANDS),
+            asking,
+            asked,
             readers: Arc::default(),
             last_was_status: false,
             accepted: now,
@@ -107,9 +110,9 @@ impl Visitors {
         loop {
             tokio::select! {
                 biased;
-                Some((request, asker)) = self.said.1.recv() => return Visitor::Asker(request, asker),
+                Some((request, asker)) = self.asked.recv() => return Visitor::Asker(request, asker),
                 accepted = self.control.accept() => {
-                    if let (Ok((stream, _)), Ok(place)) = (accepted, self.said.0.clone().try_reserve_owned()) {
+                    if let (Ok((stream, _)), Ok(place)) = (accepted, self.asking.clone().try_reserve_owned()) {
                         tokio::spawn(async move {
                             if let Ok(Some(request)) = timeout(PATIENCE, request(stream)).await {
                                 place.send(request);
