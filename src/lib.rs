@@ -2,7 +2,8 @@
 //!
 //! A knock is one TCP SYN to a closed port. Eight bytes that a genuine SYN draws at random, its sequence number and its
 //! timestamp, are ciphertext; everything else is what the sender's own kernel would have sent. One nft rule hands such SYNs
-//! to `knockq serve` through a netfilter queue, where each is dropped at once, knock or not. A knock that is decoded, fresh
+//! to `knockq serve` through a netfilter queue, where all get one verdict at once, knock or not: dropped, or with
+//! `answer = "reset"` passed on to a port where nobody listens. A knock that is decoded, fresh
 //! and permitted puts (source, port) into an nft set for a while: the door to the guarded port.
 //!
 //! The modules, each of which knows only those above it (`tests/layers.rs` holds them to that):

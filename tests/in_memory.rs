@@ -7,7 +7,7 @@ mod recorded;
 
 use knockq::crypto::Binding;
 use knockq::service::{Name, Transport};
-use knockq::verify::{Decision, Reason, SourcePolicy};
+use knockq::verify::{Decision, Reason, Registry, SourcePolicy};
 use pair::{End, Knock, NOW, Server, WINDOW, address, world};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 
@@ -118,6 +118,29 @@ fn a_user_who_was_removed_gets_nothing_for_a_knock_in_flight_nor_for_an_old_one_
     server.reload(NOW, |registry| registry.users.extend(removed));
     assert_eq!(server.receive(&knock(), NOW), REFUSED(Reason::Replayed));
     server.receive(&Knock::new(&clients[0], NOW + 1).packet(), NOW).grant();
+}
+
+/// Its counter is being written when the settings change: it is judged by those that are in force when it is durable.
+#[test]
+fn a_knock_in_flight_over_a_reload_opens_nothing_that_the_new_settings_would_not() {
+    type Change = fn(&mut Registry);
+    let changes: [(Change, Option<Reason>); 5] = [
+        (|_| {}, None),
+        (|registry| registry.users[0].from = vec!["198.51.100.0/24".parse().unwrap()], Some(Reason::SourceNotAllowed)),
+        (|registry| registry.users[0].source = SourcePolicy::Bound, Some(Reason::NotPermitted)),
+        (|registry| registry.users[0].expires = Some(NOW), Some(Reason::Expired)),
+        (|registry| registry.users[0].secrets = registry.users.remove(1).secrets, Some(Reason::SpentTwice)),
+    ];
+    for (change, refused) in changes {
+        let (mut server, clients) = world(2, |_, _| {});
+        let in_flight = server.claim(&Knock::new(&clients[0], NOW).packet(), NOW).unwrap();
+        let recorded = server.record(in_flight).unwrap();
+        server.reload(NOW, change);
+        match (server.settle(&recorded, NOW), refused) {
+            (settled, None) => drop(settled.grant()),
+            (settled, Some(reason)) => assert_eq!(settled, REFUSED(reason)),
+        }
+    }
 }
 
 #[test]

@@ -206,7 +206,7 @@ fn handed_over() {
         queue: 4097,
     };
     // As `Plan::seal` writes it.
-    let texts = ["managed", "ready: users 1", &ruleset.to_string(), &ruleset.for_check(), "", "before"];
+    let texts = ["managed", "ready: users 1", &ruleset.to_string(), &ruleset.for_check(), "before"];
     seed("plan", 2, texts.join("\0").into_bytes());
     let user = User {
         name: "alice".parse().unwrap(),

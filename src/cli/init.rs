@@ -11,8 +11,8 @@ use std::path::{self, Path, PathBuf};
 use clap::Args;
 use ipnet::IpNet;
 
-use super::check::{ephemeral_ports, warn_of_ephemeral_ports};
 use super::failure::{CONFIGURATION, Failure, USAGE};
+use super::inspect::{ephemeral_ports, warn_of_ephemeral_ports};
 use super::{note, print, sockets};
 use crate::client::address::{is_global, own_addresses};
 use crate::client::clock::unix_now;

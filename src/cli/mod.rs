@@ -10,6 +10,7 @@ mod grants;
 mod host;
 mod import;
 mod init;
+mod inspect;
 mod keygen;
 mod knock;
 mod proxy;

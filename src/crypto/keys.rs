@@ -176,6 +176,11 @@ pub struct KnockSecrets {
 }
 
 impl KnockSecrets {
+    /// Whether these are the same two keys.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.enc.is_same(&other.enc) & self.mac.is_same(&other.mac)
+    }
+
     /// Agrees on the two keys: HKDF-SHA256 over the X25519 agreement and the pre-shared key.
     ///
     /// # Errors

@@ -92,6 +92,11 @@ impl FromStr for Secrets {
 }
 
 impl Secrets {
+    /// Whether these are the same two keys.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.cipher.is_same(&other.cipher) & self.mac.is_same(&other.mac)
+    }
+
     /// A public key that stands for this profile wherever one names a user: the same for the same keys, and nobody's.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use subtle::ConstantTimeEq;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 /// `N` secret bytes: overwritten when dropped, never printed (there is no `Debug`), never compared with `==`.
@@ -14,6 +15,11 @@ impl<const N: usize> Secret<N> {
     /// Takes the bytes over.
     pub const fn new(bytes: [u8; N]) -> Self {
         Self(bytes)
+    }
+
+    /// Whether it is the same, in constant time.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
     }
 
     /// The bytes themselves, named so that a reviewer can search for every use.

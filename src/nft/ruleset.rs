@@ -1,8 +1,8 @@
 //! From configuration to the nft include file.
 //!
-//! The file is idempotent: applied again it duplicates no rule and keeps live elements. It only ever drops, or passes on
-//! to the host's own rules. It is written as flat `add` lines because nft 1.0.6 takes nothing else for a table that
-//! persists without an owner.
+//! The file is idempotent: applied again it duplicates no rule and keeps live elements. It lets nothing in that the
+//! host's own rules keep out: it drops, resets, queues, or passes on. It is written as flat `add` lines because nft 1.0.6 takes
+//! nothing else for a table that persists without an owner.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -60,8 +60,8 @@ limit rate 1/week burst 1 packets; }
 add set inet TABLE live4 { type ipv4_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 add set inet TABLE live6 { type ipv6_addr . inet_proto . inet_service; size SIZE; flags timeout; }
 
-# What has passed by a door and is not yet answered for: the SYN's sequence number, and addresses and ports. A kernel sends its
-# SYN once more for 63 s.
+# What has passed by a door and is not yet answered for: the SYN's sequence number, and addresses and ports, which are not
+# paired: a stranger has no such addresses and ports. A kernel sends its SYN once more for 63 s.
 add set inet TABLE sequences { typeof tcp sequence; size SIZE; flags dynamic,timeout; timeout 64s; }
 add set inet TABLE begun4 { type ipv4_addr . ipv4_addr . inet_proto . inet_service . inet_service; size SIZE; \
 flags dynamic,timeout; timeout 64s; }
@@ -118,6 +118,7 @@ add rule inet TABLE gate fib daddr . iif type local goto guard
 
 # All that has come to this host, by whichever route, VRF or device. A packet may pass `guard` twice and more: it is judged alike.
 add rule inet TABLE host iif lo accept
+# Addressed to a guarded port, it was judged in `gate`, before DNAT; to another, a rule of the administrator's sent it here.
 add rule inet TABLE host ct status dnat accept
 add rule inet TABLE host meta l4proto . th dport @guarded goto guard
 # What is this host's in a VRF alone, be it another interface's, is not known to be before it has come here.

@@ -17,7 +17,7 @@ use crate::service::Answer;
 /// Bytes of each packet that the kernel hands up: all headers of a SYN, with room for IPv6 extension headers.
 pub(super) const COPY_LEN: u16 = 126;
 
-/// Packets that the kernel holds for us at most; more are dropped, as all are in the end.
+/// Packets that the kernel holds for us at most; it drops more.
 const QUEUE_LEN: u32 = 16_384;
 
 /// Bytes of the socket's buffer: room for a burst of 8000 SYNs.

@@ -1,4 +1,4 @@
-//! From the kernel's queue to the engine: SYNs are dropped at once and their headers handed on, unread.
+//! From the kernel's queue to the engine: SYNs get one verdict at once, whatever they hold, and their headers are handed on, unread.
 
 pub mod kernel;
 mod reader;

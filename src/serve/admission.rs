@@ -8,7 +8,7 @@ use super::limits::Limits;
 use super::rate::Rate;
 use crate::nft::{Door, Element, Member};
 
-/// Doors that are remembered at most: what the kernel's four sets hold.
+/// Doors that are remembered at most: what open4, open6, once4 and once6 hold.
 const MAX_DOORS: usize = 4 * 65_535;
 
 /// An element may have so much more time than was paid for: the engine rounds to whole seconds.
@@ -88,6 +88,7 @@ impl Admission {
                 Ok(self.let_in(member, now).map(|most| most.min(*time)))
             }
             Command::Delete(element) | Command::Ask(element, _) if self.may_touch(element) => ALWAYS,
+            // Free, for no packet has been taken yet: nobody can have taken the engine over.
             Command::Known(Element::Opens(door), time) if !self.is_open => {
                 let until = now.checked_add(*time).ok_or(NotPermitted)?;
                 if self.seconds(door) > 0 && self.opened.len() < MAX_DOORS {

@@ -61,7 +61,7 @@ pub enum Message {
     Lost,
     /// Engine to root: it is what it should be again.
     Found,
-    /// Engine to root: the gate is not on trial any more.
+    /// Engine to root: the gate is not on trial any more. Root to engine: so it is.
     Confirm,
     /// Root to engine: somebody wants the configuration to be read again.
     Hangup,
@@ -101,9 +101,8 @@ impl Message {
         Self::Alive,
     ];
 
-    fn byte(self) -> u8 {
-        let place = Self::ALL.iter().position(|message| *message == self).unwrap_or_default();
-        u8::try_from(place + 1).unwrap_or_default()
+    const fn byte(self) -> u8 {
+        self as u8 + 1
     }
 }
 

@@ -186,7 +186,10 @@ pub fn decode(message: &[u8]) -> Result<Vec<Command>, CommandError> {
     if commands.is_empty() || commands.len() > BATCH || !rest.is_empty() {
         return Err(CommandError::Length(message.len()));
     }
-    commands.iter().map(Command::decode).collect()
+    let commands = commands.iter().map(Command::decode).collect::<Result<Vec<_>, _>>()?;
+    // What asks comes alone: beside others it would not be done, and the answer would not say so.
+    let asks = |command: &Command| !matches!(command, Command::Put(..) | Command::Delete(_) | Command::Known(..));
+    if commands.len() > 1 && commands.iter().any(asks) { Err(CommandError::Field("what")) } else { Ok(commands) }
 }
 
 /// What the gate answers.
@@ -268,8 +271,11 @@ mod tests {
                 Command::Forget,
                 Command::Count,
             ] {
+                assert_eq!(decode(&command.encode()), Ok(vec![command.clone()]));
                 let twice = [command.encode(), command.encode()].concat();
-                assert_eq!(decode(&twice), Ok(vec![command.clone(), command]));
+                let changes = matches!(command, Command::Put(..) | Command::Delete(_) | Command::Known(..));
+                let both = vec![command.clone(), command];
+                assert_eq!(decode(&twice), if changes { Ok(both) } else { Err(CommandError::Field("what")) });
             }
         }
     }

@@ -46,10 +46,6 @@ const USERS: &str = "users.d";
 /// Where the kernel lists who has which queue.
 pub(super) const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
 
-/// What of a table of before this one does not have. Not a part of the include file: kernels refuse a new chain in the transaction
-/// in which a table wakes.
-const OUTDATED: &str = "delete chain inet knockq ended\ndelete set inet knockq ended4\ndelete set inet knockq ended6\n";
-
 /// Why the daemon cannot be started, or reload.
 #[derive(Debug, Error)]
 pub enum ServeError {
@@ -255,7 +251,6 @@ impl Made {
             summary: format!("ready: users {users}, services {services}, knock ports {knock_ports}"),
             ruleset: ruleset.to_string(),
             check: if is_managed { ruleset.for_check() } else { ruleset.for_comparison() },
-            outdated: OUTDATED.to_owned(),
             before: postcard::to_stdvec(&before).map_err(io::Error::other)?,
         };
         let limits = Limits { sessions: sessions(&ruleset.guarded, is_new, is_managed), ..limits(config, accounts[1]) };

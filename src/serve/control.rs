@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::report::{Part, ROOM, RefusedPart, RevokedPart};
-use super::sockets::control_path;
 use crate::service::Name;
 
 /// Bytes of the longest request.
@@ -192,4 +191,19 @@ pub(super) fn read_all(stream: &UnixStream) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     stream.take(u64::try_from(ROOM).unwrap_or(u64::MAX)).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+/// Where root's commands go.
+pub(super) fn control_path(directory: &Path) -> PathBuf {
+    directory.join("control.sock")
+}
+
+/// Where the status is told.
+pub(super) fn status_path(directory: &Path) -> PathBuf {
+    directory.join("status.sock")
+}
+
+/// Where events are told.
+pub(super) fn watch_path(directory: &Path) -> PathBuf {
+    directory.join("watch.sock")
 }

@@ -30,7 +30,7 @@ use super::report::{DaemonPart, Queue, Status, Table};
 use super::sandbox::{self, SandboxError};
 use super::settings::{Outline, Settings};
 use super::store::{Origin, Store, StoreError, StoreFloor};
-use super::visitors::{Visitor, Visitors};
+use super::visitors::{Asker, Visitor, Visitors};
 use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
 use crate::nft::Boot;
@@ -149,6 +149,7 @@ pub fn run(trial: Option<u64>) -> Result<(), EngineError> {
         reload: Reload::default(),
         has_complained: false,
         trial: trial.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
+        confirming: None,
         started: Instant::now(),
         refusals: Refusals::new(Instant::now(), floor),
         figures: Figures::default(),
@@ -191,6 +192,8 @@ struct Process {
     has_complained: bool,
     /// When the gate is undone unless somebody confirms it.
     trial: Option<Instant>,
+    /// Who waits for root to say that it is not on trial any more.
+    confirming: Option<Asker>,
     started: Instant,
     refusals: Refusals,
     figures: Figures,
@@ -295,6 +298,9 @@ impl Process {
             (Message::Settings, Some(settings)) => self.read(settings)?,
             (Message::Refused, Some(why)) => self.refused(why)?,
             (Message::Hangup, None) => self.reload(None)?,
+            (Message::Confirm, None) => {
+                self.confirming.take().into_iter().for_each(|asker| asker.reply(Reply::Done));
+            }
             (Message::Ping, None) => self.root.send(Message::Alive, &[])?,
             _ => return Err(unexpected()),
         }
@@ -312,7 +318,7 @@ impl Process {
                 let part = self.figures.refused_part(self.verifier.accepted(), self.verifier.floor());
                 asker.reply(Reply::Explained(part));
             }
-            Visitor::Asker(Request::Confirm, asker) => asker.reply(self.confirm()?),
+            Visitor::Asker(Request::Confirm, asker) => self.confirm(asker)?,
             Visitor::Status(reader) => {
                 let status = self.status();
                 self.visitors.tell(reader, status);
@@ -324,13 +330,16 @@ impl Process {
         Ok(())
     }
 
-    fn confirm(&mut self) -> Result<Reply, EngineError> {
-        if self.trial.take().is_none() {
+    /// Root has the last word: until it has said it, whoever asked waits.
+    fn confirm(&mut self, asker: Asker) -> Result<(), EngineError> {
+        if self.trial.take().is_none() && self.confirming.is_none() {
             let hint = "`knockq serve --try 10m` sets a gate up on trial".to_owned();
-            return Ok(Reply::Refused { message: "the gate is not on trial, so it stays".to_owned(), hint });
+            asker.reply(Reply::Refused { message: "the gate is not on trial, so it stays".to_owned(), hint });
+        } else if self.confirming.is_none() {
+            self.confirming = Some(asker);
+            self.root.send(Message::Confirm, &[])?;
         }
-        self.root.send(Message::Confirm, &[])?;
-        Ok(Reply::Done)
+        Ok(())
     }
 
     fn status(&mut self) -> Status {

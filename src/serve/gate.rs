@@ -1,4 +1,5 @@
-//! The gate: holds CAP_NET_ADMIN, looks at no byte of a packet, and does what the engine asks, within the limits that root has set.
+//! The gate: holds CAP_NET_ADMIN, looks at no byte of a packet, and does what the engine asks, within the limits that root has handed
+//! over.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::nft::{Boot, Comment, Door, Element, Member, SetName, Time};
 use crate::service::Name;
 
-/// Doors at most: what the kernel's four sets hold.
+/// Doors at most: what open4, open6, once4 and once6 hold.
 pub const MAX_DOORS: usize = 4 * 65_535;
 
 /// Grants of one door at most.

@@ -1,5 +1,5 @@
-//! What the gate does at most, whatever the engine asks: root makes it of the configuration, and hands it over as text before the
-//! first packet comes, and at each reload.
+//! What the gate does at most, whatever the engine asks: the child `configuration` makes it of the files, and root hands it over as
+//! text before the first packet comes, and at each reload.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -75,7 +75,7 @@ impl FromStr for Limits {
     fn from_str(text: &str) -> Result<Self, NoLimit> {
         let (ports, from) = (BTreeMap::new(), Some(BTreeSet::new()));
         let (sets, sessions) = (BTreeSet::new(), BTreeSet::new());
-        let identity = Identity { uid: u32::MAX, gid: u32::MAX };
+        let identity = Identity { uid: u32::MAX, gid: u32::MAX }; // no account: then it stays root, which is proved not to be
         let (queue, owns_table, answer, grants_per_minute) = (0, false, Answer::Drop, 0);
         let mut limits = Self { identity, queue, owns_table, answer, grants_per_minute, ports, from, sets, sessions };
         for line in text.lines() {

@@ -9,13 +9,12 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with};
 
-use super::control::{ControlError, read_all};
+use super::control::{ControlError, read_all, status_path, watch_path};
 use super::report::Status;
-use super::sockets::{status_path, watch_path};
 use super::watchers::{Event, MAX_EVENT};
 
-/// Time that the daemon has to answer.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Time that the daemon has to answer: its engine waits for the gate for less.
+const PATIENCE: Duration = Duration::from_secs(50);
 
 /// Asks the running daemon how it is.
 ///

@@ -16,14 +16,12 @@ pub struct Plan {
     pub ruleset: String,
     /// The same under another name: to be checked or, where others load the table, to be compared with theirs.
     pub check: String,
-    /// What is deleted after the first load, if it is there.
-    pub outdated: String,
     /// What the next configuration is compared with, by the child that reads it.
     pub before: Vec<u8>,
 }
 
 /// So many parts; the last may have zero bytes.
-const PARTS: usize = 6;
+const PARTS: usize = 5;
 
 /// Whether root loads the table.
 const MODES: [&str; 2] = ["external", "managed"];
@@ -36,7 +34,7 @@ impl Plan {
     pub fn seal(&self) -> io::Result<OwnedFd> {
         let [external, managed] = MODES;
         let mode = if self.is_managed { managed } else { external };
-        let texts = [mode, &self.summary, &self.ruleset, &self.check, &self.outdated];
+        let texts = [mode, &self.summary, &self.ruleset, &self.check];
         let mut bytes = texts.iter().flat_map(|text| text.bytes().chain([0])).collect::<Vec<u8>>();
         bytes.extend(&self.before);
         handover::seal_bytes(&bytes)
@@ -50,7 +48,7 @@ impl Plan {
         let bytes = handover::unseal_bytes(memory.as_fd().try_clone_to_owned()?)?;
         let mut parts = bytes.splitn(PARTS, |byte| *byte == 0);
         let mut part = || parts.next().map(<[u8]>::to_vec).ok_or(io::ErrorKind::InvalidData);
-        let [mode, summary, ruleset, check, outdated] = [part()?, part()?, part()?, part()?, part()?];
+        let [mode, summary, ruleset, check] = [part()?, part()?, part()?, part()?];
         let before = part()?;
         let text = |bytes| String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData);
         let mode = text(mode)?;
@@ -58,8 +56,8 @@ impl Plan {
         if !external && !managed {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let [summary, ruleset, check, outdated] = [text(summary)?, text(ruleset)?, text(check)?, text(outdated)?];
-        Ok(Self { is_managed: managed, summary, ruleset, check, outdated, before })
+        let [summary, ruleset, check] = [text(summary)?, text(ruleset)?, text(check)?];
+        Ok(Self { is_managed: managed, summary, ruleset, check, before })
     }
 }
 
@@ -74,7 +72,6 @@ mod tests {
             summary: "ready: users 1".to_owned(),
             ruleset: "add table inet knockq\n".to_owned(),
             check: String::new(),
-            outdated: String::new(),
             before: vec![0, 1, 0],
         };
         for plan in [plan(false), plan(true)] {
@@ -82,7 +79,7 @@ mod tests {
             assert_eq!(Plan::read(&memory).unwrap(), plan);
             assert_eq!(Plan::read(&memory).unwrap(), plan, "it is there still");
         }
-        for bytes in [&b""[..], b"managed", b"managed\0\0\0\0", b"other\0\0\0\0\0", b"managed\0\xff\0\0\0\0"] {
+        for bytes in [&b""[..], b"managed", b"managed\0\0\0", b"other\0\0\0\0", b"managed\0\xff\0\0\0"] {
             assert!(Plan::read(handover::seal_bytes(bytes).unwrap()).is_err(), "{bytes:?}");
         }
     }

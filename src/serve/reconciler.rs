@@ -119,14 +119,14 @@ impl Reconciler {
     }
 
     /// The table is loaded: the first time, takes over the doors that are open, and shuts those that nobody may open any more;
-    /// later, opens those that went with the old one. Whether it was the first time.
+    /// later, opens those that went with the old one.
     ///
     /// # Errors
     /// Whatever makes it useless to go on.
-    pub fn loaded(&mut self) -> io::Result<bool> {
+    pub fn loaded(&mut self) -> io::Result<()> {
         self.gate.call(&[Command::Count]).ok(); // it has another number now
         if self.serves {
-            return self.take_table_back().map(|()| false);
+            return self.take_table_back();
         }
         self.watch.loss(self.gate.numbers())?; // the loading has deleted the rules of before
         self.watch.take_loaded(); // they are listed
@@ -146,8 +146,7 @@ impl Reconciler {
         self.shut_what_policy_forbids()?;
         self.serves = true;
         self.drain_table_events()?; // what was lost meanwhile is to be told
-        self.gate.check()?;
-        Ok(true)
+        self.gate.check()
     }
 
     /// The table is root's to load, not for others.

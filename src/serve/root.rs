@@ -7,8 +7,10 @@ use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -23,7 +25,7 @@ use super::ending::{Breach, Ended};
 use super::line::Lines;
 use super::plan::Plan;
 use super::program::{Failed, nft, run as run_program};
-use super::{calls, handover, sandbox, terminal};
+use super::{calls, handover, program, sandbox, terminal};
 
 /// Times that the table is loaded again before giving up, and the time between.
 const LOAD_TRIES: u32 = 100;
@@ -50,6 +52,10 @@ const DELETE: &str = "delete table inet knockq\n";
 
 /// Where the kernel lists who has which queue, for `knockq status`.
 const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
+
+/// What of a table of before this one does not have. Not a part of the include file: kernels refuse a new chain in the transaction
+/// in which a table wakes.
+const OUTDATED: &str = "delete chain inet knockq ended\ndelete set inet knockq ended4\ndelete set inet knockq ended6\n";
 
 /// Takes away the table that is made for comparison, if it is there.
 const CLEAR: &str = "add table inet knockq_check\ndelete table inet knockq_check\n";
@@ -92,6 +98,8 @@ pub fn run(start: Start) -> Result<(), RootError> {
         persists: false,
         has_loaded: false,
         reading: None,
+        is_lost: false,
+        has_hung_up: false,
         nft_ran: None,
         pinged: None,
         ping: Instant::now() + PING,
@@ -122,6 +130,10 @@ struct Root {
     trial: Option<Instant>,
     /// When the child that reads the configuration has taken too long.
     reading: Option<Instant>,
+    /// Others have to load the table.
+    is_lost: bool,
+    /// The engine was told of a SIGHUP, and has not had anything read since.
+    has_hung_up: bool,
     /// When nft was run last for the engine.
     nft_ran: Option<Instant>,
     /// When the engine was asked whether it lives, if it has not said so; and when it will be.
@@ -151,20 +163,21 @@ impl Root {
         let trial = self.start.trial.map(|seconds| format!("--trial={seconds}"));
         self.start_child("engine", &trial.iter().map(OsStr::new).collect::<Vec<_>>())?;
         self.children.tell("engine", Message::Start, &handed)?;
+        drop(handed); // or the other ends would not be seen to be gone
         self.children.wait_for("engine", &[Message::Ready])?;
         let priorities = self.start.flags.iter().filter(|flag| *flag == "--priorities").map(OsStr::new);
         let arguments: Vec<&OsStr> = [OsStr::new(env!("CARGO_PKG_VERSION"))].into_iter().chain(priorities).collect();
         self.children.start("gate", &self.start.gate, &arguments)?;
         self.children.tell("gate", Message::Start, &for_gate)?;
+        drop(for_gate);
         self.children.wait_for("gate", &[Message::Bound])?;
         sandbox::keep_only(TO_WORK)?;
 
         let (is_managed, summary) = (plan.is_managed, plan.summary.clone());
-        let outdated = plan.outdated.clone();
         self.plan = Some((plan, memory));
         if is_managed {
             self.load()?;
-            let _ = nft(&["-f", "-"], &outdated)?; // it is not there, most often
+            let _ = nft(&["-f", "-"], OUTDATED); // it is not there, most often
         }
         self.ask_gate(Message::Loaded, &[])?;
         let queues = File::open(QUEUES).map(OwnedFd::from); // since the gate has one
@@ -177,10 +190,11 @@ impl Root {
             }
         }
         self.ask_gate(Message::Enforce, &[])?;
-        self.keep()?;
+        self.keep();
         self.start.lines.info(&summary);
         self.notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
         if let Some(seconds) = self.start.trial {
+            self.trial = Some(Instant::now() + Duration::from_secs(seconds));
             let hint = "unless confirmed, the gate is taken away seconds";
             self.start.lines.info(&format!("on trial: {hint}={seconds} hint=\"knockq confirm\""));
         }
@@ -194,7 +208,7 @@ impl Root {
             let answer = self.pinged.map_or(self.ping, |pinged| pinged + WORK);
             let deadline = [self.trial, self.reading].into_iter().flatten().fold(answer, Instant::min);
             match self.children.next(None, Some(deadline))? {
-                Some(Event::Signal(SIGHUP)) => self.children.tell("engine", Message::Hangup, &[])?,
+                Some(Event::Signal(SIGHUP)) => self.pass_hangup_on()?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
                 Some(Event::Message(CONFIGURATION, Message::Refused, why)) => {
@@ -203,11 +217,26 @@ impl Root {
                 }
                 Some(Event::Gone(CONFIGURATION)) => self.refuse_configuration("the configuration is refused")?,
                 Some(Event::Gone(child)) => return Err(Ended::Failed(self.children.stop_all(child))),
-                Some(Event::Message("engine", said, _)) => self.obey(said)?,
+                Some(Event::Message("engine", said, _)) => {
+                    let began = Instant::now();
+                    self.obey(said)?;
+                    // What waits to be heard while a program takes its time is not late.
+                    let took = Some(began.elapsed()).filter(|took| *took > PAUSE * 10).unwrap_or_default();
+                    let ends = [&mut self.pinged, &mut self.reading].into_iter().flatten();
+                    ends.for_each(|end| *end += took);
+                }
                 Some(Event::Message(process, said, _)) => return Err(RootError::unasked(process, said).into()),
                 None => {}
             }
         }
+    }
+
+    /// Once until the engine has the configuration read: any number of them asks for one reading that comes after them.
+    fn pass_hangup_on(&mut self) -> Result<(), RootError> {
+        if mem::replace(&mut self.has_hung_up, true) {
+            return Ok(());
+        }
+        self.children.tell("engine", Message::Hangup, &[])
     }
 
     /// Does what time alone brings.
@@ -236,21 +265,26 @@ impl Root {
         let is_managed = self.plan.as_ref().is_some_and(|(plan, _)| plan.is_managed);
         match said {
             Message::Alive => self.pinged = None,
+            Message::Permit if self.next.is_some() => {
+                if let Some(next) = self.next.take() {
+                    let permitted = self.ask_gate(Message::Settings, slice::from_ref(&next.2));
+                    self.next = Some(next);
+                    permitted?;
+                }
+                self.children.tell("engine", Message::Ready, &[])?;
+            }
             Message::Read if !self.children.has(CONFIGURATION) => {
+                self.pace();
                 if let Ok(now) = NotifyState::monotonic_usec_now() {
                     self.notify(&[NotifyState::Reloading, now]);
                 }
-                self.next = None;
+                (self.next, self.has_hung_up) = (None, false);
                 if let Err(error) = self.start_reading() {
+                    self.dismiss_reader();
                     self.refuse(&format!("nobody can be started to read the configuration: {error}\nfree resources"))?;
                 }
             }
             Message::Check => self.check()?,
-            Message::Permit if self.next.is_some() => {
-                let limits = self.next.as_ref().and_then(|(.., limits)| limits.try_clone().ok());
-                self.ask_gate(Message::Settings, limits.as_slice())?;
-                self.children.tell("engine", Message::Ready, &[])?;
-            }
             Message::Enforce if self.next.is_some() => {
                 self.ask_gate(Message::Enforce, &[])?;
                 self.plan = self.next.take().map(|(plan, memory, _)| (plan, memory));
@@ -263,18 +297,25 @@ impl Root {
                 self.children.tell("engine", Message::Loaded, &[])?;
             }
             Message::Reloaded => {
-                self.keep()?;
+                self.pace();
+                self.keep();
                 self.tell_ready();
+                self.children.tell("engine", Message::Ready, &[])?;
             }
             Message::Kept => {
+                self.pace();
                 self.next = None;
                 self.tell_ready();
             }
-            Message::Found => self.notify(&[NotifyState::Status(self.summary())]),
-            Message::Lost => self.notify(&[NotifyState::Status(OPEN)]),
+            Message::Lost | Message::Found => {
+                self.pace();
+                self.is_lost = said == Message::Lost;
+                self.notify(&[NotifyState::Status(self.status())]);
+            }
             Message::Confirm if self.trial.is_some() => {
                 self.trial = None;
                 self.start.lines.info("confirmed: the gate stays");
+                self.children.tell("engine", Message::Confirm, &[])?;
             }
             _ => return Err(RootError::unasked("engine", said).into()),
         }
@@ -288,9 +329,9 @@ impl Root {
         if self.start.trial.is_some() {
             arguments.push(OsStr::new("--trial"));
         }
+        let before = self.plan.as_ref().map(|(_, memory)| memory.try_clone()).transpose()?;
         self.start_child(CONFIGURATION, &arguments)?;
         self.reading = Some(Instant::now() + READING);
-        let before = self.plan.as_ref().map(|(_, memory)| memory.try_clone()).transpose()?;
         self.children.tell(CONFIGURATION, Message::Start, before.as_slice()).map_err(io::Error::other)
     }
 
@@ -332,7 +373,7 @@ impl Root {
         let Some((current, _)) = &self.plan else { return Ok(()) };
         let next = self.next.as_ref().map_or(current, |(next, ..)| next);
         if !next.is_managed {
-            return match listed(&next.check)? {
+            return match listed(&next.check) {
                 Ok(listed) => {
                     let listed = [handover::seal_bytes(listed.as_bytes())?];
                     Ok(self.children.tell("engine", Message::Ready, &listed)?)
@@ -343,7 +384,7 @@ impl Root {
         if next.ruleset == current.ruleset {
             return Ok(self.children.tell("engine", Message::Same, &[])?);
         }
-        match nft(&["-c", "-f", "-"], &next.check)? {
+        match nft(&["-c", "-f", "-"], &next.check) {
             Ok(_) => Ok(self.children.tell("engine", Message::Ready, &[])?),
             Err(Failed { said, .. }) => {
                 let said = said.replace('\n', " ");
@@ -377,16 +418,16 @@ impl Root {
     fn try_to_load(&mut self) -> Result<Result<String, Failed>, Ended> {
         let released = self.ask_gate(Message::Release, &[])?;
         self.persists = released != Message::Ready;
-        let loaded = self.load_once(self.persists)?;
+        let loaded = self.load_once(self.persists);
         if loaded.is_err() && released == Message::Made {
-            let _ = nft(&["-f", "-"], DELETE)?; // it is empty, and would let all in
+            let _ = nft(&["-f", "-"], DELETE); // one that is empty looks like a gate, and is none
         }
         Ok(loaded)
     }
 
     /// nft before 1.1 cannot name the flags of a table that persists, so it must not try to add it.
-    fn load_once(&self, persists: bool) -> io::Result<Result<String, Failed>> {
-        let Some((plan, _)) = &self.plan else { return Ok(Ok(String::new())) };
+    fn load_once(&self, persists: bool) -> Result<String, Failed> {
+        let Some((plan, _)) = &self.plan else { return Ok(String::new()) };
         let text = if persists { plan.ruleset.replacen(ADD, "", 1) } else { plan.ruleset.clone() };
         nft(&["-f", "-"], &text)
     }
@@ -396,24 +437,22 @@ impl Root {
         let config = self.start.config.display().to_string();
         let explained = run_program(&self.start.knockq, &["ruleset", "--check", "--config", &config], "");
         match explained {
-            Ok(Err(Failed { said, code })) => {
+            Err(Failed { said, code }) => {
                 let _ = io::stderr().write_all(format!("{said}\n").as_bytes());
                 RootError::ChildFailed { process: "nft", code }
             }
-            _ => RootError::Nft(said),
+            Ok(_) => RootError::Nft(said),
         }
     }
 
     /// Keeps in the include file beside the configuration what was loaded last: the next boot begins with it. What others load is
     /// theirs to write.
-    fn keep(&self) -> io::Result<()> {
-        let Some((plan, _)) = self.plan.as_ref().filter(|(plan, _)| plan.is_managed) else { return Ok(()) };
+    fn keep(&self) {
+        let Some((plan, _)) = self.plan.as_ref().filter(|(plan, _)| plan.is_managed) else { return };
         let path = self.start.config.with_file_name("knockq.nft").display().to_string();
-        if let Err(Failed { said, .. }) = run_program(&self.start.knockq, &["keep", "--output", &path], &plan.ruleset)?
-        {
+        if let Err(Failed { said, .. }) = run_program(&self.start.knockq, &["keep", "--output", &path], &plan.ruleset) {
             self.start.lines.warning(&format!("the next boot begins with the gate of before: {said}"));
         }
-        Ok(())
     }
 
     /// Asks the gate for something and waits until it is done.
@@ -426,11 +465,12 @@ impl Root {
 
     /// Tells the service manager what is ready.
     fn tell_ready(&self) {
-        self.notify(&[NotifyState::Ready, NotifyState::Status(self.summary())]);
+        self.notify(&[NotifyState::Ready, NotifyState::Status(self.status())]);
     }
 
-    fn summary(&self) -> &str {
-        self.plan.as_ref().map_or("", |(plan, _)| &plan.summary)
+    fn status(&self) -> &str {
+        let summary = self.plan.as_ref().map_or("", |(plan, _)| &plan.summary);
+        if self.is_lost { OPEN } else { summary }
     }
 
     /// The service manager may have gone, or never have been there: that is no reason to stop.
@@ -445,8 +485,8 @@ impl Root {
     fn stop(&mut self, ended: Ended) -> Ended {
         self.notify(&[NotifyState::Stopping]);
         let is_on_trial = self.trial.is_some();
-        let is_owned = self.persists && self.children.has("gate"); // nobody else can have deleted it
-        if self.has_loaded && !is_on_trial && !is_owned && !matches!(self.load_once(self.persists), Ok(Ok(_))) {
+        // If the gate lives and owns the table, nft is refused, and nobody has deleted it.
+        if self.has_loaded && !is_on_trial && self.load_once(self.persists).is_err() && !self.children.has("gate") {
             let _ = self.load_once(false);
         }
         self.children.end();
@@ -454,10 +494,9 @@ impl Root {
             return ended;
         }
         match (nft(&["-f", "-"], DELETE), ended) {
-            (Ok(Err(Failed { said, .. })), _) => Ended::Failed(RootError::Nft(said)),
-            (Err(error), _) => error.into(),
-            (Ok(Ok(_)), Ended::Asked) => Ended::Unconfirmed,
-            (Ok(Ok(_)), ended) => ended,
+            (Err(Failed { said, .. }), _) => Ended::Failed(RootError::Nft(said)),
+            (Ok(_), Ended::Asked) => Ended::Unconfirmed,
+            (Ok(_), ended) => ended,
         }
     }
 }
@@ -481,15 +520,15 @@ const fn unreadable() -> RootError {
 
 /// The table that is there, and the one that this text makes under another name, each as JSON and as text, with a zero byte after
 /// each. One that is not there has no text.
-fn listed(check: &str) -> io::Result<Result<String, Failed>> {
-    let made = nft(&["-f", "-"], &format!("{CLEAR}{check}"))?;
-    let mut listed = String::new();
-    for table in ["knockq", "knockq_check"] {
-        for how in ["-j", "-t"] {
-            let text = nft(&[how, "list", "table", "inet", table], "")?.unwrap_or_default();
+fn listed(check: &str) -> Result<String, Failed> {
+    let made = nft(&["-f", "-"], &format!("{CLEAR}{check}"));
+    let (mut listed, began) = (String::new(), Instant::now());
+    for (table, how) in [("knockq", "-j"), ("knockq", "-t"), ("knockq_check", "-j"), ("knockq_check", "-t")] {
+        if began.elapsed() < program::TIME {
+            let text = nft(&[how, "list", "table", "inet", table], "").unwrap_or_default();
             let _ = write!(listed, "{text}\0");
         }
     }
-    let _ = nft(&["-f", "-"], CLEAR)?;
-    Ok(made.map(|_| listed))
+    let _ = nft(&["-f", "-"], CLEAR);
+    made.map(|_| listed)
 }

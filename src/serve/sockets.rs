@@ -11,7 +11,7 @@ use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 use rustix::process::umask;
 
-use super::control::ControlError;
+use super::control::{ControlError, control_path, status_path, watch_path};
 
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 64;
@@ -48,21 +48,6 @@ impl Sockets {
 
 /// What others than user and group may not.
 const FOR_GROUP: Mode = Mode::XUSR.union(Mode::XGRP).union(Mode::RWXO);
-
-/// Where root's commands go.
-pub(super) fn control_path(directory: &Path) -> PathBuf {
-    directory.join("control.sock")
-}
-
-/// Where the status is told.
-pub(super) fn status_path(directory: &Path) -> PathBuf {
-    directory.join("status.sock")
-}
-
-/// Where events are told.
-pub(super) fn watch_path(directory: &Path) -> PathBuf {
-    directory.join("watch.sock")
-}
 
 fn listener(path: PathBuf, kind: SocketType, mask: Mode, group: Gid) -> Result<OwnedFd, ControlError> {
     let _ = fs::remove_file(&path); // of a daemon before

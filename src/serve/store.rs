@@ -240,6 +240,8 @@ impl Store {
         seconds(database, FORGOT)?.map_or_else(|| floor(database), Ok)
     }
 
+    /// After a write that failed it is opened anew, and not examined again: at most the commit that failed is missing, which the
+    /// verifier's memory has.
     fn database(&mut self) -> Result<&Database, StoreError> {
         if self.database.is_none() {
             let pages = locked(self.file.try_clone()?)?;

@@ -12,7 +12,7 @@ use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{UnixDatagram, UnixListener, UnixStream};
 use tokio::sync::mpsc;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use super::control::{MAX_LEN, Reply, Request};
 use super::report::{Status, encode};
@@ -27,11 +27,8 @@ const TAKING: Duration = Duration::from_secs(10);
 /// Commands of root's that are waited for at most.
 const COMMANDS: usize = 64;
 
-/// Time between two who want to know the status: whoever connects all the time leaves the daemon its own.
+/// Time between two who look on: whoever connects all the time leaves the daemon its own.
 const PAUSE: Duration = Duration::from_millis(20);
-
-/// Time between two watchers.
-const PAUSE_OF_WATCHERS: Duration = Duration::from_millis(250);
 
 /// Who has come.
 pub(super) enum Visitor {
@@ -111,8 +108,12 @@ impl Visitors {
             tokio::select! {
                 biased;
                 Some((request, asker)) = self.asked.recv() => return Visitor::Asker(request, asker),
-                accepted = self.control.accept() => {
-                    if let (Ok((stream, _)), Ok(place)) = (accepted, self.asking.clone().try_reserve_owned()) {
+                accepted = self.control.accept(), if self.asking.capacity() > 0 => {
+                    let Ok((stream, _)) = accepted else {
+                        sleep(PAUSE).await; // there is no descriptor for it
+                        continue;
+                    };
+                    if let Ok(place) = self.asking.clone().try_reserve_owned() {
                         tokio::spawn(async move {
                             if let Ok(Some(request)) = timeout(PATIENCE, request(stream)).await {
                                 place.send(request);
@@ -123,7 +124,7 @@ impl Visitors {
                 visitor = observer(&self.status, &self.watch, self.last_was_status, self.resumes) => {
                     self.accepted = Instant::now();
                     self.last_was_status = matches!(visitor, Accepted::Status(_));
-                    self.resumes = self.accepted + if self.last_was_status { PAUSE } else { PAUSE_OF_WATCHERS };
+                    self.resumes = self.accepted + PAUSE;
                     match visitor {
                         Accepted::Status(Some((stream, uid))) => {
                             if let Some(place) = self.place(uid) {

@@ -43,6 +43,17 @@ pub enum Secrets {
     Knockknock(KnockknockProfile),
 }
 
+impl Secrets {
+    /// Whether knocks are made with the same keys.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Token(one), Self::Token(other)) => one.is_same(other),
+            (Self::Knockknock(one), Self::Knockknock(other)) => one.secrets.is_same(&other.secrets),
+            _ => false,
+        }
+    }
+}
+
 /// A profile of knockknock's.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct KnockknockProfile {
@@ -124,7 +135,7 @@ impl User {
     }
 }
 
-/// All that the verifier knows: made by root from checked files, so names, keys and selectors are unique and every
+/// All that the verifier knows: made by the child `configuration` from checked files, so names, keys and selectors are unique and every
 /// place in [`User::services`] exists.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Registry {

@@ -45,7 +45,7 @@ impl Fresh {
     /// Records a batch in the ledger.
     ///
     /// # Errors
-    /// The ledger's: then none of the counters may have any effect, now or later.
+    /// The ledger's: then none of the counters has any effect as long as this process lives.
     pub fn record<L: Ledger>(batch: Vec<Reservation>, ledger: &mut L) -> Result<Vec<Self>, L::Error> {
         ledger.record(batch.iter())?;
         Ok(batch.into_iter().map(Self).collect())
@@ -180,6 +180,11 @@ impl Counters {
         if let Some(sighting) = self.recent.get_mut(&(*client, n)) {
             sighting.opens = false;
         }
+    }
+
+    /// The same, of all tokens of a client that were accepted so far.
+    pub fn refuse_all(&mut self, client: &PublicKey) {
+        self.recent.iter_mut().filter(|((of, _), _)| of == client).for_each(|(_, sighting)| sighting.opens = false);
     }
 
     /// Whether an accepted token still stands.

@@ -57,7 +57,8 @@ pub struct Recorded {
 struct Knock {
     opened: Opened,
     source: IpAddr,
-    /// Why it opens nothing, if so. Its counter is taken all the same, or a copy could open it elsewhere, or later.
+    /// Why it opens nothing, if so: [`Grant::new`] makes none. Its tag is checked and its counter taken all the same, or a copy
+    /// could open it elsewhere, or later.
     refused: Option<Reason>,
 }
 
@@ -124,7 +125,7 @@ impl Claim {
     /// Makes the counters of a batch durable.
     ///
     /// # Errors
-    /// The refusals of the whole batch, and the ledger's error: none of it may have any effect, now or later.
+    /// The refusals of the whole batch, and the ledger's error: none of it has any effect as long as this process lives.
     pub fn record<L: Ledger>(batch: Vec<Self>, ledger: &mut L) -> Result<Vec<Recorded>, (Vec<Refusal>, L::Error)> {
         let (knocks, reservations): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|claim| (claim.knock, claim.reservation)).unzip();
@@ -224,6 +225,12 @@ impl Verifier {
         std::mem::swap(self, &mut next);
         self.counters.inherit(next.counters, |client| self.places.contains_key(client));
         (self.tries, self.shares) = (next.tries, next.shares);
+        // What was made with keys that are no more opens nothing, though it be on its way to the disk.
+        for before in &next.registry.users {
+            if self.user(&before.public_key).is_some_and(|user| !user.secrets.is_same(&before.secrets)) {
+                self.counters.refuse_all(&before.public_key);
+            }
+        }
         self.count();
     }
 
@@ -295,11 +302,18 @@ impl Verifier {
     }
 
     fn grant(&mut self, recorded: &Recorded, now: u64) -> Result<Grant, Reason> {
-        let Recorded { knock: Knock { opened, refused, .. }, fresh } = recorded;
+        let Recorded { knock: Knock { opened, source, refused }, fresh } = recorded;
         let user = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place));
         let user = user.ok_or(Reason::NotPermitted)?;
         refused.map_or(Ok(()), Err)?;
         self.counters.is_live(fresh.client(), fresh.n())?;
+        // The registry may have changed since.
+        if !user.may_come_from(*source) {
+            return Err(Reason::SourceNotAllowed);
+        }
+        if user.source == SourcePolicy::Bound && opened.binding() == Binding::Unbound {
+            return Err(Reason::NotPermitted);
+        }
         if user.expires.is_some_and(|expiry| now >= expiry) {
             return Err(Reason::Expired);
         }
@@ -322,10 +336,12 @@ impl Verifier {
             let (Some(user), Some(key)) = (self.registry.users.get(place), self.keys.get(place)) else {
                 continue;
             };
+            // Accepted before, or it may have been: `accept` refuses it. It is looked at to tell why, and is no try.
             let is_spent =
                 self.floor().covers(candidate.n) || self.counters.last(&user.public_key) >= Some(candidate.n);
             let knock = match key {
                 Key::Token(key) => self.open(syn, candidate, user, key, is_spent, now),
+                // Always unbound: the configuration refuses `source = "bound"` beside it.
                 Key::Knockknock { key, knock_port } => {
                     let refused = refused_for_its_way(syn, user, *knock_port);
                     knockknock::open(syn, candidate, key).map(|opened| Knock { opened, source: syn.source, refused })
@@ -393,7 +409,7 @@ impl Verifier {
             return refuse(Reason::InDoubt);
         }
         if !is_token && at.saturating_sub(now) > window && self.counters.last(&key) < Some(n) {
-            // It is spent, or the counts would part.
+            // It is spent, in memory alone, or the counts would part.
             self.counters.burn(&key, n);
             self.index.count(place, n.saturating_add(1));
             return refuse(Reason::TooFast);

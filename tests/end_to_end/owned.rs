@@ -189,13 +189,15 @@ impl Engine {
         let [] = self.owned.is_told(Message::Hangup);
         self.owned.say(Message::Read);
         let [_settings] = self.owned.is_told(Message::Settings);
-        for (said, answer) in
-            [(Message::Check, Message::Same), (Message::Permit, Message::Ready), (Message::Enforce, Message::Ready)]
-        {
+        for (said, answer) in [
+            (Message::Check, Message::Same),
+            (Message::Permit, Message::Ready),
+            (Message::Enforce, Message::Ready),
+            (Message::Reloaded, Message::Ready),
+        ] {
             self.owned.say(said);
             let [] = self.owned.is_told(answer);
         }
-        self.owned.say(Message::Reloaded);
     }
 
     fn stop(mut self) {

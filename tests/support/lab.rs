@@ -511,12 +511,18 @@ impl Daemon {
     /// Ids of root, gate and engine.
     pub fn processes(&self) -> [(&'static str, Pid); 3] {
         let root = self.child.id();
-        let children = fs::read_to_string(format!("/proc/{root}/task/{root}/children")).unwrap();
-        let of = |role: &str| {
+        let find = |role: &str| {
+            // The list may miss some while others come and go.
+            let children = fs::read_to_string(format!("/proc/{root}/task/{root}/children")).unwrap();
             let is_role = |pid: &&str| {
-                fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().starts_with(&format!("knockq: {role}"))
+                let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                command.is_ok_and(|command| command.starts_with(&format!("knockq: {role}")))
             };
-            Pid::from_raw(children.split_whitespace().find(is_role).unwrap().parse().unwrap())
+            children.split_whitespace().find(is_role).map(|pid| Pid::from_raw(pid.parse().unwrap()))
+        };
+        let of = |role: &str| {
+            eventually(role, || find(role).is_some());
+            find(role).unwrap()
         };
         [("root", Pid::from_raw(root.cast_signed())), ("gate", of("gate")), ("engine", of("engine"))]
     }

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use super::Finding;
-use crate::cli::check::ask_daemon;
 use crate::cli::failure::Failure;
 use crate::cli::grants::time_left;
+use crate::cli::inspect::ask_daemon;
 use crate::config::ServerConfig;
 use crate::config::secure_file::{self, Privacy};
 use crate::config::server::RulesetMode;

@@ -16,8 +16,8 @@ use clap::Args;
 use rustix::process::geteuid;
 use serde::Serialize;
 
-use super::check::{Trust, check_store, unseen_sets};
 use super::failure::{CONFIGURATION, FAILED, Failure, PERMISSION};
+use super::inspect::{Trust, check_store, unseen_sets};
 use super::{ConfigArg, print_json, print_view};
 use crate::client::clock::is_synchronized;
 use crate::config::ServerConfig;

@@ -3,7 +3,7 @@
 use super::Finding;
 use super::listing::Table;
 use super::translation;
-use crate::cli::check::{ephemeral_knock_port, reserved_port_list};
+use crate::cli::inspect::{ephemeral_knock_port, reserved_port_list};
 use crate::cli::sockets::{Listener, listeners};
 use crate::config::ServerConfig;
 use crate::service::{Port, Transport};

@@ -51,6 +51,8 @@ pub(super) enum Step {
     Enforcing,
     /// Root loads the table.
     Loading,
+    /// Root keeps the table for the next boot.
+    Keeping,
 }
 
 /// The reload that goes on, and who waits for it.
@@ -131,7 +133,9 @@ impl Process {
                         self.reload.step = Step::Preparing(Instant::now() + PREPARING);
                         Ok(())
                     }
-                    Err(mpsc::TrySendError::Full(_)) => self.refuse_reload(WAITS_FOR_DISK, DISK_HINT),
+                    Err(mpsc::TrySendError::Full(_)) => {
+                        self.refuse_reload(WAITS_FOR_DISK, "look after the disk; then reload again")
+                    }
                     Err(mpsc::TrySendError::Disconnected(_)) => Err(EngineError::WriterGone),
                 }
             }
@@ -146,15 +150,17 @@ impl Process {
                 self.go_on(Step::Enforcing, Message::Enforce)
             }
             Step::Enforcing if !self.reconciler.owns_table() => {
-                self.found()?; // it was looked at
-                self.reloaded()
+                self.reload.look = self.reload.look.map(|_| Instant::now()); // it may be right by now
+                self.go_on(Step::Keeping, Message::Reloaded)
             }
             Step::Enforcing if self.reload.differs => {
                 self.reconciler.released()?;
                 self.reload.step = Step::Loading;
-                self.load()
+                // One that root was told of before comes after what is in force by now.
+                if self.reload.loads == 0 { self.load() } else { Ok(()) }
             }
-            Step::Enforcing => self.reloaded(),
+            Step::Enforcing => self.go_on(Step::Keeping, Message::Reloaded),
+            Step::Keeping => self.reloaded(),
             _ => Err(unexpected()),
         }
     }
@@ -190,7 +196,10 @@ impl Process {
         let (why, hint) = why.split_once('\n').unwrap_or((&why, ""));
         match std::mem::take(&mut self.reload.step) {
             Step::Reading | Step::Checking(_) => self.refuse_reload(why, hint),
-            Step::Starting => Ok(self.root.send(Message::Unable, &[])?),
+            Step::Starting => {
+                error!("what is loaded cannot be compared: {why}");
+                Ok(self.root.send(Message::Unable, &[])?)
+            }
             Step::Looking => {
                 self.missed()?;
                 self.reload_once_more()
@@ -212,7 +221,6 @@ impl Process {
         info!(users, services, knock_ports, "reloaded");
         self.reload.last = Some((unix_now(), true));
         self.reconciler.warn_of_cuts(std::mem::take(&mut self.outline.connected));
-        self.root.send(Message::Reloaded, &[])?;
         self.end_reload(|| Reply::Done)
     }
 
@@ -241,7 +249,7 @@ impl Process {
         self.reconciler.loaded()?;
         self.reload.loads = self.reload.loads.saturating_sub(1);
         if matches!(self.reload.step, Step::Loading) {
-            return if self.reload.loads == 0 { self.reloaded() } else { Ok(()) };
+            return if self.reload.loads == 0 { self.go_on(Step::Keeping, Message::Reloaded) } else { Ok(()) };
         }
         warn!("somebody else changed or deleted table inet knockq: it is loaded again, and open doors are open again");
         Ok(())

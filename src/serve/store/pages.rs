@@ -32,7 +32,7 @@ fn root_in(header: &[u8]) -> Option<Root> {
     commit.get(ROOT)?.try_into().ok()
 }
 
-/// Pages on the disk, through a descriptor and by calls that cannot name a file: the verifier may make no others.
+/// Pages on the disk, through a descriptor and by calls that cannot name a file: the engine may make no others.
 #[derive(Clone, Debug)]
 pub(super) struct Pages(Arc<File>);
 
