@@ -401,10 +401,11 @@ impl Root {
         self.nft_ran = Some(Instant::now());
     }
 
-    /// Loads the table of what is in force, of which the gate lets go. Whoever deleted it may be at it still.
+    /// Loads the table of what is in force, of which the gate lets go. Whoever deleted one that was loaded may be at it still.
     fn load(&mut self) -> Result<(), Ended> {
+        let tries = if self.has_loaded { LOAD_TRIES } else { 1 };
         let mut loaded = self.try_to_load()?;
-        for _ in 1..LOAD_TRIES {
+        for _ in 1..tries {
             if loaded.is_ok() {
                 break;
             }

@@ -338,7 +338,7 @@ fn a_rule_that_somebody_adds_just_after_a_load_is_undone_as_well() {
     lab.server.nft(&["flush chain inet knockq gate"]);
     held.run_to(&[SENDMSG]); // that it is lost
     held.finish();
-    eventually("the load", || restorations(&daemon) == 2);
+    eventually("the load", || lab.server.nft(&["list", "chain", "inet", "knockq", "gate"]).contains("@guarded"));
     lab.server.nft(&[LETS_ALL_IN]);
     held.release();
     is_shut_again(3);
