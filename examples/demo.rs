@@ -74,7 +74,7 @@ fn knock_and_connect(lab: &Lab, daemon: &mut Daemon, family: Family) {
     step("One knock");
     println!("  client$ knockq send server ssh {} --source {client}", family.flag());
     let lines = daemon.log().lines().count();
-    let capture = Capture::start(lab, &lab.alice, "eth0", "tcp");
+    let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
     lab.knock(family, &["--source", &client.to_string()]);
     daemon.wait_for(&format!("granted user=alice service=ssh source={client}"));
     let start = Instant::now();

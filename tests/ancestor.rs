@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::thread;
 
-use knockq::client::count::{CountError, CountFile};
+use knockq::client::issued::{Counts, IssuedError, IssuedFile};
 use knockq::crypto::knockknock::{Key, Secrets, Token};
 use proptest::prelude::{any, proptest};
 use rustix::fs::{FlockOperation, flock};
@@ -309,7 +309,7 @@ proptest! {
         let stand_in = KEYS.parse::<Secrets>().unwrap().stand_in().unwrap();
         let mut last = None;
         for (least, knocks) in steps {
-            let mut file = CountFile::open(&world.path("counters"), &stand_in, |_| {}).unwrap();
+            let mut file = IssuedFile::<Counts>::open(&world.path("counters"), &[&stand_in], |_| {}).unwrap();
             // The counter of a profile may come from a backup, and lie before what was used.
             let least = if least % 2 == 0 { least } else { least % 1000 };
             for _ in 0..knocks {
@@ -318,7 +318,7 @@ proptest! {
                         assert!(count >= least && last.is_none_or(|last| count > last), "{count} after {last:?}");
                         last = Some(count);
                     }
-                    Err(CountError::UsedUp { .. }) => assert_eq!(last, Some(u32::MAX)),
+                    Err(IssuedError::NoCount { .. }) => assert_eq!(last, Some(u32::MAX)),
                     Err(error) => panic!("{error}"),
                 }
             }

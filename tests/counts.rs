@@ -197,9 +197,9 @@ fn it_comes_to_its_own_port_from_its_networks_and_over_ipv4_alone() {
 #[test]
 fn what_could_not_be_made_durable_stays_taken() {
     let mut server = server();
-    server.ledger.is_full = true;
+    server.log.is_full = true;
     assert_eq!(server.receive(&knock(0), NOW), REFUSED(Reason::NotDurable));
-    server.ledger.is_full = false;
+    server.log.is_full = false;
     assert_eq!(server.receive(&knock(0), NOW), REFUSED(Reason::Replayed));
     server.receive(&knock(1), NOW).grant();
 }
@@ -350,13 +350,13 @@ proptest! {
                     let counter = near(by);
                     let is_taken = (next..next + 20).contains(&counter);
                     match server.receive(&knock(counter), NOW) {
-                        End::Granted(_) => prop_assert!(is_taken && !server.ledger.is_full, "{counter} of {next}"),
-                        End::Refused(Reason::NotDurable) => prop_assert!(is_taken && server.ledger.is_full),
+                        End::Granted(_) => prop_assert!(is_taken && !server.log.is_full, "{counter} of {next}"),
+                        End::Refused(Reason::NotDurable) => prop_assert!(is_taken && server.log.is_full),
                         other => prop_assert!(!is_taken, "{other:?}: {counter} of {next}"),
                     }
                     if is_taken {
                         taken = counter + 1;
-                        durable = if server.ledger.is_full { durable } else { taken };
+                        durable = if server.log.is_full { durable } else { taken };
                     }
                 }
                 Step::SetCount(by) => {
@@ -364,7 +364,7 @@ proptest! {
                     server.reload(NOW, |registry| registry.users[0].secrets = profile(0, set));
                     taken = taken.max(next);
                 }
-                Step::DiskFull(is_full) => server.ledger.is_full = is_full,
+                Step::DiskFull(is_full) => server.log.is_full = is_full,
                 Step::Restart => {
                     server.restart(NOW);
                     taken = 0;

@@ -82,9 +82,9 @@ fn a_reload_changes_who_may_what_and_forgets_nothing_that_was_spent() {
     let (mut server, clients) = world(3, |_, _| {});
     let knock = |client: usize, n| Knock::new(&clients[client], n).bound_to("203.0.113.9").packet();
     server.receive(&knock(0, NOW), NOW).grant();
-    server.ledger.is_full = true;
+    server.log.is_full = true;
     assert_eq!(server.receive(&knock(1, NOW), NOW), REFUSED(Reason::NotDurable));
-    server.ledger.is_full = false;
+    server.log.is_full = false;
     let unbound = || Knock::new(&clients[2], NOW);
     server.receive(&unbound().packet(), NOW).grant();
     let in_flight = server.claim(&knock(0, NOW + 1), NOW).unwrap();
@@ -347,10 +347,10 @@ fn an_expired_user_spends_the_counter_and_gets_nothing() {
 #[test]
 fn without_a_durable_counter_nothing_opens_and_the_counter_stays_taken() {
     let (mut server, clients) = world(1, |_, _| {});
-    server.ledger.is_full = true;
+    server.log.is_full = true;
     let packet = Knock::new(&clients[0], NOW).packet();
     assert_eq!(server.receive(&packet, NOW), REFUSED(Reason::NotDurable));
-    server.ledger.is_full = false;
+    server.log.is_full = false;
     assert_eq!(server.receive(&packet, NOW), REFUSED(Reason::Replayed));
     server.receive(&Knock::new(&clients[0], NOW + 1).packet(), NOW).grant();
 }

@@ -1,4 +1,4 @@
-//! The ledger against a model of the kernel: whatever happens, in any order, the kernel's sets hold what the grants say, no
+//! The ledger against a model of the kernel: whatever happens, in any order, the kernel's sets hold what the holds say, no
 //! more, and no less. And the gate never takes what the ledger has it asked for the work of an intruder.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use knockq::nft::{Boot, Comment, Door, Element, Member, SetName, Time};
 use knockq::serve::admission::Admission;
 use knockq::serve::commands::Command;
-use knockq::serve::ledger::{Grant, Ledger};
+use knockq::serve::ledger::{Hold, Ledger};
 use knockq::serve::limits::Limits;
 use proptest::prelude::*;
 
@@ -252,7 +252,7 @@ impl World {
                         }
                     }
                 };
-                granted.extend(told.iter().filter_map(|(_, grant)| grant.token));
+                granted.extend(told.iter().filter_map(|(_, hold)| hold.token));
             }
         }
     }
@@ -270,12 +270,12 @@ impl World {
                 self.held.retain(|held| held.token != Some(token));
             }
             Event::Revoke(user) => {
-                self.ledger.remove(|_, grant| grant.user.as_str() == USERS[*user]);
+                self.ledger.remove(|_, hold| hold.user.as_str() == USERS[*user]);
                 self.held.retain(|held| held.user != *user);
             }
             Event::LeaveSet { user, set: place } => {
                 let left = set(*place);
-                self.ledger.remove_members(|grant, member| grant.user.as_str() != USERS[*user] || member.set != left);
+                self.ledger.remove_members(|hold, member| hold.user.as_str() != USERS[*user] || member.set != left);
                 let of_user = self.held.iter_mut().filter(|held| held.user == *user);
                 of_user.for_each(|held| held.members.retain(|member| member.set != left));
             }
@@ -321,7 +321,7 @@ impl World {
                 self.kernel.forget(self.now);
                 self.gate.forget(self.now);
                 let over = self.ledger.forget(self.now);
-                assert!(over.iter().all(|(_, grant)| grant.until <= self.now));
+                assert!(over.iter().all(|(_, hold)| hold.until <= self.now));
             }
             Event::Shorten(most) => {
                 self.most = *most;
@@ -342,7 +342,7 @@ impl World {
         let members = (0..SETS.len()).filter(|place| sets[*place]).filter_map(|place| member(place, &door));
         let members: Vec<Member> = members.collect();
         let [user_name, service_name] = [USERS[user], name].map(|name| name.parse().unwrap());
-        let grant = Grant {
+        let hold = Hold {
             user: user_name,
             service: service_name,
             until,
@@ -356,7 +356,7 @@ impl World {
         };
         let waiting: Vec<Option<u32>> =
             self.held.iter().filter(|held| held.door == door && held.waits).map(|held| held.token).collect();
-        assert!(self.ledger.insert(door, grant));
+        assert!(self.ledger.insert(door, hold));
         if self.settle() != [self.tokens] {
             return; // refused, as in a set that is full
         }
@@ -382,7 +382,7 @@ impl World {
         });
     }
 
-    /// What others add counts only as far as it is what the grants say. A door for one connection may be spent.
+    /// What others add counts only as far as it is what the holds say. A door for one connection may be spent.
     fn load_saved(&mut self) {
         for (element, (left, comment)) in self.saved.clone() {
             let is_there = match &element {
@@ -467,7 +467,7 @@ impl World {
                 members: BTreeSet::new(),
             });
             let (token, asked, waits, members, kill) = (None, None, false, Vec::new(), SERVICES[place].3);
-            self.ledger.adopt(door, Grant { user, service, until, bound, token, kill, spent, members, asked, waits });
+            self.ledger.adopt(door, Hold { user, service, until, bound, token, kill, spent, members, asked, waits });
         }
         self.gate = Admission::new(limits(self.most), self.now);
         for (door, left) in self.ledger.ends(self.now) {

@@ -10,7 +10,7 @@ mod recorded;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use knockq::client::counter::{CounterFile, Issued};
+use knockq::client::issued::{Counters, IssuedFile};
 use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, Side, knockknock};
 use knockq::verify::{Candidate, Index, Key, KnockknockProfile, Reason, Registry, Secrets, SourcePolicy, User};
 use numbers::Numbers;
@@ -107,8 +107,8 @@ impl Target {
         let end = self.server.receive(packet, NOW);
         // These two leave nothing behind, where nothing was spent.
         let leaves_nothing = matches!(end, End::Refused(Reason::Unknown | Reason::WrongKnockPort));
-        if !leaves_nothing || !self.server.ledger.last.is_empty() {
-            self.server.ledger = Memory::default();
+        if !leaves_nothing || !self.server.log.last.is_empty() {
+            self.server.log = Memory::default();
             self.server.restart(NOW);
         }
         match end {
@@ -268,7 +268,7 @@ fn the_window_and_the_last_counter_are_exact_from_the_first_second_to_the_last()
             for n in counters.collect::<BTreeSet<_>>() {
                 let packet = Knock::new(&clients[0], n).packet();
                 for last in [None, Some(0), n.checked_sub(1), Some(n), n.checked_add(1), Some(u64::MAX)] {
-                    server.ledger.last = last.map(|last| (client, last)).into_iter().collect();
+                    server.log.last = last.map(|last| (client, last)).into_iter().collect();
                     server.restart(now);
                     let is_due = n.abs_diff(now) <= window && last.is_none_or(|last| last < n);
                     let end = server.receive(&packet, now);
@@ -317,7 +317,7 @@ proptest! {
                     server.restart(now);
                     taken = durable;
                 }
-                Event::Disk { is_full } => server.ledger.is_full = is_full,
+                Event::Disk { is_full } => server.log.is_full = is_full,
                 Event::Knock { user, off } => {
                     let n = now.checked_add_signed(off).unwrap();
                     let end = server.receive(&Knock::new(&clients[user], n).bound_to("203.0.113.9").packet(), now);
@@ -325,7 +325,7 @@ proptest! {
                     // What the index holds beyond the window is spent, too.
                     let is_fresh = (is_due || off > 0 && off.unsigned_abs() <= WINDOW + 2)
                         && taken[user] < Some(n);
-                    let is_written = is_fresh && !server.ledger.is_full;
+                    let is_written = is_fresh && !server.log.is_full;
                     if is_fresh {
                         taken[user] = Some(n);
                     }
@@ -507,7 +507,7 @@ struct Ordeal {
     window: u64,
     /// The right time.
     now: u64,
-    issued: Issued,
+    issued: Counters,
     used: BTreeSet<u64>,
     last: Option<u64>,
     kept_back: Vec<u64>,
@@ -521,7 +521,7 @@ impl Ordeal {
             numbers,
             window,
             now: NOW,
-            issued: Issued::default(),
+            issued: Counters::default(),
             used: BTreeSet::new(),
             last: None,
             kept_back: Vec::new(),
@@ -542,7 +542,7 @@ impl Ordeal {
         }
     }
 
-    /// A counter, durable, as [`Issued`] has it; there may be none at the end of time.
+    /// A counter, durable, as [`Counters`] has it; there may be none at the end of time.
     fn issue(&mut self, clock: u64) -> Option<u64> {
         let n = self.issued.next(clock, self.window)?;
         self.issued.record(n);
@@ -642,7 +642,7 @@ fn processes_with_clocks_of_their_own_never_issue_one_counter() {
             ordeal.now += ordeal.numbers.below(3);
             let clock = ordeal.hostile_clock();
             // Each knock locks and reads anew, as `knockq send` does.
-            let mut counters = CounterFile::open(&directory, &client, &server, |_| {}).unwrap();
+            let mut counters = IssuedFile::<Counters>::open(&directory, &[&client, &server], |_| {}).unwrap();
             issued.extend(counters.issue(clock, 60).ok());
         }
         issued

@@ -8,7 +8,7 @@ use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Pu
 use knockq::packet::{Flow, Persona, Syn};
 use knockq::service::Port;
 use knockq::verify::{
-    Claim, Decision, Grant, Ledger, Recorded, Registry, Reservation, Secrets, Service, SourcePolicy, User, Verifier,
+    Claim, Decision, Grant, CounterLog, Recorded, Registry, Reservation, Secrets, Service, SourcePolicy, User, Verifier,
     Withdrawal,
 };
 
@@ -62,7 +62,7 @@ struct Memory {
     is_full: bool,
 }
 
-impl Ledger for Memory {
+impl CounterLog for Memory {
     type Error = ();
 
     fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), ()> {
@@ -81,7 +81,7 @@ impl Ledger for Memory {
 pub struct World {
     registry: Registry,
     verifier: Verifier,
-    ledger: Memory,
+    log: Memory,
     now: u64,
     latest: u64,
     /// Keys that are advanced at one go.
@@ -112,7 +112,7 @@ impl World {
         Self {
             registry,
             verifier,
-            ledger: Memory::default(),
+            log: Memory::default(),
             now: NOW,
             latest: NOW,
             budget: usize::MAX,
@@ -162,7 +162,7 @@ impl World {
             },
             _ => match input.byte() % 4 {
                 0 => self.restart(),
-                1 => self.ledger.is_full ^= true,
+                1 => self.log.is_full ^= true,
                 2 => self.budget = input.byte().into(),
                 _ => self.verifier.forget(self.now),
             },
@@ -173,7 +173,7 @@ impl World {
     pub fn everyone_can_still_knock(&mut self) {
         let Some(later) = self.latest.checked_add(1_000).filter(|later| *later < u64::MAX - 1_000) else { return };
         self.commit();
-        self.ledger.is_full = false;
+        self.log.is_full = false;
         self.budget = usize::MAX;
         self.set_clock(later);
         for (place, user) in self.registry.users.clone().iter().enumerate() {
@@ -259,7 +259,7 @@ impl World {
     /// Makes durable what waits, and settles it.
     fn commit(&mut self) {
         let (claims, spent): (Vec<Claim>, Vec<Spent>) = self.waiting.drain(..).unzip();
-        match Claim::record(claims, &mut self.ledger) {
+        match Claim::record(claims, &mut self.log) {
             Ok(recorded) => recorded.iter().zip(&spent).for_each(|(recorded, spent)| self.settle(recorded, spent)),
             Err((refusals, ())) => assert_eq!(refusals.len(), spent.len()),
         }
@@ -270,7 +270,7 @@ impl World {
         let Spent { token, source, may_open } = spent;
         assert!(*may_open, "granted though it came to another port or outside of the window");
         self.check(&grant, token, *source);
-        assert!(self.ledger.last.get(&token.user) >= Some(&token.n), "granted before it was durable");
+        assert!(self.log.last.get(&token.user) >= Some(&token.n), "granted before it was durable");
         assert!(!self.withdrawn.contains(&(token.user, token.n)), "granted though it came from two addresses");
         assert!(self.granted.insert((token.user, token.n)), "one counter, two grants");
     }
@@ -304,7 +304,7 @@ impl World {
         if has(3) {
             registry.services.swap(0, 1);
         }
-        let verifier = Verifier::new(registry.clone(), &self.ledger.last, self.now);
+        let verifier = Verifier::new(registry.clone(), &self.log.last, self.now);
         self.next = Some((registry, verifier));
     }
 
@@ -314,14 +314,14 @@ impl World {
         self.registry = registry;
     }
 
-    /// A new process, which knows what the ledger kept. What waited is lost.
+    /// A new process, which knows what the log kept. What waited is lost.
     fn restart(&mut self) {
         self.waiting.clear();
         self.withdrawn.clear();
         self.next = None;
-        self.last = self.ledger.last.clone();
-        self.claimed.retain(|(user, n), _| self.ledger.last.get(user) >= Some(n));
-        self.verifier = Verifier::new(self.registry.clone(), &self.ledger.last, self.now);
+        self.last = self.log.last.clone();
+        self.claimed.retain(|(user, n), _| self.log.last.get(user) >= Some(n));
+        self.verifier = Verifier::new(self.registry.clone(), &self.log.last, self.now);
     }
 }
 

@@ -21,6 +21,7 @@ use crate::serve::engine::EngineError;
 use crate::serve::observers;
 use crate::serve::report::Status;
 use crate::serve::store::{Store, StoreError};
+use crate::verify::Shut;
 
 /// Time that a daemon has to tell how it is.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -60,7 +61,7 @@ pub(super) fn check_store(config: &ServerConfig) -> Result<Trust, Failure> {
                 let is_asked = "is in use, and the daemon does not tell whether it is in doubt";
                 Trust::Unknown(format!("{}: {is_asked}", path.display()))
             },
-            |daemon| trust(daemon.knocks.floor.shut(unix_now())),
+            |daemon| trust(daemon.store.in_doubt_until.map(|until| Shut::new(until, unix_now()))),
         )),
         Err(cause) => Err(EngineError::Store { path: path.display().to_string(), cause }.into()),
     }

@@ -19,10 +19,10 @@ use thiserror::Error;
 use super::address::{is_global, is_nat64};
 use super::aim::{Aim, AimError, Source};
 use super::clock::{is_synchronized, unix_now, wait_until};
-use super::count::{CountError, CountFile};
-use super::counter::{CounterError, CounterFile, FlowFile};
+use super::flows::FlowFile;
 use super::home::{Home, HomeError};
 use super::host::{KnockknockProfile, Profile, TokenProfile};
+use super::issued::{Counters, Counts, IssuedError, IssuedFile};
 use super::port::{HeldPort, PortError};
 use super::specimen::{self, SpecimenError};
 use crate::config::{FileError, Seconds};
@@ -124,12 +124,9 @@ pub enum SendError {
     /// A file.
     #[error(transparent)]
     File(#[from] FileError),
-    /// No counter.
+    /// Nothing could be issued to knock with.
     #[error(transparent)]
-    Counter(#[from] CounterError),
-    /// No count.
-    #[error(transparent)]
-    Count(#[from] CountError),
+    Issued(#[from] IssuedError),
     /// The keys agree on nothing.
     #[error("host {host}: {cause}")]
     Key {
@@ -242,7 +239,7 @@ impl Knock {
         let window = u64::from(profile.window.0);
 
         let tell_lock = |lock: &Path| tell(Notice::Locked(lock.to_owned()));
-        let mut counters = CounterFile::open(&home.counters(), own.public(), server_key, tell_lock)?;
+        let mut counters = IssuedFile::<Counters>::open(&home.counters(), &[own.public(), server_key], tell_lock)?;
         let n = counters.issue(unix_now(), window)?;
         let has_future_counter = counters.has_beyond(unix_now().saturating_add(window));
         if counters.is_from_elsewhere() {
@@ -286,7 +283,8 @@ impl Knock {
         let stand_in = secrets.stand_in().map_err(|cause| SendError::Key { host: aim.host.clone(), cause })?;
         let key = knockknock::Key::new(&secrets);
 
-        let mut counts = CountFile::open(&home.counters(), &stand_in, |lock| tell(Notice::Locked(lock.to_owned())))?;
+        let tell_lock = |lock: &Path| tell(Notice::Locked(lock.to_owned()));
+        let mut counts = IssuedFile::<Counts>::open(&home.counters(), &[&stand_in], tell_lock)?;
         if counts.is_from_elsewhere() {
             tell(Notice::CopiedProfile);
         }

@@ -25,11 +25,11 @@ pub struct Admission {
     /// Strangers' packets are taken. Before, none can have told the engine what to ask.
     is_open: bool,
     rate: Rate,
-    opened: BTreeMap<Door, Opened>,
+    opened: BTreeMap<Door, Paid>,
 }
 
 /// Until when a door may stand without being paid for again.
-struct Opened {
+struct Paid {
     until: Instant,
     /// It was paid for, and the kernel has not taken it yet: what it refuses may be asked for again.
     is_unused: bool,
@@ -93,7 +93,7 @@ impl Admission {
                 let until = now.checked_add(*time).ok_or(NotPermitted)?;
                 if self.seconds(door) > 0 && self.opened.len() < MAX_DOORS {
                     self.opened
-                        .insert(*door, Opened { until, is_unused: false, taken_until: Some(until), is_told: true });
+                        .insert(*door, Paid { until, is_unused: false, taken_until: Some(until), is_told: true });
                 }
                 ALWAYS // what is not noted is paid for when it is put
             }
@@ -129,7 +129,7 @@ impl Admission {
             return Ok(None);
         }
         let until = before.map_or(now + time, |(end, _)| end.max(now + time));
-        self.opened.insert(door, Opened { until, is_unused: true, taken_until, is_told: false });
+        self.opened.insert(door, Paid { until, is_unused: true, taken_until, is_told: false });
         Ok(Some(time))
     }
 

@@ -194,7 +194,7 @@ pub fn decode(message: &[u8]) -> Result<Vec<Command>, CommandError> {
 
 /// What the gate answers.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Answer {
+pub struct Outcome {
     /// 0: it is done; else the kernel's error number.
     pub errno: i32,
     /// The kernel lets nobody else change the table.
@@ -207,7 +207,7 @@ pub struct Answer {
     pub lost: u64,
 }
 
-impl Answer {
+impl Outcome {
     /// The bytes, with a datagram of the kernel's behind them.
     pub fn encode(&self, datagram: &[u8]) -> Vec<u8> {
         let Self { errno, owns_table, number, seen, lost } = *self;
@@ -241,7 +241,7 @@ mod tests {
     use proptest::prelude::{any, proptest};
 
     use super::{
-        ANSWER_LEN, Answer, COMMAND_LEN, Command, CommandError, Comment, Door, Duration, Element, Query, decode,
+        ANSWER_LEN, COMMAND_LEN, Command, CommandError, Comment, Door, Duration, Element, Outcome, Query, decode,
     };
     use crate::nft::Member;
 
@@ -316,9 +316,9 @@ mod tests {
 
     #[test]
     fn an_answer_survives_the_way() {
-        let answer = Answer { errno: -7, owns_table: true, number: 3, seen: u64::MAX, lost: 1 };
-        assert_eq!(Answer::decode(&answer.encode(&[1, 2])), Some((answer, &[1, 2][..])));
-        assert!((0..ANSWER_LEN).all(|end| Answer::decode(&answer.encode(&[])[..end]).is_none()));
+        let answer = Outcome { errno: -7, owns_table: true, number: 3, seen: u64::MAX, lost: 1 };
+        assert_eq!(Outcome::decode(&answer.encode(&[1, 2])), Some((answer, &[1, 2][..])));
+        assert!((0..ANSWER_LEN).all(|end| Outcome::decode(&answer.encode(&[])[..end]).is_none()));
     }
 
     proptest! {

@@ -1,6 +1,5 @@
 //! The engine: reads what anyone on the network can send, decides what opens for whom, and can do nothing itself.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::hint::black_box;
 use std::io;
@@ -26,18 +25,18 @@ use super::gate_link::GateLink;
 use super::reconciler::Reconciler;
 use super::refusals::Refusals;
 use super::repeats::Trouble;
-use super::report::{DaemonPart, Queue, Status, Table};
 use super::sandbox::{self, SandboxError};
 use super::settings::{Outline, Settings};
-use super::store::{Origin, Store, StoreError, StoreFloor};
+use super::store::{Origin, Store, StoreError, StoreFloor, Suspicion};
 use super::visitors::{Asker, Visitor, Visitors};
 use super::writer::{self, Done, WAITING, Work, Writing};
 use super::{calls, handover, terminal, watchers};
 use crate::nft::Boot;
 use crate::queue::{RelayReader, records};
-use crate::verify::{Claim, Decision, Recorded, Refusal, Verifier, Withdrawal};
+use crate::verify::{Claim, Decision, Recorded, Refusal, Shut, Verifier};
 
 mod reload;
+mod status;
 
 /// Keys that the index moves on by at one go: about a third of a millisecond.
 pub const SLICE: usize = 1_000;
@@ -121,17 +120,7 @@ pub fn run(trial: Option<u64>) -> Result<(), EngineError> {
     let safe = StoreFloor::after(unix_now(), registry.window, registry.counted());
     let mut store = Store::open(store, server, origin, safe).map_err(fail)?;
     let floor = store.floor().map_err(fail)?;
-    match (store.doubt(), floor.shut(unix_now()).filter(|_| registry.has_tokens())) {
-        (Some(doubt), shut) => {
-            let hint = shut.map(|shut| shut.to_string());
-            warn!(hint, "{store_path}: {doubt}; to be safe, no knock of before is taken");
-        }
-        (None, Some(shut)) => {
-            let hint = "the store was made anew by `knockq recover`, or found in doubt at an earlier start";
-            warn!(hint, "{store_path}: {shut}");
-        }
-        (None, None) => {}
-    }
+    tell_doubt(&store_path, store.doubt(), floor.shut(unix_now()).filter(|_| registry.has_tokens()));
     let verifier = writer::prepare(&mut store, registry).map_err(fail)?;
     writing.store.send(store).map_err(|_| EngineError::WriterGone)?;
     root.send(Message::Ready, &[])?;
@@ -153,12 +142,27 @@ pub fn run(trial: Option<u64>) -> Result<(), EngineError> {
         started: Instant::now(),
         refusals: Refusals::new(Instant::now(), floor),
         figures: Figures::default(),
-        claimed: VecDeque::new(),
+        claimed: 0,
         is_slow: Trouble::default(),
         clock: Clock::new(SystemTime::now(), Instant::now()),
         is_behind: false,
     };
     runtime.block_on(process.serve())
+}
+
+/// Says that no knocks are accepted yet.
+fn tell_doubt(store: &str, doubt: Option<Suspicion>, shut: Option<Shut>) {
+    match (doubt, shut) {
+        (Some(doubt), shut) => {
+            let hint = shut.map(|shut| shut.to_string());
+            warn!(hint, "{store}: {doubt}; to be safe, no knock of before is taken");
+        }
+        (None, Some(shut)) => {
+            let hint = "the store was made anew by `knockq recover`, or found in doubt at an earlier start";
+            warn!(hint, "{store}: {shut}");
+        }
+        (None, None) => {}
+    }
 }
 
 /// Frees more than the GNU C library keeps for itself. When it first gives memory of a thread's back, it opens a file that
@@ -197,8 +201,8 @@ struct Process {
     started: Instant,
     refusals: Refusals,
     figures: Figures,
-    /// The packets of claims whose counters are being written, or wait for it, in the order in which they are.
-    claimed: VecDeque<Vec<u8>>,
+    /// Claims whose counters are being written, or wait for it.
+    claimed: usize,
     /// More wait than may.
     is_slow: Trouble,
     clock: Clock,
@@ -238,8 +242,10 @@ impl Process {
                 }
                 block = self.relay.read() => {
                     let Some(block) = block? else { return Err(EngineError::HungUp) };
-                    let decisions = decide(&mut self.verifier, &mut self.refusals, &mut self.figures, block);
-                    self.carry_out(decisions)?;
+                    let Self { verifier, refusals, figures, reconciler, .. } = self;
+                    for claim in decide(verifier, refusals, figures, reconciler, block) {
+                        self.claim(claim)?;
+                    }
                 }
                 () = tokio::task::yield_now(), if is_behind => {
                     self.is_behind = self.is_behind && self.verifier.advance(unix_now(), SLICE);
@@ -271,17 +277,6 @@ impl Process {
             Ok(true)
         };
         tokio::time::timeout(GRACE, is_told_to_stop).await.unwrap_or(Ok(false))
-    }
-
-    fn carry_out(&mut self, decisions: Vec<(Decision, Vec<u8>)>) -> Result<(), EngineError> {
-        for (decision, packet) in decisions {
-            match decision {
-                Decision::Refused(refusal) => self.refuse(&refusal, &packet),
-                Decision::Claimed(claim) => self.claim(claim, packet)?,
-                Decision::Withdrawn(withdrawal) => self.withdraw(withdrawal, &packet),
-            }
-        }
-        Ok(())
     }
 
     /// Does what root says; `false` if it is time to go.
@@ -342,40 +337,15 @@ impl Process {
         Ok(())
     }
 
-    fn status(&mut self) -> Status {
-        let now = Instant::now();
-        let narrowed = self.verifier.narrowed(unix_now()).cloned().collect();
-        let knocks = self.figures.part(self.verifier.live(), narrowed, self.verifier.effective_floor());
-        let doors = self.reconciler.part();
-        let table = Table {
-            is_managed: self.reconciler.owns_table(),
-            is_right: self.reload.look.is_none(),
-            is_owned: self.reconciler.is_ours_alone(),
-            trial: self.trial.map(|end| end.saturating_duration_since(now).as_secs()),
-        };
-        let daemon = DaemonPart {
-            uptime: now.duration_since(self.started).as_secs(),
-            users: self.outline.users,
-            services: self.outline.services,
-            table,
-            queue: self.queues.as_ref().and_then(|queues| Queue::read(queues, self.outline.queue)),
-            reloaded: self.reload.last,
-            waits_for_disk: self.reload.waits_for_disk,
-        };
-        Status { daemon, knocks, doors }
-    }
-
-    fn claim(&mut self, claim: Claim, packet: Vec<u8>) -> Result<(), EngineError> {
+    fn claim(&mut self, claim: Claim) -> Result<(), EngineError> {
         match self.writing.work.try_send(Work::Record(claim)) {
-            Ok(()) => {
-                self.claimed.push_back(packet);
-                self.tell_waiting();
-            }
+            Ok(()) => self.wait_for(self.claimed.saturating_add(1)),
             Err(mpsc::TrySendError::Full(Work::Record(claim))) => {
                 if self.is_slow.is_news(Instant::now()) {
                     warn!("the counters are written more slowly than knocks come: those beyond {WAITING} are refused");
                 }
-                self.refuse(&claim.give_up(), &packet);
+                let (refusal, packet) = claim.give_up();
+                self.refuse(&refusal, &packet);
             }
             Err(_) => return Err(EngineError::WriterGone),
         }
@@ -385,13 +355,10 @@ impl Process {
     fn take(&mut self, done: Done) -> Result<(), EngineError> {
         match done {
             Done::Recorded(Ok(recorded)) => self.settle(recorded)?,
-            Done::Recorded(Err(refusals)) => {
+            Done::Recorded(Err(refused)) => {
                 self.figures.recorded(false, unix_now());
-                for refusal in refusals {
-                    let packet = self.claimed.pop_front().unwrap_or_default();
-                    self.refuse(&refusal, &packet);
-                }
-                self.tell_waiting();
+                refused.iter().for_each(|(refusal, packet)| self.refuse(refusal, packet));
+                self.wait_for(self.claimed.saturating_sub(refused.len()));
             }
             Done::Prepared(next) => self.prepared(next)?,
         }
@@ -401,24 +368,17 @@ impl Process {
     fn settle(&mut self, recorded: Vec<Recorded>) -> Result<(), EngineError> {
         self.figures.recorded(true, unix_now());
         self.reconciler.drain_table_events()?; // who has deleted a door by hand did so before it is asked for again
-        for recorded in recorded {
-            let packet = self.claimed.pop_front().unwrap_or_default();
-            match self.verifier.settle(&recorded, unix_now()) {
+        for recorded in &recorded {
+            match self.verifier.settle(recorded, unix_now()) {
                 Ok(grant) => {
                     self.figures.granted(&grant, unix_now());
                     self.reconciler.grant(grant);
                 }
-                Err(refusal) => self.refuse(&refusal, &packet),
+                Err(refusal) => self.refuse(&refusal, &recorded.packet),
             }
         }
-        self.tell_waiting();
+        self.wait_for(self.claimed.saturating_sub(recorded.len()));
         Ok(())
-    }
-
-    fn withdraw(&mut self, withdrawal: Withdrawal, packet: &[u8]) {
-        self.figures.withdrawn(&withdrawal, packet, unix_now());
-        self.reconciler.withdraw(&withdrawal);
-        self.refusals.withdrawn(withdrawal, Instant::now());
     }
 
     fn refuse(&mut self, refusal: &Refusal, packet: &[u8]) {
@@ -426,8 +386,9 @@ impl Process {
         self.figures.refused(refusal, packet, unix_now());
     }
 
-    fn tell_waiting(&mut self) {
-        self.figures.waiting(self.claimed.len(), unix_now());
+    fn wait_for(&mut self, claims: usize) {
+        self.claimed = claims;
+        self.figures.waiting(claims, unix_now());
     }
 
     /// The index follows the clock by itself; this only tells.
@@ -453,7 +414,7 @@ impl Process {
         self.is_behind = self.verifier.advance(now, SLICE);
         self.verifier.forget(now);
         self.refusals.tell(Instant::now());
-        if self.claimed.is_empty() && self.is_slow.is_over() {
+        if self.claimed == 0 && self.is_slow.is_over() {
             info!("the counters of all knocks that waited are written");
         }
         self.refusals.tell_narrowed(self.verifier.narrowed(now));
@@ -472,16 +433,17 @@ async fn hear(root: &Channel, root_speaks: &UnixDatagram) -> io::Result<Option<(
     }
 }
 
-/// Decides on a block of packets. Strangers' SYNs, which are nearly all, end here.
+/// Decides on a block of packets: the claims among them. Strangers' SYNs, which are nearly all, end here.
 fn decide(
     verifier: &mut Verifier,
     refusals: &mut Refusals,
     figures: &mut Figures,
+    reconciler: &mut Reconciler,
     block: &[u8],
-) -> Vec<(Decision, Vec<u8>)> {
+) -> Vec<Claim> {
     let (now, told_at) = (unix_now(), Instant::now());
     verifier.advance(now, SLICE);
-    let mut decisions = Vec::new();
+    let mut claims = Vec::new();
     for packet in records(block) {
         match verifier.handle(packet, now) {
             Decision::Refused(refusal) => {
@@ -490,10 +452,15 @@ fn decide(
                 refusals.count(&refusal, told_at);
                 figures.refused(&refusal, packet, now);
             }
-            decision => decisions.push((decision, packet.to_vec())),
+            Decision::Claimed(claim) => claims.push(claim),
+            Decision::Withdrawn(withdrawal) => {
+                figures.withdrawn(&withdrawal, packet, now);
+                reconciler.withdraw(&withdrawal);
+                refusals.withdrawn(withdrawal, told_at);
+            }
         }
     }
-    decisions
+    claims
 }
 
 fn socket(descriptor: OwnedFd) -> io::Result<UnixDatagram> {

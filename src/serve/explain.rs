@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use ipnet::IpNet;
 
-use super::report::RefusedPart;
+use super::report::{Knocks, RefusedPart};
 use crate::packet::Syn;
 use crate::service::Name;
 pub use crate::verify::explain::{Cause, Finding};
@@ -22,9 +22,9 @@ pub fn findings(
     for (user, n) in &part.accepted {
         past.entry(user.clone()).or_default().accepted = Some(*n);
     }
-    for (user, seen) in &part.users {
-        let granted = seen.granted.as_ref().map(|(_, source, _)| *source);
-        let refused = seen.refused.and_then(|(_, source, _)| source);
+    for Knocks { user, granted, refused } in &part.knocks {
+        let granted = granted.as_ref().map(|last| last.source);
+        let refused = refused.as_ref().and_then(|last| last.source);
         past.entry(user.clone()).or_default().addresses.extend(granted.into_iter().chain(refused));
     }
     for record in part.records.iter().filter(|record| record.reason != Reason::Unknown) {

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::clock::Jump;
-use super::report::{KnocksPart, RefusedPart, Seen, StoreHealth};
+use super::report::{Knocks, LastGrant, LastJump, LastRefusal, RefusedPart, StoreHealth};
 use crate::service::Name;
 use crate::verify::explain::Record;
 use crate::verify::{Floor, Grant, Reason, Refusal, Withdrawal};
@@ -13,15 +13,18 @@ use crate::verify::{Floor, Grant, Reason, Refusal, Withdrawal};
 const REMEMBERED: usize = 256;
 const STRANGERS: usize = 1024;
 
+/// Seconds that a counter may wait for the disk before that is a trouble.
+const SLOW: u64 = 10;
+
 /// All of it, since the start. Times are Unix seconds.
 #[derive(Default)]
 pub struct Figures {
     packets: [u64; Reason::ALL.len()],
     /// Bounded by the registry: no other names come here, and those who left it are forgotten.
-    users: HashMap<Name, Seen>,
+    users: HashMap<Name, Knocks>,
     store: StoreHealth,
     jumps: u64,
-    last_jump: Option<(u64, i64)>,
+    last_jump: Option<LastJump>,
     refused: VecDeque<Record>,
     strangers: VecDeque<Record>,
 }
@@ -32,7 +35,7 @@ impl Figures {
         self.count(refusal.reason);
         self.remember(refusal, packet, now);
         if let Some(user) = &refusal.user {
-            self.seen(user).refused = Some((now, refusal.source, refusal.reason));
+            self.of(user).refused = Some(LastRefusal::new(now, refusal.source, refusal.reason));
         }
     }
 
@@ -41,13 +44,14 @@ impl Figures {
         self.count(Reason::SpentTwice);
         let (user, source) = (Some(withdrawal.user.clone()), Some(withdrawal.elsewhere));
         self.remember(&Refusal { reason: Reason::SpentTwice, user, source }, packet, now);
-        self.seen(&withdrawal.user).refused = Some((now, Some(withdrawal.elsewhere), Reason::SpentTwice));
+        self.of(&withdrawal.user).refused = Some(LastRefusal::new(now, source, Reason::SpentTwice));
     }
 
     /// A packet that opened a service.
     pub fn granted(&mut self, grant: &Grant, now: u64) {
         self.count(Reason::Granted);
-        self.seen(&grant.user).granted = Some((now, grant.source, grant.service.clone()));
+        let (source, service) = (grant.source, grant.service.clone());
+        self.of(&grant.user).granted = Some(LastGrant { at: now, source, service });
     }
 
     /// So many claims wait for the disk now.
@@ -63,9 +67,9 @@ impl Figures {
     /// The disk took counters, or did not.
     pub const fn recorded(&mut self, is_durable: bool, now: u64) {
         if is_durable {
-            (self.store.written, self.store.failing) = (Some(now), None);
-        } else if self.store.failing.is_none() {
-            self.store.failing = Some(now);
+            (self.store.written, self.store.failing_since) = (Some(now), None);
+        } else if self.store.failing_since.is_none() {
+            self.store.failing_since = Some(now);
         }
     }
 
@@ -77,7 +81,7 @@ impl Figures {
             Jump::Forward(by) => seconds(by),
             Jump::Back(by) => -seconds(by),
         };
-        self.last_jump = Some((now, by));
+        self.last_jump = Some(LastJump { at: now, seconds: by });
     }
 
     /// Forgets all users but these.
@@ -86,30 +90,33 @@ impl Figures {
         self.users.retain(|user, _| kept.contains(user));
     }
 
-    /// What there is to tell, where no token up to this floor is taken.
-    pub fn part(&self, expected: usize, narrowed: Vec<Name>, floor: Floor) -> KnocksPart {
-        KnocksPart {
-            packets: self.packets.to_vec(),
-            users: self.seen_users(),
-            expected,
-            narrowed,
-            store: self.store,
-            floor,
-            jumps: self.jumps,
-            last_jump: self.last_jump,
-            is_cut: false,
-        }
+    /// Packets by their end.
+    pub fn packets(&self) -> impl Iterator<Item = (Reason, u64)> {
+        Reason::ALL.into_iter().zip(self.packets)
     }
 
-    /// Those first who knocked last.
-    fn seen_users(&self) -> Vec<(Name, Seen)> {
-        let mut users: Vec<(Name, Seen)> = self.users.iter().map(|(user, seen)| (user.clone(), seen.clone())).collect();
-        let last = |seen: &Seen| {
-            let granted = seen.granted.as_ref().map(|(when, ..)| *when);
-            granted.max(seen.refused.map(|(when, ..)| when))
+    /// How counters get to the disk, which may be known not to answer, where no token up to this floor is taken.
+    pub fn store(&self, floor: Floor, answers: bool, now: u64) -> StoreHealth {
+        let is_slow = self.store.waiting_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
+        let (answers, in_doubt_until) = (answers && !is_slow, floor.shut(now).map(|shut| shut.until));
+        let ok = self.store.failing_since.is_none() && answers && in_doubt_until.is_none();
+        StoreHealth { ok, answers, in_doubt_until, ..self.store }
+    }
+
+    /// How often the clock has jumped, and the last jump.
+    pub const fn jumps(&self) -> (u64, Option<LastJump>) {
+        (self.jumps, self.last_jump)
+    }
+
+    /// What came of users' knocks, of those first who knocked last.
+    pub fn knocks(&self) -> Vec<Knocks> {
+        let mut knocks: Vec<Knocks> = self.users.values().cloned().collect();
+        let last = |knocks: &Knocks| {
+            let granted = knocks.granted.as_ref().map(|last| last.at);
+            granted.max(knocks.refused.as_ref().map(|last| last.at))
         };
-        users.sort_by(|(a, one), (b, other)| last(other).cmp(&last(one)).then_with(|| a.cmp(b)));
-        users
+        knocks.sort_by(|one, other| last(other).cmp(&last(one)).then_with(|| one.user.cmp(&other.user)));
+        knocks
     }
 
     /// The packets that were refused last, where no token up to this floor is taken.
@@ -117,7 +124,7 @@ impl Figures {
         let mut records: Vec<Record> = self.refused.iter().chain(&self.strangers).cloned().collect();
         records.sort_by_key(|record| record.at);
         let accepted = accepted.map(|(user, n)| (user.clone(), n)).collect();
-        RefusedPart { records, accepted, floor, users: self.seen_users(), is_cut: false }
+        RefusedPart { records, accepted, floor, knocks: self.knocks(), is_cut: false }
     }
 
     /// Nothing is allocated for a stranger's once there are as many as may be.
@@ -140,8 +147,9 @@ impl Figures {
         }
     }
 
-    fn seen(&mut self, user: &Name) -> &mut Seen {
-        self.users.entry(user.clone()).or_default()
+    fn of(&mut self, user: &Name) -> &mut Knocks {
+        let none = || Knocks { user: user.clone(), granted: None, refused: None };
+        self.users.entry(user.clone()).or_insert_with(none)
     }
 }
 
@@ -159,8 +167,7 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             (0..=place).for_each(|_| figures.refused(&Refusal { reason, user: None, source: None }, &[], 1));
         }
-        let expected: Vec<u64> = (1..=24).collect();
-        assert_eq!(figures.part(0, Vec::new(), Floor::default()).packets, expected);
+        assert!(figures.packets().map(|(_, count)| count).eq(1..=24));
     }
 
     #[test]
@@ -169,13 +176,8 @@ mod tests {
         for (when, user) in [(1, "alice"), (3, "carol"), (2, "bob")] {
             figures.refused(&Refusal { reason: Reason::Replayed, user: Some(name(user)), source: None }, &[], when);
         }
-        let order = |figures: &Figures| {
-            figures
-                .part(0, Vec::new(), Floor::default())
-                .users
-                .into_iter()
-                .map(|(user, _)| user.to_string())
-                .collect::<Vec<_>>()
+        let order = |figures: &Figures| -> Vec<String> {
+            figures.knocks().into_iter().map(|knocks| knocks.user.to_string()).collect()
         };
         assert_eq!(order(&figures), ["carol", "bob", "alice"]);
         figures.keep([name("bob")].iter());
@@ -200,16 +202,21 @@ mod tests {
     #[test]
     fn the_disk_fails_since_the_first_failure_until_it_takes_something() {
         let mut figures = Figures::default();
+        let store = |figures: &Figures, now| figures.store(Floor::default(), true, now);
         figures.recorded(true, 1);
         figures.recorded(false, 2);
         figures.recorded(false, 3);
-        assert_eq!((figures.store.written, figures.store.failing), (Some(1), Some(2)));
+        let failing = store(&figures, 3);
+        assert_eq!((failing.written, failing.failing_since, failing.ok), (Some(1), Some(2), false));
         figures.recorded(true, 4);
-        assert_eq!((figures.store.written, figures.store.failing), (Some(4), None));
+        let mended = store(&figures, 4);
+        assert_eq!((mended.written, mended.failing_since, mended.ok), (Some(4), None, true));
         figures.waiting(3, 5);
         figures.waiting(4, 6);
-        assert_eq!(figures.store.waiting_since, Some(5));
+        assert_eq!(store(&figures, 6).waiting_since, Some(5));
+        assert_eq!([15, 16].map(|now| store(&figures, now).answers), [true, false], "longer than a disk may take");
         figures.waiting(0, 7);
-        assert_eq!(figures.store.waiting_since, None);
+        assert_eq!(store(&figures, 7).waiting_since, None);
+        assert!(!figures.store(Floor::new(7), true, 7).ok && !figures.store(Floor::new(7), false, 8).ok);
     }
 }

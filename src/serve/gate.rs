@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::admission::{Admission, NotPermitted};
 use super::channel::{Channel, Message, has_hung_up};
-use super::commands::{self, Answer, BATCH, COMMAND_LEN, Command, CommandError, monotonic};
+use super::commands::{self, BATCH, COMMAND_LEN, Command, CommandError, Outcome, monotonic};
 use super::limits::{Limits, NoLimit};
 use super::line::Lines;
 use super::sandbox::{self, SandboxError};
@@ -274,7 +274,7 @@ impl Gate {
             Err(error) => (errno(&error), Vec::new()),
         };
         let (number, lost) = (self.doors.number(), self.relay.lost_in_all());
-        let answer = Answer { errno, owns_table: self.owns_table, number, seen: self.seen, lost };
+        let answer = Outcome { errno, owns_table: self.owns_table, number, seen: self.seen, lost };
         let (bytes, mut nothing) = (answer.encode(&datagram), SendAncillaryBuffer::default());
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match sendmsg(&self.engine, &[IoSlice::new(&bytes)], &mut nothing, flags) {

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use super::commands::{ANSWER_LEN, Answer, Command};
+use super::commands::{ANSWER_LEN, Command, Outcome};
 use crate::nft::{Element, ElementError, Lister, Query};
 
 /// Time that the gate has to answer: less than root gives the engine, so that the one at fault is named.
@@ -20,7 +20,7 @@ const DATAGRAM: usize = 32 << 10;
 /// The gate.
 pub struct GateLink {
     socket: OwnedFd,
-    last: Answer,
+    last: Outcome,
     /// By which the kernel named the gate's sockets: the last, and the one before.
     numbers: [u32; 2],
     failed: Option<io::Error>,
@@ -29,7 +29,7 @@ pub struct GateLink {
 impl GateLink {
     /// The engine's end.
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, last: Answer::default(), numbers: [0; 2], failed: None }
+        Self { socket, last: Outcome::default(), numbers: [0; 2], failed: None }
     }
 
     /// Has the gate carry out these commands, all or none, and returns what the kernel said to it.
@@ -61,7 +61,7 @@ impl GateLink {
         }
     }
 
-    fn exchange(&self, commands: &[Command]) -> io::Result<(Answer, Vec<u8>)> {
+    fn exchange(&self, commands: &[Command]) -> io::Result<(Outcome, Vec<u8>)> {
         let message: Vec<u8> = commands.iter().flat_map(Command::encode).collect();
         let deadline = Instant::now() + PATIENCE;
         self.wait(PollFlags::OUT, deadline)?;
@@ -69,7 +69,7 @@ impl GateLink {
         self.wait(PollFlags::IN, deadline)?;
         let mut bytes = vec![0; ANSWER_LEN + DATAGRAM];
         let (length, _) = recv(&self.socket, bytes.as_mut_slice(), RecvFlags::DONTWAIT)?;
-        let (answer, datagram) = bytes.get(..length).and_then(Answer::decode).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let (answer, datagram) = bytes.get(..length).and_then(Outcome::decode).ok_or(io::ErrorKind::UnexpectedEof)?;
         Ok((answer, datagram.to_vec()))
     }
 
@@ -94,7 +94,7 @@ impl GateLink {
     }
 
     /// What it said last of itself.
-    pub const fn last(&self) -> &Answer {
+    pub const fn last(&self) -> &Outcome {
         &self.last
     }
 

@@ -1,8 +1,8 @@
 //! Who holds which door until when, and in which of the administrator's sets: what the kernel's elements are to be.
 //!
 //! It asks nobody and does nothing: what happens is told to it, with the time; it says which elements are to change; whoever
-//! changes them says whether the kernel took that. One element may stand for the grants of several users behind one address: it
-//! has the longest time left, and taking one grant back leaves the others'.
+//! changes them says whether the kernel took that. One element may stand for the holds of several users behind one address: it
+//! has the longest time left, and taking one hold back leaves the others'.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
@@ -13,15 +13,15 @@ use crate::service::Name;
 /// Doors at most: what open4, open6, once4 and once6 hold.
 pub const MAX_DOORS: usize = 4 * 65_535;
 
-/// Grants of one door at most.
+/// Holds of one door at most.
 const MAX_GRANTS: usize = 1024;
 
-/// Grants of one user for one service at one door at most: more knocks in a row push out those that end first.
+/// Holds of one user for one service at one door at most: more knocks in a row push out those that end first.
 const MAX_IN_A_ROW: usize = 16;
 
 /// What one knock opened: one user's time at a door.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Grant {
+pub struct Hold {
     /// Who knocked.
     pub user: Name,
     /// For what.
@@ -30,7 +30,7 @@ pub struct Grant {
     pub until: Instant,
     /// By a token that was bound to the source, so that it is never taken back.
     pub bound: bool,
-    /// The number of that token; `None` for a grant that was found.
+    /// The number of that token; `None` for a hold that was found.
     pub token: Option<u32>,
     /// Connections end with it.
     pub kill: bool,
@@ -44,7 +44,7 @@ pub struct Grant {
     pub waits: bool,
 }
 
-impl Grant {
+impl Hold {
     /// What the kernel's element says of it.
     fn comment(&self, boot: &Boot) -> Comment {
         let Self { user, service, until, bound, .. } = self;
@@ -63,15 +63,15 @@ impl Grant {
     }
 }
 
-/// All grants that live.
+/// All holds that live.
 pub struct Ledger {
     boot: Boot,
-    doors: BTreeMap<Door, Vec<Grant>>,
-    /// Elements that are to be made what the grants say.
+    doors: BTreeMap<Door, Vec<Hold>>,
+    /// Elements that are to be made what the holds say.
     unsettled: BTreeSet<Element>,
     /// The same, when the table is loaded.
     deferred: BTreeSet<Element>,
-    /// No grant ends before.
+    /// No hold ends before.
     first_end: Option<Instant>,
 }
 
@@ -87,40 +87,40 @@ impl Ledger {
         &self.boot
     }
 
-    /// A grant is to open a door, or to renew it; `false` if there are too many.
-    pub fn insert(&mut self, door: Door, grant: Grant) -> bool {
+    /// A hold is to open a door, or to renew it; `false` if there are too many.
+    pub fn insert(&mut self, door: Door, hold: Hold) -> bool {
         let has_room = self.doors.len() < MAX_DOORS || self.doors.contains_key(&door);
-        let is_in = has_room && self.push(door, grant);
+        let is_in = has_room && self.push(door, hold);
         if is_in {
             self.mark(&door);
         }
         is_in
     }
 
-    /// A grant was found that lives already.
-    pub fn adopt(&mut self, door: Door, grant: Grant) -> bool {
-        self.push(door, grant)
+    /// A hold was found that lives already.
+    pub fn adopt(&mut self, door: Door, hold: Hold) -> bool {
+        self.push(door, hold)
     }
 
-    fn push(&mut self, door: Door, grant: Grant) -> bool {
-        let grants = self.doors.entry(door).or_default();
-        let has_room = grants.len() < MAX_GRANTS;
+    fn push(&mut self, door: Door, hold: Hold) -> bool {
+        let holds = self.doors.entry(door).or_default();
+        let has_room = holds.len() < MAX_GRANTS;
         if has_room {
-            self.first_end = Some(self.first_end.map_or(grant.until, |first| first.min(grant.until)));
-            grants.push(grant);
+            self.first_end = Some(self.first_end.map_or(hold.until, |first| first.min(hold.until)));
+            holds.push(hold);
         }
         has_room
     }
 
-    /// What a door's elements are may have changed, and those of the sets that its grants have part in.
+    /// What a door's elements are may have changed, and those of the sets that its holds have part in.
     pub fn mark(&mut self, door: &Door) {
-        let members = self.doors.get(door).into_iter().flatten().flat_map(|grant| &grant.members);
+        let members = self.doors.get(door).into_iter().flatten().flat_map(|hold| &hold.members);
         self.unsettled.extend(Element::of(door).chain(members.cloned().map(Element::Member)));
     }
 
-    fn mark_gone(&mut self, gone: &[(Door, Grant)]) {
-        for (door, grant) in gone {
-            self.unsettled.extend(Element::of(door).chain(grant.members.iter().cloned().map(Element::Member)));
+    fn mark_gone(&mut self, gone: &[(Door, Hold)]) {
+        for (door, hold) in gone {
+            self.unsettled.extend(Element::of(door).chain(hold.members.iter().cloned().map(Element::Member)));
         }
     }
 
@@ -131,7 +131,7 @@ impl Ledger {
 
     /// The administrator has made sets anew: who is let in belongs there.
     pub fn mark_sets(&mut self, made: &HashSet<SetName>) {
-        let members = self.doors.values().flatten().flat_map(|grant| &grant.members);
+        let members = self.doors.values().flatten().flat_map(|hold| &hold.members);
         let members = members.filter(|member| made.contains(&member.set)).cloned();
         self.unsettled.extend(members.map(Element::Member));
     }
@@ -139,7 +139,7 @@ impl Ledger {
     /// The table's doors are gone. Those for one connection may have let it in, unless the kernel had not taken them yet.
     pub fn lose_doors(&mut self) {
         let of_one = self.doors.iter_mut().filter(|(door, _)| door.once);
-        of_one.flat_map(|(_, grants)| grants).filter(|grant| !grant.waits).for_each(|grant| grant.spent = true);
+        of_one.flat_map(|(_, holds)| holds).filter(|hold| !hold.waits).for_each(|hold| hold.spent = true);
     }
 
     /// The table is there again, without its doors.
@@ -149,8 +149,8 @@ impl Ledger {
 
     /// What a door for one connection was opened for may have come.
     pub fn spend(&mut self, door: &Door) {
-        for grant in self.doors.get_mut(door).into_iter().flatten() {
-            self.unsettled.extend(grant.spend().into_iter().map(Element::Member));
+        for hold in self.doors.get_mut(door).into_iter().flatten() {
+            self.unsettled.extend(hold.spend().into_iter().map(Element::Member));
         }
     }
 
@@ -173,58 +173,58 @@ impl Ledger {
         taken
     }
 
-    /// For how long the grants want an element to be there.
+    /// For how long the holds want an element to be there.
     pub fn desired(&self, element: &Element, now: Instant) -> Option<Time> {
-        let grant = match element {
+        let hold = match element {
             // A later one says how long the door stands that it opened, whatever those before it said.
-            Element::Opens(door) if door.once => self.standing(door, now).rfind(|grant| !grant.spent),
+            Element::Opens(door) if door.once => self.standing(door, now).rfind(|hold| !hold.spent),
             Element::Opens(door) => self.longest(door, now),
-            Element::Lasts(door) => self.standing(door, now).filter(|grant| grant.kill).max_by_key(|grant| grant.until),
+            Element::Lasts(door) => self.standing(door, now).filter(|hold| hold.kill).max_by_key(|hold| hold.until),
             Element::Member(member) => {
                 let doors = self.doors.range(Door::first_of(member.source)..);
                 let doors = doors.map(|(door, _)| door).take_while(|door| door.source == member.source);
-                let grants = doors.flat_map(|door| self.standing(door, now));
-                grants.filter(|grant| grant.members.contains(member)).max_by_key(|grant| grant.until)
+                let holds = doors.flat_map(|door| self.standing(door, now));
+                holds.filter(|hold| hold.members.contains(member)).max_by_key(|hold| hold.until)
             }
         };
-        grant.map(|grant| {
-            let left = grant.until.saturating_duration_since(now);
+        hold.map(|hold| {
+            let left = hold.until.saturating_duration_since(now);
             // To the second that was asked for, which began a moment ago.
-            let rest = if grant.asked.is_some() { left.as_millis().div_ceil(1000) } else { 0 };
+            let rest = if hold.asked.is_some() { left.as_millis().div_ceil(1000) } else { 0 };
             let asked = u64::try_from(rest).map_or(left, Duration::from_secs);
-            (left.max(asked), grant.comment(&self.boot))
+            (left.max(asked), hold.comment(&self.boot))
         })
     }
 
-    /// The kernel has taken an element's change: the grants that waited for it.
-    pub fn settled(&mut self, element: &Element) -> Vec<(Door, Grant)> {
+    /// The kernel has taken an element's change: the holds that waited for it.
+    pub fn settled(&mut self, element: &Element) -> Vec<(Door, Hold)> {
         let Element::Opens(door) = element else { return Vec::new() };
         let told = self.tell(door);
-        self.doors.get_mut(door).into_iter().flatten().for_each(|grant| grant.waits = false);
+        self.doors.get_mut(door).into_iter().flatten().for_each(|hold| hold.waits = false);
         told
     }
 
-    /// The grants that nobody was told of, and that take the place of those before them.
-    fn tell(&mut self, door: &Door) -> Vec<(Door, Grant)> {
-        let Some(grants) = self.doors.get_mut(door) else { return Vec::new() };
+    /// The holds that nobody was told of, and that take the place of those before them.
+    fn tell(&mut self, door: &Door) -> Vec<(Door, Hold)> {
+        let Some(holds) = self.doors.get_mut(door) else { return Vec::new() };
         let (mut told, mut is_shorter, mut left) = (Vec::new(), false, Vec::new());
-        for place in 0..grants.len() {
-            let Some(grant) = grants.get_mut(place).filter(|grant| grant.asked.is_some()) else { continue };
-            told.push((*door, grant.clone()));
-            grant.asked = None;
-            let grant = grant.clone();
-            let earlier = grants.iter_mut().take(place);
+        for place in 0..holds.len() {
+            let Some(hold) = holds.get_mut(place).filter(|hold| hold.asked.is_some()) else { continue };
+            told.push((*door, hold.clone()));
+            hold.asked = None;
+            let hold = hold.clone();
+            let earlier = holds.iter_mut().take(place);
             if door.once {
                 earlier.for_each(|other| left.append(&mut other.spend()));
             } else {
                 // What an earlier knock said holds no longer than what this one says: more may not be permitted any more.
-                for other in earlier.filter(|other| other.is_renewed_by(&grant) && other.until > grant.until) {
-                    other.until = grant.until;
+                for other in earlier.filter(|other| other.is_renewed_by(&hold) && other.until > hold.until) {
+                    other.until = hold.until;
                     is_shorter = true;
                 }
             }
         }
-        told.iter().for_each(|(_, grant)| forget_first(grants, grant));
+        told.iter().for_each(|(_, hold)| forget_first(holds, hold));
         self.unsettled.extend(left.into_iter().map(Element::Member));
         if is_shorter {
             self.mark(door);
@@ -232,24 +232,24 @@ impl Ledger {
         told
     }
 
-    /// The kernel has refused an element's change: the grants that waited for it are none.
-    pub fn refused(&mut self, element: &Element) -> Vec<(Door, Grant)> {
+    /// The kernel has refused an element's change: the holds that waited for it are none.
+    pub fn refused(&mut self, element: &Element) -> Vec<(Door, Hold)> {
         let (Element::Opens(door) | Element::Lasts(door)) = element else { return Vec::new() };
-        self.take_from(door, |grant| grant.asked.is_some())
+        self.take_from(door, |hold| hold.asked.is_some())
     }
 
-    fn take_from(&mut self, door: &Door, is_meant: impl Fn(&Grant) -> bool) -> Vec<(Door, Grant)> {
-        let Some(grants) = self.doors.get_mut(door) else { return Vec::new() };
-        let gone: Vec<_> = grants.extract_if(.., |grant| is_meant(grant)).map(|grant| (*door, grant)).collect();
-        if grants.is_empty() {
+    fn take_from(&mut self, door: &Door, is_meant: impl Fn(&Hold) -> bool) -> Vec<(Door, Hold)> {
+        let Some(holds) = self.doors.get_mut(door) else { return Vec::new() };
+        let gone: Vec<_> = holds.extract_if(.., |hold| is_meant(hold)).map(|hold| (*door, hold)).collect();
+        if holds.is_empty() {
             self.doors.remove(door);
         }
         self.mark_gone(&gone);
         gone
     }
 
-    /// An element is to be changed when the table is loaded: the grants that waited for it wait on, and are told.
-    pub fn defer(&mut self, element: Element) -> Vec<(Door, Grant)> {
+    /// An element is to be changed when the table is loaded: the holds that waited for it wait on, and are told.
+    pub fn defer(&mut self, element: Element) -> Vec<(Door, Hold)> {
         let told = if let Element::Opens(door) = &element { self.tell(door) } else { Vec::new() };
         self.deferred.insert(element);
         told
@@ -266,76 +266,76 @@ impl Ledger {
     }
 
     /// Takes back what a token of a user's opened; tells it, and whether the user holds the door no more.
-    pub fn withdraw(&mut self, door: &Door, user: &Name, token: u32, now: Instant) -> Option<(Grant, bool)> {
-        let gone = self.take_from(door, |grant| grant.user == *user && grant.token == Some(token));
+    pub fn withdraw(&mut self, door: &Door, user: &Name, token: u32, now: Instant) -> Option<(Hold, bool)> {
+        let gone = self.take_from(door, |hold| hold.user == *user && hold.token == Some(token));
         let (_, gone) = gone.into_iter().next_back()?;
-        let is_last = !self.standing(door, now).any(|grant| grant.is_renewed_by(&gone));
+        let is_last = !self.standing(door, now).any(|hold| hold.is_renewed_by(&gone));
         Some((gone, is_last))
     }
 
-    /// Takes every such grant back, and tells them.
-    pub fn remove(&mut self, is_meant: impl Fn(&Door, &Grant) -> bool) -> Vec<(Door, Grant)> {
+    /// Takes every such hold back, and tells them.
+    pub fn remove(&mut self, is_meant: impl Fn(&Door, &Hold) -> bool) -> Vec<(Door, Hold)> {
         let gone = self.extract(is_meant);
         self.mark_gone(&gone);
         gone
     }
 
-    fn extract(&mut self, is_meant: impl Fn(&Door, &Grant) -> bool) -> Vec<(Door, Grant)> {
-        let gone = self.doors.iter_mut().flat_map(|(door, grants)| {
-            let gone: Vec<Grant> = grants.extract_if(.., |grant| is_meant(door, grant)).collect();
-            gone.into_iter().map(|grant| (*door, grant))
+    fn extract(&mut self, is_meant: impl Fn(&Door, &Hold) -> bool) -> Vec<(Door, Hold)> {
+        let gone = self.doors.iter_mut().flat_map(|(door, holds)| {
+            let gone: Vec<Hold> = holds.extract_if(.., |hold| is_meant(door, hold)).collect();
+            gone.into_iter().map(|hold| (*door, hold))
         });
         let gone: Vec<_> = gone.collect();
         if !gone.is_empty() {
-            self.doors.retain(|_, grants| !grants.is_empty());
+            self.doors.retain(|_, holds| !holds.is_empty());
         }
         gone
     }
 
     /// Somebody has deleted a door: nobody holds it any more.
-    pub fn remove_door(&mut self, door: &Door) -> Vec<(Door, Grant)> {
-        let gone = self.doors.remove(door).unwrap_or_default().into_iter().map(|grant| (*door, grant));
+    pub fn remove_door(&mut self, door: &Door) -> Vec<(Door, Hold)> {
+        let gone = self.doors.remove(door).unwrap_or_default().into_iter().map(|hold| (*door, hold));
         let gone: Vec<_> = gone.collect();
         self.mark_gone(&gone);
         gone
     }
 
-    /// Takes sources out of sets that these users' grants may have no part in any more.
-    pub fn remove_members(&mut self, may_be_in: impl Fn(&Grant, &Member) -> bool) {
-        for grant in self.doors.values_mut().flatten() {
+    /// Takes sources out of sets that these users' holds may have no part in any more.
+    pub fn remove_members(&mut self, may_be_in: impl Fn(&Hold, &Member) -> bool) {
+        for hold in self.doors.values_mut().flatten() {
             let (kept, gone) =
-                std::mem::take(&mut grant.members).into_iter().partition(|member| may_be_in(grant, member));
-            grant.members = kept;
+                std::mem::take(&mut hold.members).into_iter().partition(|member| may_be_in(hold, member));
+            hold.members = kept;
             self.unsettled.extend(Vec::into_iter(gone).map(Element::Member));
         }
     }
 
     /// Forgets what has run out, as the kernel has, and tells that of which nothing is left. Call it now and then: it looks at all
     /// only if something may have.
-    pub fn forget(&mut self, now: Instant) -> Vec<(Door, Grant)> {
+    pub fn forget(&mut self, now: Instant) -> Vec<(Door, Hold)> {
         if self.first_end.is_none_or(|first| first > now) {
             return Vec::new();
         }
-        let mut over = self.extract(|_, grant| grant.until <= now);
+        let mut over = self.extract(|_, hold| hold.until <= now);
         over.retain(|(door, over)| !self.standing(door, now).any(|left| left.is_renewed_by(over)));
-        self.first_end = self.doors.values().flatten().map(|grant| grant.until).min();
+        self.first_end = self.doors.values().flatten().map(|hold| hold.until).min();
         over
     }
 
-    /// The grants of a door that have time left.
-    fn standing(&self, door: &Door, now: Instant) -> impl DoubleEndedIterator<Item = &Grant> {
-        self.doors.get(door).into_iter().flatten().filter(move |grant| grant.until > now)
+    /// The holds of a door that have time left.
+    fn standing(&self, door: &Door, now: Instant) -> impl DoubleEndedIterator<Item = &Hold> {
+        self.doors.get(door).into_iter().flatten().filter(move |hold| hold.until > now)
     }
 
-    /// Whether the grant by which a connection may begin is one that the kernel has not taken yet.
+    /// Whether the hold by which a connection may begin is one that the kernel has not taken yet.
     fn waits(&self, door: &Door) -> bool {
-        let grants = self.doors.get(door).into_iter().flatten();
-        grants.rev().find(|grant| !grant.spent).is_some_and(|grant| grant.waits)
+        let holds = self.doors.get(door).into_iter().flatten();
+        holds.rev().find(|hold| !hold.spent).is_some_and(|hold| hold.waits)
     }
 
-    /// The grant that keeps a door open for longest, or what it has let in.
-    fn longest(&self, door: &Door, now: Instant) -> Option<&Grant> {
-        self.standing(door, now).max_by_key(|grant| grant.until)
+    /// The hold that keeps a door open for longest, or what it has let in.
+    fn longest(&self, door: &Door, now: Instant) -> Option<&Hold> {
+        self.standing(door, now).max_by_key(|hold| hold.until)
     }
 
     /// Whether there is something to [`Ledger::take`].
@@ -346,8 +346,8 @@ impl Ledger {
     /// The doors that somebody holds, or has used, and the time that each has left.
     pub fn ends(&self, now: Instant) -> impl Iterator<Item = (&Door, Duration)> {
         self.doors.keys().filter_map(move |door| {
-            let grant = self.longest(door, now)?;
-            Some((door, grant.until.saturating_duration_since(now)))
+            let hold = self.longest(door, now)?;
+            Some((door, hold.until.saturating_duration_since(now)))
         })
     }
 
@@ -356,29 +356,29 @@ impl Ledger {
         self.longest(door, now).is_some()
     }
 
-    /// The doors that are open, or were and may have been spent, each with the grant that keeps it open for longest.
-    pub fn live(&self, now: Instant) -> impl Iterator<Item = (&Door, &Grant, Duration)> {
+    /// The doors that are open, or were and may have been spent, each with the hold that keeps it open for longest.
+    pub fn live(&self, now: Instant) -> impl Iterator<Item = (&Door, &Hold, Duration)> {
         self.doors.keys().filter_map(move |door| {
-            let fresh = self.standing(door, now).filter(|grant| !grant.spent).max_by_key(|grant| grant.until);
-            let grant = fresh.or_else(|| self.longest(door, now))?;
-            Some((door, grant, grant.until.saturating_duration_since(now)))
+            let fresh = self.standing(door, now).filter(|hold| !hold.spent).max_by_key(|hold| hold.until);
+            let hold = fresh.or_else(|| self.longest(door, now))?;
+            Some((door, hold, hold.until.saturating_duration_since(now)))
         })
     }
 }
 
-/// Of a user's grants for one service at one door, those that end first make room, but not the last one.
-fn forget_first(grants: &mut Vec<Grant>, last: &Grant) {
-    let count = |grants: &[Grant]| grants.iter().filter(|grant| grant.is_renewed_by(last)).count();
-    while count(grants) > MAX_IN_A_ROW {
-        let earlier = grants.iter().enumerate().filter(|(_, grant)| grant.is_renewed_by(last)).rev().skip(1);
-        let Some((first, _)) = earlier.min_by_key(|(_, grant)| grant.until) else { return };
-        grants.remove(first);
+/// Of a user's holds for one service at one door, those that end first make room, but not the last one.
+fn forget_first(holds: &mut Vec<Hold>, last: &Hold) {
+    let count = |holds: &[Hold]| holds.iter().filter(|hold| hold.is_renewed_by(last)).count();
+    while count(holds) > MAX_IN_A_ROW {
+        let earlier = holds.iter().enumerate().filter(|(_, hold)| hold.is_renewed_by(last)).rev().skip(1);
+        let Some((first, _)) = earlier.min_by_key(|(_, hold)| hold.until) else { return };
+        holds.remove(first);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Boot, Door, Duration, Element, Grant, Instant, Ledger, MAX_IN_A_ROW, Name};
+    use super::{Boot, Door, Duration, Element, Hold, Instant, Ledger, MAX_IN_A_ROW, Name};
 
     fn ledger() -> Ledger {
         Ledger::new(Boot::this().unwrap())
@@ -388,16 +388,16 @@ mod tests {
         Door { source: "192.0.2.1".parse().unwrap(), port: "tcp/22".parse().unwrap(), once }
     }
 
-    fn grant(user: &str, token: u32, now: Instant, seconds: u32) -> Grant {
+    fn hold(user: &str, token: u32, now: Instant, seconds: u32) -> Hold {
         let [user, service]: [Name; 2] = [user, "ssh"].map(|name| name.parse().unwrap());
         let until = now + Duration::from_secs(seconds.into());
         let (token, asked, members) = (Some(token), Some(seconds), Vec::new());
-        Grant { user, service, until, bound: false, token, kill: false, spent: false, members, asked, waits: true }
+        Hold { user, service, until, bound: false, token, kill: false, spent: false, members, asked, waits: true }
     }
 
     /// The kernel takes it.
-    fn open(ledger: &mut Ledger, once: bool, grant: Grant, now: Instant) {
-        assert!(ledger.insert(door(once), grant));
+    fn open(ledger: &mut Ledger, once: bool, hold: Hold, now: Instant) {
+        assert!(ledger.insert(door(once), hold));
         let told: Vec<_> = ledger.take(64, now).iter().flat_map(|(element, _)| ledger.settled(element)).collect();
         assert_eq!(told.len(), 1, "{told:?}");
     }
@@ -415,7 +415,7 @@ mod tests {
         let now = Instant::now();
         for order in [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1]] {
             let mut ledger = ledger();
-            (1..=3).for_each(|token| open(&mut ledger, false, grant("alice", token, now, 10 * token), now));
+            (1..=3).for_each(|token| open(&mut ledger, false, hold("alice", token, now, 10 * token), now));
             for (gone, token) in order.into_iter().enumerate() {
                 let longest = order[gone + 1..].iter().max().map(|token| 10 * u64::from(*token));
                 let (_, is_last) = ledger.withdraw(&door(false), &"alice".parse().unwrap(), token, now).unwrap();
@@ -428,14 +428,14 @@ mod tests {
     #[test]
     fn a_later_knock_says_how_long_the_earlier_ones_of_its_user_and_service_hold_and_no_others() {
         let (mut ledger, now) = (ledger(), Instant::now());
-        open(&mut ledger, false, grant("alice", 1, now, 60), now);
-        open(&mut ledger, false, Grant { service: "rescue".parse().unwrap(), ..grant("alice", 2, now, 50) }, now);
-        open(&mut ledger, false, grant("bob", 1, now, 40), now);
+        open(&mut ledger, false, hold("alice", 1, now, 60), now);
+        open(&mut ledger, false, Hold { service: "rescue".parse().unwrap(), ..hold("alice", 2, now, 50) }, now);
+        open(&mut ledger, false, hold("bob", 1, now, 40), now);
         assert_eq!(opens(&ledger, false, now), Some(60));
-        open(&mut ledger, false, grant("alice", 3, now, 10), now);
+        open(&mut ledger, false, hold("alice", 3, now, 10), now);
         assert_eq!(opens(&ledger, false, now), Some(50));
         ledger.withdraw(&door(false), &"alice".parse().unwrap(), 3, now).unwrap();
-        ledger.remove(|_, grant| grant.service.as_str() == "rescue" || grant.user.as_str() == "bob");
+        ledger.remove(|_, hold| hold.service.as_str() == "rescue" || hold.user.as_str() == "bob");
         assert_eq!(opens(&ledger, false, now), Some(10), "60 may be permitted no more");
     }
 
@@ -448,14 +448,14 @@ mod tests {
             ("bob", 2, 30, true, Some(60)),
             ("alice", 2, 10, true, Some(60)),
         ] {
-            open(&mut ledger, true, Grant { kill, ..grant(user, token, now, seconds) }, now);
+            open(&mut ledger, true, Hold { kill, ..hold(user, token, now, seconds) }, now);
             assert_eq!(
                 (opens(&ledger, true, now), lasts(&ledger, now)),
                 (Some(seconds.into()), expected),
                 "{user} {token}"
             );
         }
-        assert!(ledger.insert(door(true), Grant { kill: true, ..grant("carol", 1, now, 100) }));
+        assert!(ledger.insert(door(true), Hold { kill: true, ..hold("carol", 1, now, 100) }));
         assert_eq!(ledger.refused(&Element::Lasts(door(true))).len(), 1);
         assert_eq!((opens(&ledger, true, now), lasts(&ledger, now)), (Some(10), Some(60)), "as if nothing had been");
         let (_, is_last) = ledger.withdraw(&door(true), &"alice".parse().unwrap(), 2, now).unwrap();
@@ -472,7 +472,7 @@ mod tests {
         for once in [false, true] {
             let (mut ledger, now) = (ledger(), Instant::now());
             for token in 0..100 {
-                open(&mut ledger, once, Grant { kill: true, ..grant("alice", token, now, 200 - token) }, now);
+                open(&mut ledger, once, Hold { kill: true, ..hold("alice", token, now, 200 - token) }, now);
             }
             assert_eq!(ledger.doors[&door(once)].len(), MAX_IN_A_ROW);
             assert_eq!(opens(&ledger, once, now), Some(101), "as the last one says");
@@ -484,13 +484,13 @@ mod tests {
     fn what_has_run_out_is_told_once_when_nothing_of_it_is_left() {
         let (mut ledger, now) = (ledger(), Instant::now());
         for once in [false, true] {
-            open(&mut ledger, once, grant("alice", 1, now, 10), now);
-            open(&mut ledger, once, grant("bob", 1, now, 20), now);
-            open(&mut ledger, once, grant("alice", 2, now, 60), now);
+            open(&mut ledger, once, hold("alice", 1, now, 10), now);
+            open(&mut ledger, once, hold("bob", 1, now, 20), now);
+            open(&mut ledger, once, hold("alice", 2, now, 60), now);
         }
         let mut over = |seconds| {
             let over = ledger.forget(now + Duration::from_secs(seconds));
-            over.iter().map(|(_, grant)| grant.user.to_string()).collect::<Vec<_>>()
+            over.iter().map(|(_, hold)| hold.user.to_string()).collect::<Vec<_>>()
         };
         assert_eq!(over(10), [""; 0], "her later knock holds both open");
         assert_eq!(over(20), ["bob"; 2]);

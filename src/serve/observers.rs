@@ -31,12 +31,12 @@ pub fn status(directory: &Path) -> Result<Status, ControlError> {
     if bytes.is_empty() {
         return Err(ControlError::Busy { path });
     }
-    let (version, rest) = postcard::take_from_bytes::<String>(&bytes).unwrap_or_default();
+    let (version, _) = postcard::take_from_bytes::<String>(&bytes).unwrap_or_default();
     if version != env!("CARGO_PKG_VERSION") {
         return Err(ControlError::OtherVersion { path });
     }
     let invalid = |_| ControlError::Io { path, cause: ErrorKind::InvalidData.into() };
-    postcard::from_bytes(rest).map_err(invalid)
+    postcard::from_bytes(&bytes).map_err(invalid)
 }
 
 /// What happens from now on.

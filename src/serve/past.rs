@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::control::Selection;
-use super::ledger::Grant;
+use super::ledger::Hold;
 use crate::nft::Door;
 use crate::service::Name;
 
@@ -23,9 +23,9 @@ pub struct Past(HashMap<(Door, Name), Instant>);
 
 impl Past {
     /// Doors have shut, or some who held them open have gone.
-    pub fn add<'a>(&mut self, closed: impl IntoIterator<Item = &'a (Door, Grant)>, now: Instant) {
+    pub fn add<'a>(&mut self, closed: impl IntoIterator<Item = &'a (Door, Hold)>, now: Instant) {
         let closed = closed.into_iter();
-        self.0.extend(closed.map(|(door, grant)| ((Door { once: false, ..*door }, grant.user.clone()), now)));
+        self.0.extend(closed.map(|(door, hold)| ((Door { once: false, ..*door }, hold.user.clone()), now)));
         if self.0.len() > REMEMBERED {
             self.forget(now);
         }
@@ -58,15 +58,15 @@ impl Past {
 
 #[cfg(test)]
 mod tests {
-    use super::{AGE, Door, Duration, Grant, Instant, KEPT, Past, REMEMBERED};
+    use super::{AGE, Door, Duration, Hold, Instant, KEPT, Past, REMEMBERED};
 
-    fn closed(number: usize, user: &str, until: Instant) -> (Door, Grant) {
+    fn closed(number: usize, user: &str, until: Instant) -> (Door, Hold) {
         let source = std::net::Ipv6Addr::from_bits(number as u128).into();
         let door = Door { source, port: "tcp/22".parse().unwrap(), once: true };
         let [user, service] = [user, "ssh"].map(|name| name.parse().unwrap());
         (
             door,
-            Grant {
+            Hold {
                 user,
                 service,
                 until,

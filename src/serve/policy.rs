@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::ledger::Grant;
+use super::ledger::Hold;
 use crate::nft::{Door, SetName};
-use crate::service::{Name, Port};
+use crate::service::{Name, Port, open_for};
 
 /// Who may hold which doors.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -68,20 +68,19 @@ impl Allowance {
 
     /// For how many of so many seconds a door may stand open from now on.
     pub fn time(&self, seconds: u32, unix_now: u64) -> u32 {
-        let left = self.expires.map(|expiry| u32::try_from(expiry.saturating_sub(unix_now)).unwrap_or(u32::MAX));
-        [self.open_for, left].into_iter().flatten().fold(seconds, u32::min)
+        open_for(seconds, self.open_for, self.expires, unix_now)
     }
 }
 
 impl Policy {
     /// Whether a door that was opened may stay open for the time that it has left. A shorter `open_for` of the service is
     /// for the doors to come.
-    pub fn still_permits(&self, door: &Door, grant: &Grant, now: Instant, unix_now: u64) -> bool {
-        let left = grant.until.saturating_duration_since(now);
-        self.opening(&grant.user, &grant.service, door.port).is_some_and(|(allowance, opening)| {
+    pub fn still_permits(&self, door: &Door, hold: &Hold, now: Instant, unix_now: u64) -> bool {
+        let left = hold.until.saturating_duration_since(now);
+        self.opening(&hold.user, &hold.service, door.port).is_some_and(|(allowance, opening)| {
             // To the second: what was granted until the expiry has not changed by what is left of the one that begins.
             let may_have = Duration::from_secs(u64::from(allowance.time(u32::MAX, unix_now)) + 1);
-            opening.once == door.once && allowance.covers(door.source, grant.bound) && left < may_have
+            opening.once == door.once && allowance.covers(door.source, hold.bound) && left < may_have
         })
     }
 
@@ -110,7 +109,7 @@ impl Policy {
 
 #[cfg(test)]
 mod tests {
-    use super::{Allowance, BTreeMap, Door, Duration, Grant, Instant, Opening, Policy};
+    use super::{Allowance, BTreeMap, Door, Duration, Hold, Instant, Opening, Policy};
 
     const NOW: u64 = 1_790_000_000;
 
@@ -139,7 +138,7 @@ mod tests {
     fn a_door_stays_while_its_user_may_still_open_it_like_this() {
         let (policy, now) = (policy(), Instant::now());
         let door = |port: &str, once| Door { source: "192.0.2.1".parse().unwrap(), port: port.parse().unwrap(), once };
-        let grant = |user: &str, service: &str| Grant {
+        let hold = |user: &str, service: &str| Hold {
             user: user.parse().unwrap(),
             service: service.parse().unwrap(),
             until: now,
@@ -151,21 +150,21 @@ mod tests {
             asked: None,
             waits: false,
         };
-        assert!(policy.still_permits(&door("tcp/22", false), &grant("b", "ssh"), now, NOW));
-        assert!(policy.still_permits(&door("tcp/25", true), &grant("a", "mail"), now, NOW));
+        assert!(policy.still_permits(&door("tcp/22", false), &hold("b", "ssh"), now, NOW));
+        assert!(policy.still_permits(&door("tcp/25", true), &hold("a", "mail"), now, NOW));
         assert!(
-            !policy.still_permits(&door("tcp/25", true), &grant("b", "mail"), now, NOW),
+            !policy.still_permits(&door("tcp/25", true), &hold("b", "mail"), now, NOW),
             "not a service of this user"
         );
         assert!(
-            !policy.still_permits(&door("tcp/22", true), &grant("b", "ssh"), now, NOW),
+            !policy.still_permits(&door("tcp/22", true), &hold("b", "ssh"), now, NOW),
             "no longer for one connection"
         );
         assert!(
-            !policy.still_permits(&door("tcp/80", false), &grant("a", "ssh"), now, NOW),
+            !policy.still_permits(&door("tcp/80", false), &hold("a", "ssh"), now, NOW),
             "no longer a port of the service"
         );
-        assert!(!policy.still_permits(&door("tcp/22", false), &grant("c", "ssh"), now, NOW), "no longer a user");
+        assert!(!policy.still_permits(&door("tcp/22", false), &hold("c", "ssh"), now, NOW), "no longer a user");
     }
 
     #[test]
@@ -178,7 +177,7 @@ mod tests {
             let (token, kill, spent, waits, members, asked) = (None, false, false, false, Vec::new(), None);
             policy.still_permits(
                 &door,
-                &Grant { user, service, until, bound, token, kill, spent, members, asked, waits },
+                &Hold { user, service, until, bound, token, kill, spent, members, asked, waits },
                 now,
                 NOW,
             )

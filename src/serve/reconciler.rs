@@ -12,19 +12,20 @@ use super::clock::unix_now;
 use super::commands::{BATCH, Command, monotonic};
 use super::control::Selection;
 use super::gate_link::GateLink;
-use super::ledger::{Grant, Ledger};
+use super::ledger::{Hold, Ledger};
 use super::past::Past;
 use super::policy::Policy;
 use super::rate::Rate;
 use super::repeats::Tally;
-use super::report::{DoorsPart, LiveDoor, RevokedPart};
+use super::report::{Doors, LiveDoor, RevokedPart};
 use super::watchers::CLOSING;
-use crate::nft::{
-    Boot, Comment, Door, Element, ElementError, Layout, Lister, Loss, Member, Open, OpenDoor, SetError, SetName, Time,
-    Watch, without_door,
-};
+use crate::nft::{Boot, Door, Element, ElementError, Layout, Loss, Member, SetName, Time, Watch, without_door};
 use crate::service::{Name, Port};
-use crate::verify::{self, Withdrawal};
+use crate::verify::{Grant, Withdrawal};
+
+mod found;
+mod members;
+mod table;
 
 /// Time between two looks at what has run out.
 const TICK: Duration = Duration::from_secs(1);
@@ -35,14 +36,11 @@ const TELLING: Duration = Duration::from_secs(10);
 /// The clock may differ by so many seconds from one tick to the next before it was set.
 const CLOCK_STEP: u64 = 2;
 
+/// The gate answers within much less, unless it is held up.
+const LATE: Duration = Duration::from_millis(500);
+
 /// Connections that are told of when they are cut.
 const CUTS_TOLD: usize = 8;
-
-/// What to do about doors that were saved.
-const SAVING: &str = "save all tables but knockq's: docs/guide-server.md#saving-the-firewall";
-
-/// What makes a set that sources can be added to.
-const SETS_HINT: &str = "nft add set FAMILY TABLE SET '{ type ipv4_addr; flags timeout; }', or ipv6_addr";
 
 /// The kernel's sets, as the engine sees to them.
 pub struct Reconciler {
@@ -69,6 +67,8 @@ pub struct Reconciler {
     /// Others may have added elements in the daemon's name, and they could not be listed.
     is_unlisted: bool,
     ledger: Ledger,
+    /// What the gate was told last is to be told again, for it took too long.
+    is_late: bool,
     past: Past,
     figures: Figures,
     last_tick: (Instant, u64),
@@ -111,42 +111,12 @@ impl Reconciler {
             layouts: BTreeMap::new(),
             is_unlisted: false,
             ledger: Ledger::new(boot),
+            is_late: false,
             past: Past::default(),
             figures: Figures::default(),
             last_tick: (now, unix_now()),
             last_telling: now,
         }
-    }
-
-    /// The table is loaded: the first time, takes over the doors that are open, and shuts those that nobody may open any more;
-    /// later, opens those that went with the old one.
-    ///
-    /// # Errors
-    /// Whatever makes it useless to go on.
-    pub fn loaded(&mut self) -> io::Result<()> {
-        self.gate.call(&[Command::Count]).ok(); // it has another number now
-        if self.serves {
-            return self.take_table_back();
-        }
-        self.watch.loss(self.gate.numbers())?; // the loading has deleted the rules of before
-        self.watch.take_loaded(); // they are listed
-        self.loss = self.take_unmended();
-        if self.loss != Loss::Nothing {
-            self.ask_for_load();
-        }
-        self.forget_begun();
-        let compared = self.compare(true);
-        self.gate.check()?;
-        compared.map_err(io::Error::other)?;
-        let (ledger, clock, now) = (&self.ledger, monotonic(), Instant::now());
-        let known = ledger.ends(now).map(|(door, left)| Command::Known(Element::Opens(*door), clock + left));
-        let known: Vec<_> = known.collect();
-        known.chunks(BATCH).for_each(|some| drop(self.gate.call(some)));
-        self.look_at_sets();
-        self.shut_what_policy_forbids()?;
-        self.serves = true;
-        self.drain_table_events()?; // what was lost meanwhile is to be told
-        self.gate.check()
     }
 
     /// The table is root's to load, not for others.
@@ -179,108 +149,9 @@ impl Reconciler {
         self.gate.check()
     }
 
-    /// Root is to load the table again; told once.
-    pub const fn take_lost(&mut self) -> bool {
-        std::mem::replace(&mut self.is_to_be_loaded, false)
-    }
-
     /// Whether [`Reconciler::settle_some`] has something to do.
     pub fn is_behind(&self) -> bool {
         self.ledger.is_unsettled()
-    }
-
-    /// Whoever owns the table: root takes it from the gate before it loads another.
-    fn ask_for_load(&mut self) {
-        self.expect_load();
-        self.is_to_be_loaded = true;
-    }
-
-    /// From here on what is changed besides the load may have been changed after it.
-    fn expect_load(&mut self) {
-        self.is_loading = true;
-        self.watch.take_unmended(0);
-    }
-
-    /// What others have changed of the table since a load was expected.
-    fn take_unmended(&mut self) -> Loss {
-        // Those who load a table themselves do so before root looks at it.
-        let loads = usize::from(self.policy.owns_table);
-        self.watch.take_unmended(loads)
-    }
-
-    /// Reads what was changed of the table, and what of it was lost. A door that somebody deleted by hand is taken back: it must
-    /// not come again with the next restoration.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn drain_table_events(&mut self) -> io::Result<()> {
-        self.read_changes()?;
-        let now = Instant::now();
-        let made = self.watch.take_new_sets();
-        self.layouts.retain(|set, _| !made.contains(set));
-        self.ledger.mark_sets(&made);
-        let loaded = self.watch.take_loaded();
-        for door in self.watch.take_deleted() {
-            let gone = self.ledger.remove_door(&door);
-            for (Door { source, port, .. }, Grant { user, service, .. }) in
-                gone.iter().filter(|gone| gone.1.until > now)
-            {
-                info!(%user, %service, %source, %port, "shut by somebody else");
-            }
-            self.past.add(&gone, now);
-        }
-        if loaded.begun {
-            self.forget_begun();
-        }
-        self.mark_loaded(&loaded.doors, now);
-        let of_ours = loaded.members.into_iter().filter(|member| self.sets.contains(&member.set));
-        of_ours.for_each(|member| self.ledger.mark_member(member));
-        if loaded.are_missed {
-            self.layouts.clear(); // sets may have been made anew
-        }
-        if loaded.are_missed || std::mem::take(&mut self.is_unlisted) {
-            // There is nothing to list until the table is loaded again.
-            self.is_unlisted = self.compare(false).is_err();
-        }
-        // Nobody can take away what we own, nor could root load it.
-        if self.loss != Loss::Nothing && self.serves && !self.gate.last().owns_table && !self.is_loading {
-            self.ask_for_load();
-        }
-        Ok(())
-    }
-
-    fn read_changes(&mut self) -> io::Result<()> {
-        let loss = self.watch.loss(self.gate.numbers())?;
-        self.note_loss(loss);
-        Ok(())
-    }
-
-    fn note_loss(&mut self, loss: Loss) {
-        if !self.gate.last().owns_table {
-            self.lose(loss); // nobody can take away what we own; what was missed is listed
-        }
-    }
-
-    fn lose(&mut self, loss: Loss) {
-        if loss == Loss::Doors && self.loss != Loss::Doors {
-            self.ledger.lose_doors();
-        }
-        self.loss = self.loss.max(loss);
-    }
-
-    /// Somebody else has loaded doors. What one for a connection was opened for may have come.
-    fn mark_loaded<'a>(&mut self, loaded: impl IntoIterator<Item = &'a Door>, now: Instant) {
-        let mut over = 0_usize;
-        for door in loaded {
-            if door.once {
-                self.ledger.spend(door);
-            }
-            self.ledger.mark(door);
-            over += usize::from(!self.ledger.is_held(door, now));
-        }
-        if over > 0 {
-            warn!(doors = over, hint = SAVING, "shut: somebody else has loaded doors whose grants are over");
-        }
     }
 
     /// Makes all of the kernel's elements what the ledger says.
@@ -309,17 +180,33 @@ impl Reconciler {
             changes.extract_if(.., waits).for_each(|(element, _)| drop(self.ledger.defer(element)));
         }
         let commands: Vec<_> = changes.iter().cloned().map(|change| command(change, clock)).collect();
+        let asked = Instant::now();
         let changed = if commands.is_empty() { Ok(Vec::new()) } else { self.gate.call(&commands) };
         self.gate.check()?;
         self.drain_table_events()?;
         match changed {
-            Ok(_) => changes.iter().for_each(|(element, _)| self.settled(element)),
+            Ok(_) => {
+                changes.iter().for_each(|(element, _)| self.settled(element));
+                self.mend_late(&changes, asked.elapsed());
+            }
             Err(error) if changes.len() == 1 => {
                 changes.into_iter().for_each(|(element, _)| self.not_settled(element, &error));
             }
             Err(_) => changes.into_iter().for_each(|(element, _)| self.settle_alone(element)),
         }
         Ok(())
+    }
+
+    /// The kernel counts from when it is told: what a gate tells that is held up stands open for so much longer, until it is told
+    /// again. Once, for it may be so slow each time.
+    fn mend_late(&mut self, changes: &[(Element, Option<Time>)], took: Duration) {
+        self.is_late = took > LATE && !self.is_late;
+        for (element, _) in changes.iter().filter(|(_, time)| self.is_late && time.is_some()) {
+            match element {
+                Element::Opens(door) | Element::Lasts(door) => self.ledger.mark(door),
+                Element::Member(member) => self.ledger.mark_member(member.clone()),
+            }
+        }
     }
 
     /// The gate takes whoever asks about a set that no configuration names for an intruder.
@@ -347,14 +234,14 @@ impl Reconciler {
     }
 
     fn settled(&mut self, element: &Element) {
-        for (Door { source, port, .. }, Grant { user, service, bound, asked, .. }) in self.ledger.settled(element) {
+        for (Door { source, port, .. }, Hold { user, service, bound, asked, .. }) in self.ledger.settled(element) {
             self.figures.opened = self.figures.opened.saturating_add(1);
             info!(%user, %service, %source, %port, seconds = asked.unwrap_or(0), bound, "granted");
         }
     }
 
     fn defer(&mut self, element: Element) {
-        for (Door { source, port, .. }, Grant { user, service, bound, asked, .. }) in self.ledger.defer(element) {
+        for (Door { source, port, .. }, Hold { user, service, bound, asked, .. }) in self.ledger.defer(element) {
             self.figures.opened = self.figures.opened.saturating_add(1);
             let seconds = asked.unwrap_or(0);
             info!(%user, %service, %source, %port, seconds, bound, "granted, once the table is loaded");
@@ -366,7 +253,7 @@ impl Reconciler {
         if self.gate.check().is_err() {
             return; // that is the end, and is told
         }
-        for (Door { source, port, .. }, Grant { user, service, .. }) in &gone {
+        for (Door { source, port, .. }, Hold { user, service, .. }) in &gone {
             self.figures.not_opened = self.figures.not_opened.saturating_add(1);
             if self.not_opened.is_first() {
                 warn!(%user, %service, %source, %port, "not granted: {error}");
@@ -385,118 +272,16 @@ impl Reconciler {
         }
     }
 
-    /// Compares the elements that say that they are the daemon's with the ledger, which `adopts` the grants of a daemon of before.
-    fn compare(&mut self, adopts: bool) -> Result<(), ElementError> {
-        let old_count = adopts && self.policy.old_count;
-        let mut wrong = Vec::new();
-        let now = Instant::now(); // none must have more time than the kernel gives it, and listing thousands takes a while
-        let [open, live] = self.gate.listed()?;
-        let open = open.into_iter().map(|open| (open, false));
-        for (OpenDoor { what: door, comment, left }, spent) in open.chain(live.into_iter().map(|live| (live, true))) {
-            let Some(said) = comment else { continue }; // what somebody opened by hand is not ours to shut
-            let counts_until = said.counts_until(left, old_count, self.ledger.boot(), now);
-            let Comment { user, service, bound, end } = said;
-            if let Some(until) = counts_until.filter(|_| adopts) {
-                let members = self.members_of(&user, &door);
-                let kill = self.kills(&service);
-                let (token, asked, waits) = (None, None, false);
-                let grant = Grant { user, service, until, bound, token, kill, spent, members, asked, waits };
-                // Who may be there no more leaves the sets with the door, below.
-                grant.members.iter().for_each(|member| self.ledger.mark_member(member.clone()));
-                self.ledger.adopt(door, grant);
-            }
-            // One for one connection is never added again: it may be spent by now.
-            let says_its_end = end.is_some() || door.once;
-            if counts_until.is_none() || !says_its_end || !self.ledger.is_held(&door, now) {
-                wrong.push(door);
-            }
-        }
-        self.mark_loaded(&wrong, now);
-        self.compare_members(adopts, now);
-        Ok(())
-    }
-
-    /// The same for who is in the administrator's sets. Whoever a door for one connection has let in is there until it would end.
-    fn compare_members(&mut self, adopts: bool, now: Instant) {
-        let (policy, old_count) = (self.policy.clone(), adopts && self.policy.old_count);
-        for set in policy.sets() {
-            let listed = match self.gate.members(set) {
-                Ok(listed) => listed,
-                Err(error) => {
-                    let is_told = matches!(error, ElementError::NoSet) || self.gate.check().is_err();
-                    if !is_told && self.not_added.is_first() {
-                        warn!(%set, "who is in a set of yours is not known: {error}");
-                    }
-                    continue;
-                }
-            };
-            for Open { what: member, comment, left } in listed {
-                let Some(said) = comment else { continue };
-                let until = said.counts_until(left, old_count, self.ledger.boot(), now);
-                let until = until.filter(|_| policy.adds(&said.user, &said.service, set));
-                let is_known = !adopts || self.ledger.desired(&Element::Member(member.clone()), now).is_some();
-                let opening = policy.services.get(&said.service).filter(|opening| opening.once);
-                let port = member.port.or_else(|| opening?.ports.first().copied());
-                match (until, port.filter(|_| opening.is_some())) {
-                    (Some(_), _) if is_known => {}
-                    (Some(until), Some(port)) => {
-                        let door = Door { source: member.source, port, once: true };
-                        let Comment { user, service, bound, .. } = said;
-                        let (token, asked, members) = (None, None, vec![member]);
-                        let (kill, spent, waits) = (false, true, false);
-                        let grant = Grant { user, service, until, bound, token, kill, spent, members, asked, waits };
-                        self.ledger.adopt(door, grant);
-                    }
-                    _ => self.ledger.mark_member(member),
-                }
-            }
-        }
-    }
-
-    /// Root is about to load another table, which the gate has let go of, or is about to.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn released(&mut self) -> io::Result<()> {
-        self.read_changes()?;
-        self.gate.released();
-        if !self.is_loading {
-            self.is_loading = true; // what is lost now is loaded anyway
-            self.drain_table_events()?;
-            self.expect_load();
-        }
-        Ok(())
-    }
-
     /// Takes back what is meant, and tells at which doors connections may have begun.
     ///
     /// # Errors
     /// The kernel's.
     pub fn revoke(&mut self, selection: &Selection) -> io::Result<RevokedPart> {
         self.drain_table_events()?;
-        self.shut("revoked", |door, grant| selection.covers(door.source, &grant.user))?;
+        self.shut("revoked", |door, hold| selection.covers(door.source, &hold.user))?;
         self.forget_begun();
         self.gate.check()?; // or it is not done
         Ok(self.revoked(selection, Instant::now()))
-    }
-
-    fn take_table_back(&mut self) -> io::Result<()> {
-        self.drain_table_events()?;
-        let loss = self.loss;
-        self.is_loading = false;
-        // The loading itself has deleted rules, and added them. What others have changed meanwhile is another loss.
-        let unmended = self.take_unmended();
-        if unmended == Loss::Nothing {
-            self.loss = Loss::Nothing;
-            if loss == Loss::Doors {
-                self.ledger.mark_all();
-            }
-            self.ledger.resume();
-        } else {
-            self.lose(unmended);
-            self.ask_for_load();
-        }
-        self.drain_table_events()
     }
 
     /// What doors have let in must not come again: those who knocked are revoked, or others may have loaded it.
@@ -510,8 +295,8 @@ impl Reconciler {
 
     fn shut_what_policy_forbids(&mut self) -> io::Result<()> {
         let (policy, now, unix_now) = (self.policy.clone(), Instant::now(), unix_now());
-        self.ledger.remove_members(|grant, member| policy.adds(&grant.user, &grant.service, &member.set));
-        self.shut("shut", |door, grant| !policy.still_permits(door, grant, now, unix_now))
+        self.ledger.remove_members(|hold, member| policy.adds(&hold.user, &hold.service, &member.set));
+        self.shut("shut", |door, hold| !policy.still_permits(door, hold, now, unix_now))
     }
 
     /// Puts a policy in force, and shuts what it does not uphold.
@@ -531,36 +316,15 @@ impl Reconciler {
     }
 
     /// Takes grants back; what others hold open stays open.
-    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Grant) -> bool) -> io::Result<()> {
+    fn shut(&mut self, how: &str, is_meant: impl Fn(&Door, &Hold) -> bool) -> io::Result<()> {
         let (gone, now) = (self.ledger.remove(is_meant), Instant::now());
-        for (Door { source, port, .. }, Grant { user, service, until, .. }) in &gone {
+        for (Door { source, port, .. }, Hold { user, service, until, .. }) in &gone {
             if *until > now {
                 info!(%user, %service, %source, %port, "{how}");
             }
         }
         self.past.add(&gone, now);
         self.settle()
-    }
-
-    /// Looks what the administrator's sets take; tells which are missing or cannot be used, before somebody knocks.
-    fn look_at_sets(&mut self) {
-        self.layouts.clear();
-        for set in self.policy.clone().sets() {
-            if let Err(error) = self.layout(set)
-                && self.gate.check().is_ok()
-            {
-                warn!(hint = SETS_HINT, "who knocks is not added: {error}");
-            }
-        }
-    }
-
-    fn layout(&mut self, set: &SetName) -> Result<Layout, SetError> {
-        if let Some(layout) = self.layouts.get(set) {
-            return Ok(*layout);
-        }
-        let layout = self.gate.layout(set)?;
-        self.layouts.insert(set.clone(), layout);
-        Ok(layout)
     }
 
     /// Doors of those who were revoked, but for what others hold open, and all that it takes to end what began there.
@@ -577,25 +341,9 @@ impl Reconciler {
         self.policy.services.get(service).is_some_and(|opening| opening.kill)
     }
 
-    /// What a user's source is in the administrator's sets, as long as this door is open.
-    fn members_of(&mut self, user: &Name, door: &Door) -> Vec<Member> {
-        let sets = self.policy.users.get(user).map(|allowance| allowance.add_to.clone()).unwrap_or_default();
-        let mut members = Vec::new();
-        for set in sets {
-            match self.layout(&set) {
-                Ok(layout) => members.extend(set.member(layout, door)),
-                Err(error) if self.gate.check().is_ok() && self.not_added.is_first() => {
-                    warn!(%user, source = %door.source, hint = SETS_HINT, "not added: {error}");
-                }
-                Err(_) => {}
-            }
-        }
-        members
-    }
-
     /// Doors are to be open for the time of a grant, as the next settling has it.
-    pub fn grant(&mut self, granted: verify::Grant) {
-        let verify::Grant { user, service, source, ports, open_for, once, bound, token, .. } = granted;
+    pub fn grant(&mut self, granted: Grant) {
+        let Grant { user, service, source, ports, open_for, once, bound, token, .. } = granted;
         for port in ports {
             let now = Instant::now();
             let seconds = self.policy.users.get(&user).map_or(0, |allowance| allowance.time(open_for, unix_now()));
@@ -608,7 +356,7 @@ impl Reconciler {
             let (members, kill) = (self.members_of(&user, &door), self.kills(&service));
             let (user, service, asked) = (user.clone(), service.clone(), Some(seconds));
             let (token, spent, waits) = (Some(token), false, true);
-            self.open(door, Grant { user, service, until, bound, token, kill, spent, members, asked, waits });
+            self.open(door, Hold { user, service, until, bound, token, kill, spent, members, asked, waits });
         }
     }
 
@@ -623,11 +371,11 @@ impl Reconciler {
         }
     }
 
-    /// A door is to be open for the time of this grant.
-    fn open(&mut self, door: Door, grant: Grant) {
-        let (Door { source, port, .. }, Grant { user, service, .. }) = (door, &grant);
+    /// A door is to be open for the time of this hold.
+    fn open(&mut self, door: Door, hold: Hold) {
+        let (Door { source, port, .. }, Hold { user, service, .. }) = (door, &hold);
         let [user, service] = [user, service].map(Clone::clone);
-        if !self.ledger.insert(door, grant) {
+        if !self.ledger.insert(door, hold) {
             self.figures.not_opened = self.figures.not_opened.saturating_add(1);
             if self.not_opened.is_first() {
                 warn!(%user, %service, %source, %port, "not granted: too many doors are open");
@@ -635,21 +383,21 @@ impl Reconciler {
         }
     }
 
-    /// What there is to tell.
-    pub fn part(&mut self) -> DoorsPart {
+    /// The doors that are open, where so many knocks were over their user's rate; packets that the gate has seen, and those of
+    /// them that never came here.
+    pub fn doors(&mut self, over_rate: u64) -> (Doors, u64, u64) {
         self.gate.call(&[Command::Count]).ok(); // it has counted on
-        let door = |(door, grant, left): (&Door, &Grant, Duration)| LiveDoor {
+        let door = |(door, hold, left): (&Door, &Hold, Duration)| LiveDoor {
             source: door.source,
             port: door.port,
             once: door.once,
-            user: grant.user.clone(),
-            service: grant.service.clone(),
+            user: hold.user.clone(),
+            service: hold.service.clone(),
             seconds_left: left.as_secs(),
         };
         let Figures { opened, not_opened, .. } = self.figures;
-        let doors = self.ledger.live(Instant::now()).map(door).collect();
-        let (seen, lost) = (self.gate.last().seen, self.gate.last().lost);
-        DoorsPart { seen, lost, opened, not_opened, doors, is_cut: false }
+        let open = self.ledger.live(Instant::now()).map(door).collect();
+        (Doors { opened, not_opened, over_rate, open }, self.gate.last().seen, self.gate.last().lost)
     }
 
     /// Looks after what runs out by itself, and tells what was counted. Call it a few times a second.
@@ -664,7 +412,7 @@ impl Reconciler {
         }
         self.last_tick = (now, unix_now);
         let closed = self.ledger.forget(now);
-        for (Door { source, port, .. }, Grant { user, service, .. }) in &closed {
+        for (Door { source, port, .. }, Hold { user, service, .. }) in &closed {
             if self.policy.log_closings {
                 info!(target: CLOSING, %user, %service, %source, %port, "closed");
             } else {

@@ -1,5 +1,7 @@
 //! What the daemon tells of itself, in postcard's encoding.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
@@ -15,129 +17,187 @@ use crate::verify::{Floor, Reason};
 /// Bytes that are told at most.
 pub const ROOM: usize = 4 << 20;
 
-/// How the daemon is. Times are seconds.
+/// How the daemon is, as `knockq status --json` prints it. Times are Unix seconds, numbers since the daemon's start.
 #[derive(Serialize, Deserialize)]
-pub struct DaemonPart {
+pub struct Status {
+    /// The daemon's. The first field, so that a client of another version can read it, and nothing else.
+    pub version: String,
     /// Since the daemon was ready.
-    pub uptime: u64,
+    pub uptime_seconds: u64,
     /// How many may knock.
     pub users: usize,
     /// For how many services.
     pub services: usize,
+    /// The last reload.
+    pub reloaded: Option<Reloaded>,
     /// The table.
     pub table: Table,
-    /// The queue, as the kernel has it; `None` if the kernel does not tell.
-    pub queue: Option<Queue>,
-    /// Unix time of the last reload, and whether the configuration was taken.
-    pub reloaded: Option<(u64, bool)>,
-    /// A configuration was refused because the disk does not answer.
-    pub waits_for_disk: bool,
+    /// What came.
+    pub syns: Syns,
+    /// What became of it.
+    pub packets: BTreeMap<Reason, u64>,
+    /// What was opened.
+    pub doors: Doors,
+    /// Who has knocked, those first who did last.
+    pub knocks: Vec<Knocks>,
+    /// The counters' way to the disk.
+    pub store: StoreHealth,
+    /// The server's clock, and what is told of clients'.
+    pub clock: ClockHealth,
+    /// More was to be told than there is room for.
+    pub is_cut: bool,
+}
+
+/// A reload of the configuration.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// When.
+    pub at: u64,
+    /// Whether it was put in force.
+    pub taken: bool,
 }
 
 /// The state of the table.
 #[derive(Serialize, Deserialize)]
 pub struct Table {
-    /// The daemon loads it, not the host's nftables.conf.
-    pub is_managed: bool,
+    /// Who loads it.
+    pub mode: TableMode,
     /// It is what it should be, as far as the daemon has heard.
-    pub is_right: bool,
+    pub right: bool,
     /// The kernel lets nobody else change or flush it.
-    pub is_owned: bool,
-    /// Seconds until it is taken away unless somebody confirms it.
-    pub trial: Option<u64>,
+    pub owned: bool,
+    /// Until it is taken away unless somebody confirms it.
+    pub trial_seconds_left: Option<u64>,
+}
+
+/// Who loads the table.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TableMode {
+    /// The daemon.
+    Managed,
+    /// The host's nftables.conf.
+    External,
+}
+
+/// SYNs to the ports that are watched.
+#[derive(Serialize, Deserialize)]
+pub struct Syns {
+    /// Taken from the queue.
+    pub seen: u64,
+    /// The queue's number, and what the kernel tells of it, if it does.
+    pub queue: Option<u16>,
+    /// Those that wait there for the gate.
+    pub waiting: Option<u64>,
+    /// Those that the kernel dropped: too many waited, or the gate's socket had no room.
+    pub dropped_by_kernel: Option<u64>,
+    /// Those that the engine never saw, for it is slower than they come.
+    pub dropped_by_relay: u64,
 }
 
 /// A line of `/proc/net/netfilter/nfnetlink_queue`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Queue {
-    /// Its number.
-    pub number: u16,
     /// Packets that wait for the gate.
     pub waiting: u64,
-    /// Packets that the kernel dropped because too many waited.
-    pub dropped_full: u64,
-    /// Packets that the kernel dropped because the gate's socket had no room.
-    pub dropped_unsent: u64,
+    /// Packets that the kernel dropped because too many waited, or because the gate's socket had no room.
+    pub dropped: u64,
 }
 
-/// What there is to tell of knocks. Times are Unix seconds.
-#[derive(Default, Serialize, Deserialize)]
-pub struct KnocksPart {
-    /// Packets by their end, in the order of [`Reason::ALL`].
-    pub packets: Vec<u64>,
-    /// Who has knocked.
-    pub users: Vec<(Name, Seen)>,
-    /// How many knocks the index expects.
-    pub expected: usize,
-    /// Those who have so many wrong tags that only clocks within a few seconds count.
-    pub narrowed: Vec<Name>,
-    /// The counters' way to the disk.
-    pub store: StoreHealth,
-    /// The floor that no token up to is taken.
-    pub floor: Floor,
-    /// Times that the clock has jumped.
-    pub jumps: u64,
-    /// When it did last, and by how many seconds: forward, or back where it is less than none.
-    pub last_jump: Option<(u64, i64)>,
-    /// More was to be told than there is room for.
-    pub is_cut: bool,
-}
-
-impl KnocksPart {
-    /// How many packets ended how.
-    pub fn counts(&self) -> impl Iterator<Item = (Reason, u64)> {
-        Reason::ALL.into_iter().zip(self.packets.iter().copied().chain(std::iter::repeat(0)))
-    }
+/// What was opened.
+#[derive(Serialize, Deserialize)]
+pub struct Doors {
+    /// Doors opened or renewed.
+    pub opened: u64,
+    /// Doors that could not be opened.
+    pub not_opened: u64,
+    /// Knocks beyond their user's share of `grants_per_minute`.
+    pub over_rate: u64,
+    /// Doors that are open by now.
+    pub open: Vec<LiveDoor>,
 }
 
 /// The last that came of a user's knocks.
-#[derive(Clone, Default, Serialize, Deserialize)]
-pub struct Seen {
-    /// The last knock that opened something: when, from where, for which service.
-    pub granted: Option<(u64, IpAddr, Name)>,
-    /// The last that did not: when, from where, why.
-    pub refused: Option<(u64, Option<IpAddr>, Reason)>,
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Knocks {
+    /// Whose.
+    pub user: Name,
+    /// The last knock that opened something.
+    pub granted: Option<LastGrant>,
+    /// The last that did not.
+    pub refused: Option<LastRefusal>,
 }
 
-/// How counters get to the disk. Times are Unix seconds.
+/// The last knock of a user's that opened something.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct LastGrant {
+    /// When.
+    pub at: u64,
+    /// From where.
+    pub source: IpAddr,
+    /// What for.
+    pub service: Name,
+}
+
+/// The last knock of a user's that opened nothing.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct LastRefusal {
+    /// When.
+    pub at: u64,
+    /// From where, if that could be read.
+    pub source: Option<IpAddr>,
+    /// Why.
+    pub reason: Reason,
+    /// What can be done about it.
+    pub hint: Option<Cow<'static, str>>,
+}
+
+impl LastRefusal {
+    /// Of a packet that ended so.
+    pub fn new(at: u64, source: Option<IpAddr>, reason: Reason) -> Self {
+        Self { at, source, reason, hint: reason.explanation().map(Cow::Borrowed) }
+    }
+}
+
+/// How counters get to the disk.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 pub struct StoreHealth {
+    /// Counters can be written, and knocks are accepted.
+    pub ok: bool,
+    /// The disk answers.
+    pub answers: bool,
+    /// No knocks are accepted until then: the store is in doubt.
+    pub in_doubt_until: Option<u64>,
     /// When some were last written.
     pub written: Option<u64>,
     /// Since when they cannot be.
-    pub failing: Option<u64>,
+    pub failing_since: Option<u64>,
     /// Claims that wait for the disk.
     pub waiting: usize,
     /// Since when there are any.
     pub waiting_since: Option<u64>,
 }
 
-/// What there is to tell of doors.
+/// What clocks do.
 #[derive(Serialize, Deserialize)]
-pub struct DoorsPart {
-    /// Packets taken from the queue.
-    pub seen: u64,
-    /// Those that the engine never saw, for it is slower than they come.
-    pub lost: u64,
-    /// Doors opened or renewed.
-    pub opened: u64,
-    /// Doors that could not be opened.
-    pub not_opened: u64,
-    /// Doors that are open by now.
-    pub doors: Vec<LiveDoor>,
-    /// More are open than there is room for.
-    pub is_cut: bool,
+pub struct ClockHealth {
+    /// The kernel calls this machine's clock synchronized.
+    pub synchronized: bool,
+    /// Times that it has jumped.
+    pub jumps: u64,
+    /// When it did last.
+    pub last_jump: Option<LastJump>,
+    /// Those who have so many wrong tags that only clocks within a few seconds count.
+    pub narrowed: Vec<Name>,
 }
 
-/// All of it.
-#[derive(Serialize, Deserialize)]
-pub struct Status {
-    /// Of itself.
-    pub daemon: DaemonPart,
-    /// Of knocks.
-    pub knocks: KnocksPart,
-    /// Of doors.
-    pub doors: DoorsPart,
+/// A jump of the clock.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct LastJump {
+    /// When.
+    pub at: u64,
+    /// Forward, or back where it is less than none.
+    pub seconds: i64,
 }
 
 /// A door that is open.
@@ -167,7 +227,7 @@ pub struct RefusedPart {
     /// The floor that no token up to was taken.
     pub floor: Floor,
     /// Who has knocked.
-    pub users: Vec<(Name, Seen)>,
+    pub knocks: Vec<Knocks>,
     /// There was no room for all of it.
     pub is_cut: bool,
 }
@@ -191,30 +251,23 @@ pub trait Part: Serialize {
     fn halve(&mut self);
 }
 
-impl Part for KnocksPart {
-    fn halve(&mut self) {
-        self.users.truncate(self.users.len() / 2);
-        self.narrowed.truncate(self.narrowed.len() / 2);
-        self.is_cut = true;
-    }
-}
-
 impl Part for RefusedPart {
     fn halve(&mut self) {
         self.accepted.truncate(self.accepted.len() / 2);
-        self.users.truncate(self.users.len() / 2);
+        self.knocks.truncate(self.knocks.len() / 2);
         self.is_cut = true;
     }
 }
 
 impl Part for Status {
     fn halve(&mut self) {
-        if self.doors.doors.len() > 1024 {
-            self.doors.doors.truncate(self.doors.doors.len() / 2);
-            self.doors.is_cut = true;
+        if self.doors.open.len() > 1024 {
+            self.doors.open.truncate(self.doors.open.len() / 2);
         } else {
-            self.knocks.halve();
+            self.knocks.truncate(self.knocks.len() / 2);
+            self.clock.narrowed.truncate(self.clock.narrowed.len() / 2);
         }
+        self.is_cut = true;
     }
 }
 
@@ -249,7 +302,7 @@ impl Queue {
         let lines = listing.lines().map(|line| line.split_whitespace().map_while(|field| field.parse().ok()));
         lines.map(Iterator::collect::<Vec<u64>>).find_map(|fields| match *fields.as_slice() {
             [queue, _, waiting, _, _, dropped_full, dropped_unsent, ..] if queue == u64::from(number) => {
-                Some(Self { number, waiting, dropped_full, dropped_unsent })
+                Some(Self { waiting, dropped: dropped_full.saturating_add(dropped_unsent) })
             }
             _ => None,
         })
@@ -258,18 +311,18 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use super::{KnocksPart, Queue, Seen, encode};
+    use super::{Floor, Knocks, Queue, RefusedPart, encode};
 
     #[test]
     fn what_does_not_fit_is_cut_and_said_to_be() {
-        let name = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
+        let user = |user: usize| format!("{user}{}", "x".repeat(58)).parse().unwrap();
         for (users, is_cut) in [(3, false), (100_000, true)] {
-            let users = (0..users).map(|user| (name(user), Seen::default())).collect::<Vec<_>>();
-            let count = users.len();
-            let bytes = encode(KnocksPart { users, ..KnocksPart::default() });
-            let read: KnocksPart = postcard::from_bytes(&bytes).unwrap();
+            let knocks = (0..users).map(|number| Knocks { user: user(number), granted: None, refused: None });
+            let (records, accepted, floor) = (Vec::new(), Vec::new(), Floor::default());
+            let part = RefusedPart { records, accepted, floor, knocks: knocks.collect(), is_cut: false };
+            let read: RefusedPart = postcard::from_bytes(&encode(part)).unwrap();
             assert_eq!(read.is_cut, is_cut);
-            assert!(if is_cut { (10_000..count).contains(&read.users.len()) } else { read.users.len() == count });
+            assert!(if is_cut { (10_000..users).contains(&read.knocks.len()) } else { read.knocks.len() == users });
         }
     }
 
@@ -277,7 +330,7 @@ mod tests {
     fn the_kernels_line_of_a_queue_is_understood() {
         let listing =
             " 4096    999     1 2   126     8     9       21  1\n 4097  16170     5 2   126     6     7       21  1\n";
-        let queue = Queue { number: 4097, waiting: 5, dropped_full: 6, dropped_unsent: 7 };
+        let queue = Queue { waiting: 5, dropped: 13 };
         assert_eq!(Queue::of_listing(listing, 4097), Some(queue));
         assert_eq!(Queue::of_listing(listing, 1), None);
         assert_eq!(Queue::of_listing("4097 x\n", 4097), None);

@@ -13,7 +13,7 @@ use rustix::fs::fstat;
 use thiserror::Error;
 
 use crate::crypto::PublicKey;
-use crate::verify::{Floor, Ledger, Reservation};
+use crate::verify::{CounterLog, Floor, Reservation};
 
 mod origin;
 mod pages;
@@ -324,7 +324,7 @@ impl OldStore {
     }
 }
 
-impl Ledger for Store {
+impl CounterLog for Store {
     type Error = StoreError;
 
     fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), StoreError> {

@@ -150,9 +150,8 @@ impl Visitors {
 
     /// Tells how the daemon is. Half of the time is for knocks, whoever asks.
     pub(super) fn tell(&mut self, Reader { stream, place }: Reader, status: Status) {
-        let version = postcard::to_stdvec(env!("CARGO_PKG_VERSION")).unwrap_or_default();
         tokio::spawn(async move {
-            write(stream, [version, encode(status)].concat()).await;
+            write(stream, encode(status)).await;
             drop(place);
         });
         let now = Instant::now();

@@ -43,8 +43,8 @@ pub(super) enum Work {
 
 /// What came of it.
 pub(super) enum Done {
-    /// The disk took a batch of claims, or did not.
-    Recorded(Result<Vec<Recorded>, Vec<Refusal>>),
+    /// The disk took a batch of claims, or did not: then with their packets.
+    Recorded(Result<Vec<Recorded>, Vec<(Refusal, Vec<u8>)>>),
     /// What the new settings make; the verifier knows no more of the past than the store does; or there can be none.
     Prepared(Option<Box<Prepared>>),
 }
@@ -134,7 +134,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn record(&mut self, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<Refusal>> {
+    fn record(&mut self, batch: Vec<Claim>) -> Result<Vec<Recorded>, Vec<(Refusal, Vec<u8>)>> {
         match log::suspect(CHANGED, || Claim::record(batch, &mut self.store)) {
             Ok(recorded) => {
                 if self.cannot_write.is_over() {

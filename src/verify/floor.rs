@@ -27,7 +27,7 @@ impl Floor {
     /// That no knocks are accepted at this time, if so: a token's counter is its client's clock.
     pub fn shut(self, now: u64) -> Option<Shut> {
         let until = self.0?.saturating_add(1);
-        self.covers(now).then_some(Shut { until, is_soon: until.saturating_sub(now) <= SOON })
+        self.covers(now).then_some(Shut::new(until, now))
     }
 }
 
@@ -39,6 +39,13 @@ pub struct Shut {
     /// The day need not be told.
     #[serde(skip)]
     is_soon: bool,
+}
+
+impl Shut {
+    /// Told at this time.
+    pub const fn new(until: u64, now: u64) -> Self {
+        Self { until, is_soon: until.saturating_sub(now) <= SOON }
+    }
 }
 
 impl fmt::Display for Shut {

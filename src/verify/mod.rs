@@ -18,5 +18,5 @@ pub use floor::{Floor, Shut};
 pub use index::{Candidate, Index};
 pub use reason::Reason;
 pub use registry::{Key, KnockknockProfile, Registry, Secrets, Service, SourcePolicy, User};
-pub use replay::{Counters, Fresh, Ledger, Reservation};
+pub use replay::{CounterLog, Counters, Fresh, Reservation};
 pub use verifier::{Claim, Decision, Grant, Recorded, Refusal, Verifier, Withdrawal};

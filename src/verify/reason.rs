@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::packet::NotSyn;
 
 /// The one end of every packet. Counters and logs are made of these and of nothing else.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// A header was cut off.

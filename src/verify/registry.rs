@@ -115,12 +115,6 @@ pub struct User {
 }
 
 impl User {
-    /// For how many seconds a knock of theirs opens a service: until they expire at most, so that no door has to be shut then.
-    pub fn time_for(&self, service: &Service, now: u64) -> u32 {
-        let left = self.expires.map(|expiry| u32::try_from(expiry.saturating_sub(now)).unwrap_or(u32::MAX));
-        [self.open_for, left].into_iter().flatten().fold(service.open_for, u32::min)
-    }
-
     /// The counter that counts as the last accepted one, where this one was: what a knockknock profile's entry says counts too.
     pub fn last(&self, accepted: Option<u64>) -> Option<u64> {
         match &self.secrets {

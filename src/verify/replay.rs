@@ -26,7 +26,7 @@ impl Reservation {
 }
 
 /// Where last counters are kept for ever.
-pub trait Ledger {
+pub trait CounterLog {
     /// Why a write failed.
     type Error;
 
@@ -37,17 +37,17 @@ pub trait Ledger {
     fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), Self::Error>;
 }
 
-/// Proof that a counter was accepted and is durable. Only a [`Ledger`]'s success makes one.
+/// Proof that a counter was accepted and is durable. Only a [`CounterLog`]'s success makes one.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Fresh(Reservation);
 
 impl Fresh {
-    /// Records a batch in the ledger.
+    /// Records a batch in the log.
     ///
     /// # Errors
-    /// The ledger's: then none of the counters has any effect as long as this process lives.
-    pub fn record<L: Ledger>(batch: Vec<Reservation>, ledger: &mut L) -> Result<Vec<Self>, L::Error> {
-        ledger.record(batch.iter())?;
+    /// The log's: then none of the counters has any effect as long as this process lives.
+    pub fn record<L: CounterLog>(batch: Vec<Reservation>, log: &mut L) -> Result<Vec<Self>, L::Error> {
+        log.record(batch.iter())?;
         Ok(batch.into_iter().map(Self).collect())
     }
 
@@ -83,17 +83,17 @@ struct Sighting {
 }
 
 impl Counters {
-    /// Starts from what the ledger holds.
+    /// Starts from what the log holds.
     pub fn new(last: HashMap<PublicKey, u64>) -> Self {
         Self { last, ..Self::default() }
     }
 
-    /// The same, where the ledger may have forgotten counters of tokens.
+    /// The same, where the log may have forgotten counters of tokens.
     pub const fn set_floor(&mut self, floor: Floor) {
         self.floor = floor;
     }
 
-    /// Up to where the ledger may have forgotten counters of tokens.
+    /// Up to where the log may have forgotten counters of tokens.
     pub const fn floor(&self) -> Floor {
         self.floor
     }
@@ -103,7 +103,7 @@ impl Counters {
         self.floor.covers(n) && self.last(client) < Some(n) && !self.recent.contains_key(&(*client, n))
     }
 
-    /// Takes over every sighting, and what is known of the keys that still count: more than the ledger may know, for what
+    /// Takes over every sighting, and what is known of the keys that still count: more than the log may know, for what
     /// could not be made durable is taken all the same.
     pub fn inherit(&mut self, before: Self, counts: impl Fn(&PublicKey) -> bool) {
         for (client, n) in before.last.into_iter().filter(|(client, _)| counts(client)) {
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn a_counter_that_was_seen_stays_taken_when_its_user_is_removed_and_comes_back() {
         let (own, opened) = opened();
-        // The disk was full: no ledger knows the counter.
+        // The disk was full: no log knows the counter.
         let mut counters = Counters::default();
         counters.reserve(own.public(), &opened, SOURCE, 7, true).unwrap();
         let mut removed = Counters::default();

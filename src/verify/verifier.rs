@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use super::shares::Shares;
 use super::tries::Tries;
 use super::{
-    Candidate, Counters, Floor, Fresh, Index, Key, Ledger, Reason, Registry, Reservation, Secrets, Service,
+    Candidate, CounterLog, Counters, Floor, Fresh, Index, Key, Reason, Registry, Reservation, Secrets, Service,
     SourcePolicy, User, knockknock,
 };
 use crate::crypto::{Binding, KnockKey, Opened, PublicKey};
 use crate::packet::Syn;
-use crate::service::{Name, Port};
+use crate::service::{Name, Port, open_for};
 
 /// Seconds either way that count for a key while it has many wrong tags.
 const NARROW: u64 = 5;
@@ -43,6 +43,8 @@ pub struct Refusal {
 pub struct Claim {
     knock: Knock,
     reservation: Reservation,
+    /// What bore it.
+    packet: Vec<u8>,
 }
 
 /// A claim whose counter is durable.
@@ -50,6 +52,8 @@ pub struct Claim {
 pub struct Recorded {
     knock: Knock,
     fresh: Fresh,
+    /// What bore it.
+    pub packet: Vec<u8>,
 }
 
 /// What is known of a knock when its counter is taken.
@@ -117,24 +121,33 @@ impl Knock {
 }
 
 impl Claim {
-    /// Gives it up, for its counter cannot be made durable; it stays taken.
-    pub fn give_up(&self) -> Refusal {
-        self.knock.not_durable()
+    /// Gives it up, for its counter cannot be made durable; it stays taken. Also what bore it.
+    pub fn give_up(self) -> (Refusal, Vec<u8>) {
+        (self.knock.not_durable(), self.packet)
     }
 
     /// Makes the counters of a batch durable.
     ///
     /// # Errors
-    /// The refusals of the whole batch, and the ledger's error: none of it has any effect as long as this process lives.
-    pub fn record<L: Ledger>(batch: Vec<Self>, ledger: &mut L) -> Result<Vec<Recorded>, (Vec<Refusal>, L::Error)> {
-        let (knocks, reservations): (Vec<_>, Vec<_>) =
-            batch.into_iter().map(|claim| (claim.knock, claim.reservation)).unzip();
-        match Fresh::record(reservations, ledger) {
-            Ok(fresh) => Ok(knocks.into_iter().zip(fresh).map(|(knock, fresh)| Recorded { knock, fresh }).collect()),
-            Err(error) => Err((knocks.iter().map(Knock::not_durable).collect(), error)),
+    /// The refusals of the whole batch with their packets, and the log's error: none of it has any effect as long as this process
+    /// lives.
+    pub fn record<L: CounterLog>(batch: Vec<Self>, log: &mut L) -> Result<Vec<Recorded>, NotRecorded<L::Error>> {
+        let batch = batch.into_iter().map(|claim| (claim.reservation, (claim.knock, claim.packet)));
+        let (reservations, knocks): (Vec<_>, Vec<_>) = batch.unzip();
+        match Fresh::record(reservations, log) {
+            Ok(fresh) => {
+                let recorded = |((knock, packet), fresh)| Recorded { knock, fresh, packet };
+                Ok(knocks.into_iter().zip(fresh).map(recorded).collect())
+            }
+            Err(error) => {
+                Err((knocks.into_iter().map(|(knock, packet)| (knock.not_durable(), packet)).collect(), error))
+            }
         }
     }
 }
+
+/// What became of a batch that is not durable, packet by packet, and why it is not.
+type NotRecorded<E> = (Vec<(Refusal, Vec<u8>)>, E);
 
 impl Refusal {
     const fn of(reason: Reason, user: Option<Name>, source: Option<IpAddr>) -> Self {
@@ -144,14 +157,14 @@ impl Refusal {
 
 impl Grant {
     fn new(recorded: &Recorded, user: &User, service: &Service, now: u64) -> Option<Self> {
-        let Recorded { knock: Knock { opened, source, refused }, fresh } = recorded;
+        let Recorded { knock: Knock { opened, source, refused }, fresh, .. } = recorded;
         let is_of_one_knock = opened.n() == fresh.n() && *fresh.client() == user.public_key;
         (is_of_one_knock && refused.is_none() && opened.port() == service.selector).then(|| Self {
             user: user.name.clone(),
             service: service.name.clone(),
             source: *source,
             ports: service.ports.clone(),
-            open_for: user.time_for(service, now),
+            open_for: open_for(service.open_for, user.open_for, user.expires, now),
             once: service.once,
             bound: opened.binding() != Binding::Unbound,
             token: number(opened.n()),
@@ -280,7 +293,7 @@ impl Verifier {
             Err(shape) => return Decision::Refused(Refusal::of(shape.into(), None, None)),
         };
         match self.find(&syn, now) {
-            Ok((user, knock)) => self.accept(user, knock, now),
+            Ok((user, knock)) => self.accept(user, knock, packet, now),
             Err(Miss { refusal, wrong_tags }) => {
                 wrong_tags.iter().for_each(|(client, n)| self.tries.count(client, *n, now));
                 Decision::Refused(refusal)
@@ -302,7 +315,7 @@ impl Verifier {
     }
 
     fn grant(&mut self, recorded: &Recorded, now: u64) -> Result<Grant, Reason> {
-        let Recorded { knock: Knock { opened, source, refused }, fresh } = recorded;
+        let Recorded { knock: Knock { opened, source, refused }, fresh, .. } = recorded;
         let user = self.places.get(fresh.client()).and_then(|&place| self.registry.users.get(place));
         let user = user.ok_or(Reason::NotPermitted)?;
         refused.map_or(Ok(()), Err)?;
@@ -396,7 +409,7 @@ impl Verifier {
     }
 
     /// The counter rule, on a token whose tag held: it is spent, whatever it is refused for.
-    fn accept(&mut self, place: usize, knock: Knock, now: u64) -> Decision {
+    fn accept(&mut self, place: usize, knock: Knock, packet: &[u8], now: u64) -> Decision {
         let Knock { opened, source, refused } = knock;
         let Some(user) = self.registry.users.get(place) else {
             return Decision::Refused(Refusal::of(Reason::NotPermitted, None, Some(source)));
@@ -422,7 +435,8 @@ impl Verifier {
                     self.counters.occupy(&key, at);
                     self.index.count(place, n.saturating_add(1));
                 }
-                return Decision::Claimed(Claim { knock: Knock { refused, ..knock }, reservation });
+                let packet = packet.to_vec();
+                return Decision::Claimed(Claim { knock: Knock { refused, ..knock }, reservation, packet });
             }
             Err(reason) => refused.unwrap_or(reason),
         };

@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::lab::{Capture, Family, Lab, eventually, hex, succeeds};
+use crate::lab::{self, Capture, Family, Lab, eventually, hex, succeeds};
 use crate::proxy::{Proxy, Target, talks};
 use crate::{raw_socket, send_raw};
 
@@ -146,7 +146,7 @@ fn an_ancestors_server_opens_for_one_knock_after_the_other_and_for_no_copy_of_on
     let lab = lab();
     let server = Ancestor::start(&lab);
     assert!(!lab.alice.reaches(server_address(), 22));
-    let capture = Capture::start(&lab, &lab.alice, "eth0", "tcp");
+    let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
     let sent = lab.knockq(&lab.alice, &["send", "server"]);
     succeeds(&sent);
     assert_eq!(String::from_utf8_lossy(&sent.stderr), "Knocked at server (10.77.1.1) for ssh; count 17\n");
@@ -211,7 +211,7 @@ fn knocks_that_are_lost_do_no_harm_until_they_are_twenty_and_then_the_count_is_n
     let confirmed = lab.knockq(&lab.alice, &["send", "server", "--wait"]);
     succeeds(&confirmed);
     assert!(String::from_utf8_lossy(&confirmed.stderr).contains("ssh of server is open at 10.77.1.1"));
-    assert_eq!(server.said(), [opened(22, 1000)]);
+    assert_eq!(server.wait_for(1), [opened(22, 1000)]);
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn connect_knocks_at_an_ancestors_server_once_more_where_the_knock_is_lost() {
     let server = Ancestor::start_with(&lab, 1);
     let connected = lab.knockq(&lab.alice, &["connect", "server", "22", "--timeout", "1m"]);
     assert_eq!(succeeds(&connected), "welcome to 22\n");
-    assert_eq!(server.said(), ["lost 10.77.1.2".to_owned(), opened(22, 18)]);
+    assert_eq!(server.wait_for(2), ["lost 10.77.1.2".to_owned(), opened(22, 18)]);
 }
 
 #[test]

@@ -189,7 +189,7 @@ fn a_gate_on_trial_goes_also_if_the_daemon_ends_while_it_starts() {
     for pause in [0, 50] {
         let lab = Lab::new();
         let mut daemon = Daemon::spawn_with(&lab, &["--try", "1h"], &[]);
-        eventually("the gate", || lab.server.sh("nft list tables").contains("inet knockq"));
+        eventually("the gate", || lab.server.sh("nft list ruleset").contains("@guarded"));
         thread::sleep(Duration::from_millis(pause));
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.end(), Some(1), "{}", daemon.log());
@@ -202,7 +202,7 @@ fn a_gate_on_trial_goes_unless_it_is_confirmed() {
     for (confirms, ends) in [(false, "in time"), (false, "early"), (true, "early")] {
         let lab = Lab::new();
         let config = lab.config().display().to_string();
-        let mut daemon = Daemon::spawn_with(&lab, &["--try", if ends == "in time" { "4s" } else { "1h" }], &[]);
+        let mut daemon = Daemon::spawn_with(&lab, &["--try", if ends == "in time" { "20s" } else { "1h" }], &[]);
         daemon.wait_for("knockq: ready");
         daemon.wait_for("hint=\"knockq confirm\"");
         for family in FAMILIES {
@@ -218,7 +218,7 @@ fn a_gate_on_trial_goes_unless_it_is_confirmed() {
             daemon.signal(Signal::SIGTERM);
         }
         assert_eq!(daemon.end(), Some(i32::from(!confirms)), "{}", daemon.log());
-        assert!(start.elapsed() < Duration::from_secs(40));
+        assert!(start.elapsed() < Duration::from_secs(120));
         assert_eq!(daemon.log().contains("not confirmed: the gate is taken away"), !confirms, "{}", daemon.log());
         for family in FAMILIES {
             assert_eq!(lab.alice.reaches(family.server(), 22), !confirms);

@@ -14,7 +14,7 @@ use crate::lab::{Daemon, FAMILIES, Family, Lab, eventually, knockq};
 
 #[test]
 fn stopping_leaves_open_doors_to_their_timeouts_and_the_gate_shut() {
-    let lab = Lab::with("open_for = \"12s\"");
+    let lab = Lab::with("open_for = \"30s\"");
     let daemon = lab.start();
     for family in FAMILIES {
         lab.knock(family, &[]);

@@ -1,7 +1,7 @@
 //! What a knock opens, for whom, and for how long.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use knockq::crypto::KnockPorts;
@@ -144,8 +144,11 @@ fn a_second_knock_renews_the_time() {
         thread::sleep(Duration::from_secs(3));
         let before = seconds_left(&lab.door(family.alice(), 22).expect("still open"));
         assert!(before < first, "{before} {first}");
-        lab.knock(family, &[]);
-        eventually("renewal", || lab.door(family.alice(), 22).is_some_and(|door| seconds_left(&door) > before));
+        // On a machine that is held up, one may come when the door is as old as before.
+        eventually("renewal", || {
+            lab.knock(family, &[]);
+            lab.door(family.alice(), 22).is_some_and(|door| seconds_left(&door) > before)
+        });
         let element = lab.door(family.alice(), 22).unwrap();
         assert!(element.contains("comment \"alice ssh "), "{element}");
     }
@@ -153,7 +156,7 @@ fn a_second_knock_renews_the_time() {
 
 #[test]
 fn a_user_whose_tokens_must_be_bound_and_come_from_home_is_held_to_it() {
-    let lab = Lab::with("open_for = \"3s\"");
+    let lab = Lab::with("open_for = \"1h\"");
     let entry = lab.config().with_file_name("users.d").join("alice.toml");
     let text = fs::read_to_string(&entry).unwrap();
     fs::write(&entry, format!("{text}source = \"bound\"\nfrom = [\"10.77.1.0/24\", \"fd77:1::/64\"]\n")).unwrap();
@@ -258,7 +261,7 @@ fn a_door_with_less_than_a_millisecond_left_closes_like_any_other() {
 fn a_service_of_several_ports_and_transports_opens_and_shuts_as_one() {
     let lab = Lab::network();
     lab.configure(
-        "[services.mesh]\nports = [\"tcp/22\", \"udp/5000\", \"tcp/25\", \"udp/22\"]\nopen_for = \"4s\"\n\
+        "[services.mesh]\nports = [\"tcp/22\", \"udp/5000\", \"tcp/25\", \"udp/22\"]\nopen_for = \"20s\"\n\
          [services.other]\nports = [\"udp/6000\"]\n",
     );
     lab.add_user("alice", &["mesh"]);
@@ -277,8 +280,14 @@ fn a_service_of_several_ports_and_transports_opens_and_shuts_as_one() {
             let mut buffer = [0; 16];
             while socket.recv(&mut buffer).is_ok() {}
             sender.send_to(b"hello", SocketAddr::new(server, socket.local_addr().unwrap().port())).unwrap();
-            thread::sleep(Duration::from_millis(50));
-            socket.recv(&mut buffer).is_ok()
+            let start = Instant::now();
+            loop {
+                let is_heard = socket.recv(&mut buffer).is_ok();
+                if is_heard || start.elapsed() > Duration::from_millis(500) {
+                    break is_heard;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
         });
         let over_tcp = [22, 25].map(|port| lab.alice.reaches(family.server(), port));
         [over_tcp.as_slice(), &over_udp].concat()

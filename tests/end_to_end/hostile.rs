@@ -32,7 +32,7 @@ const LINES: usize = 64 + 20;
 
 #[test]
 fn a_flood_of_hostile_bytes_opens_nothing_fills_no_memory_and_no_log_and_hinders_no_knock() {
-    let lab = Lab::with("open_for = \"3s\"");
+    let lab = Lab::with("open_for = \"10s\"");
     let (daemon, start) = (lab.start(), Instant::now());
     let packets = FAMILIES.map(|family| packets(&lab, family));
     flood(&lab, &packets, || thread::sleep(Duration::from_millis(500))); // what is allocated once is there

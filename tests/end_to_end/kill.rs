@@ -9,7 +9,6 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessag
 use netlink_packet_netfilter::conntrack::ConntrackMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
-use nix::sys::signal::Signal;
 
 use crate::lab::{FAMILIES, Family, Host, Lab, PATIENCE, eventually, succeeds};
 use crate::observers::forged;
@@ -82,7 +81,6 @@ fn a_connection_ends_with_its_door_while_the_daemon_is_dead() {
         lab.wait_for_door(family.alice(), 7000);
         service.connect(&lab.alice, family)
     });
-    daemon.signal(Signal::SIGKILL);
     daemon.kill();
     assert!(connections.iter().all(goes_on), "the doors are open");
     for (family, ends) in FAMILIES.iter().zip(&connections) {

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
-use crate::lab::{Capture, FAMILIES, Family, Host, Lab, echoes, eventually, succeeds};
+use crate::lab::{self, Capture, FAMILIES, Family, Host, Lab, echoes, eventually, succeeds};
 use crate::tcp_offset;
 
 /// Bytes from the start of the TCP header.
@@ -107,6 +107,12 @@ fn number(packet: &[u8], offset: usize) -> u32 {
 
 fn mss(packet: &[u8]) -> u32 {
     number(packet, MSS) >> 16
+}
+
+/// A TCP segment that is not of the guarded port.
+fn is_knock(packet: &[u8]) -> bool {
+    let ports = &packet[tcp_offset(packet)..];
+    lab::is_tcp(packet) && ![&ports[..2], &ports[2..4]].contains(&&22_u16.to_be_bytes()[..])
 }
 
 #[test]
@@ -263,7 +269,7 @@ fn a_knock_passes_where_all_but_its_eight_bytes_is_rewritten_and_nowhere_else() 
             "tcp flags syn tcp window set 8192",
         ],
     );
-    let capture = Capture::start(&lab, &lab.server, "eth2", "tcp and not port 22");
+    let capture = Capture::start(&lab.server, "eth2", is_knock);
     for family in FAMILIES {
         lab.knock_lets_in(&client, &["server", family.flag()], family.server(), own(family));
     }
@@ -320,8 +326,8 @@ fn through_nat64_a_knock_opens_the_door_for_the_gateways_ipv4_address_unless_it_
     let [well_known, operators] = [well_known, operators].map(|address| address.parse().unwrap());
     let seen = Family::V4.mallory();
 
-    let captures = [(&client, "eth0"), (&lab.server, "eth2")]
-        .map(|(host, interface)| Capture::start(&lab, host, interface, "tcp and not port 22"));
+    let captures =
+        [(&client, "eth0"), (&lab.server, "eth2")].map(|(host, interface)| Capture::start(host, interface, is_knock));
     let said = lab.knock_lets_in(&client, &["well-known"], well_known, seen);
     assert!(said.contains("not bound"), "{said}");
     let [before, after] = captures.map(Capture::packets);

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::lab::{Capture, FAMILIES, Family, Lab, hex, succeeds};
+use crate::lab::{self, Capture, FAMILIES, Family, Lab, hex, succeeds};
 use crate::{source, tcp_offset};
 
 /// A closed port: the server's kernel answers with RST, so a connection is one SYN as well.
@@ -127,7 +127,7 @@ fn source_ports_have_the_parity_of_the_kernels() {
         lab.alice.sysctl("net/ipv4/ip_local_port_range", range);
         lab.alice.sysctl("net/ipv4/tcp_fastopen", fast_open);
         for family in FAMILIES {
-            let capture = Capture::start(&lab, &lab.alice, "eth0", "tcp");
+            let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
             for _ in 0..SAMPLES {
                 lab.knock(family, &[]);
                 assert!(!lab.alice.reaches(family.server(), CLOSED));
@@ -192,7 +192,7 @@ fn strict_knocks_if_and_only_if_the_timestamps_on_the_wire_do_not_follow_one_clo
 
 /// By the SYNs of two connections to one host: within the time between them, or anywhere?
 fn the_wire_shows_one_clock(lab: &Lab, family: Family) -> bool {
-    let capture = Capture::start(lab, &lab.alice, "eth0", "tcp");
+    let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
     let start = Instant::now();
     for port in [CLOSED, CLOSED + 1] {
         assert!(!lab.alice.reaches(family.server(), port));
@@ -208,7 +208,7 @@ fn the_wire_shows_one_clock(lab: &Lab, family: Family) -> bool {
 
 /// What `send` says; it must fail, and no packet leaves.
 fn is_refused(lab: &Lab, family: Family, more: &[&str]) -> String {
-    let capture = Capture::start(lab, &lab.alice, "eth0", "tcp");
+    let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
     let output = lab.knockq(&lab.alice, &[&["send", "server", family.flag()], more].concat());
     assert_eq!(output.status.code(), Some(1));
     let packets = capture.packets();
@@ -218,7 +218,7 @@ fn is_refused(lab: &Lab, family: Family, more: &[&str]) -> String {
 
 /// A knock and the SYN of a connection, as they leave.
 fn both(lab: &Lab, family: Family) -> [Vec<u8>; 2] {
-    let capture = Capture::start(lab, &lab.alice, "eth0", "tcp");
+    let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
     succeeds(&lab.knockq(&lab.alice, &["send", "server", family.flag()]));
     assert!(!lab.alice.reaches(family.server(), CLOSED));
     let mut packets = capture.packets();

@@ -149,10 +149,11 @@ fn the_knock_ports_may_change_and_the_include_file_follows() {
 #[test]
 fn no_knock_is_lost_while_the_configuration_is_read_again() {
     let lab = Lab::with("open_for = \"1h\"");
+    lab.set("window = \"10m\"");
     let daemon = lab.start();
     let ports = KnockPorts::new([20_000..=21_023]).unwrap();
     let key = lab.alice_key();
-    let mut next = unix_now() - 40;
+    let mut next = unix_now() - 300;
     for family in FAMILIES {
         let persona = persona(family == Family::V4);
         let is_over = AtomicBool::new(false);

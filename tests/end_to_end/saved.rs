@@ -7,7 +7,7 @@ use crate::lab::{FAMILIES, Family, Lab, echoes, eventually, succeeds};
 use crate::seconds_left;
 
 /// Long enough to be saved, on a slow machine too.
-const SHORT: &str = "20s";
+const SHORT: &str = "40s";
 
 /// A table that nobody owns, as before Linux 6.9; doors of both kinds; sets of the administrator's.
 fn lab(open_for: &str) -> Lab {

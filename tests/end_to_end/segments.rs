@@ -35,7 +35,7 @@ const GUARDED: u16 = 22;
 const SOURCE_PORT: u16 = 40_000;
 
 /// Time in which a segment has come, been answered, and the answer heard.
-const SETTLED: Duration = Duration::from_millis(40);
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// Longer than the server's FIN_WAIT2 lasts, or what is half open there, or a door that is `brief`.
 const DOZE: Duration = Duration::from_millis(1_700);

@@ -67,6 +67,7 @@ fn a_table_that_somebody_deletes_is_back_at_once_with_its_open_doors() {
 #[test]
 fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_of_them() {
     let lab = Lab::with("open_for = \"1h\"");
+    lab.set("window = \"10m\"");
     let daemon = lab.start();
     let key = lab.alice_key();
     let ports = KnockPorts::new([20_000..=21_023]).unwrap();
@@ -82,7 +83,7 @@ fn a_table_that_is_deleted_under_a_flood_with_many_doors_open_is_back_with_all_o
     };
     // Each from an address of its own. Telling of 128 would overflow a socket's usual buffer.
     let doors = 110_u8;
-    let first = unix_now() - 50;
+    let first = unix_now() - 300;
     lab.alice.enter(|| {
         let socket = raw_socket(Family::V4);
         for place in 0..doors {

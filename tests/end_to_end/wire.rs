@@ -8,25 +8,31 @@ use std::time::Duration;
 use knockq::crypto::{Binding, KnockPorts};
 use knockq::packet::Flow;
 
-use crate::lab::{Capture, FAMILIES, Family, Lab, eventually, hex, refused};
+use crate::lab::{self, Capture, FAMILIES, Family, Lab, eventually, hex, refused};
 use crate::recorded::persona;
 use crate::{UntilDropped, raw_socket, send_raw, source, tcp_offset, unix_now};
+
+/// Without the SYNs that the kernel sends again after a second, where a test is held up for as long.
+fn once(mut packets: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    packets.dedup_by_key(|packet| packet[tcp_offset(packet)..][..8].to_vec()); // ports and sequence number
+    packets
+}
 
 #[test]
 fn one_knock_is_one_packet_and_nothing_answers_it_nor_any_other_syn_there() {
     let lab = Lab::new();
     let _daemon = lab.start();
     for family in FAMILIES {
-        let capture = Capture::start(&lab, &lab.alice, "eth0", "tcp");
+        let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
         lab.knock(family, &[]);
         lab.wait_for_door(family.alice(), 22);
         let packets = capture.packets();
         assert_eq!(packets.len(), 1, "{packets:02x?}");
 
         // a SYN without a knock, to a knock port: the same silence
-        let capture = Capture::start(&lab, &lab.alice, "eth0", "tcp");
+        let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
         assert!(!lab.alice.reaches(family.server(), 20_000));
-        let packets = capture.packets();
+        let packets = once(capture.packets());
         let from_alice = packets.iter().filter(|packet| source(packet) == family.alice()).count();
         assert_eq!((from_alice, packets.len()), (1, 1), "{packets:02x?}");
     }
@@ -37,9 +43,9 @@ fn a_knock_is_all_that_leaves_and_a_reset_is_met_with_silence() {
     let lab = Lab::new();
     for family in FAMILIES {
         // Everything but the search for neighbours, and that for multicast groups behind its hop-by-hop header.
-        let everything = "not arp and not icmp6 and not (ip6[6] = 0)";
+        let everything = |packet: &[u8]| packet[0] >> 4 == 4 || !matches!(packet[6], 0 | 58);
         let sides = [(&lab.alice, "eth0"), (&lab.server, "eth1"), (&lab.server, "eth2")];
-        let captures = sides.map(|(host, interface)| Capture::start(&lab, host, interface, everything));
+        let captures = sides.map(|(host, interface)| Capture::start(host, interface, everything));
         lab.knock(family, &[]);
         thread::sleep(Duration::from_millis(1500)); // a SYN would be sent again after one second
         let [left, arrived, elsewhere] = captures.map(Capture::packets);
@@ -56,10 +62,10 @@ fn the_syn_of_a_knock_is_the_kernels_own_but_for_what_is_random() {
     let lab = Lab::new();
     let _daemon = lab.start();
     for family in FAMILIES {
-        let capture = Capture::start(&lab, &lab.alice, "eth0", "tcp");
+        let capture = Capture::start(&lab.alice, "eth0", lab::is_tcp);
         lab.knock(family, &[]);
         assert!(!lab.alice.reaches(family.server(), 20_000));
-        let packets = capture.packets();
+        let packets = once(capture.packets());
         let [knock, genuine] = packets.as_slice() else { panic!("{packets:02x?}") };
         assert_eq!(constant_part(knock), constant_part(genuine));
         let port = |packet: &[u8]| packet[tcp_offset(packet) + 1] & 1;

@@ -9,7 +9,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -21,10 +21,12 @@ use std::time::{Duration, Instant};
 
 use knockq::serve::store::{Store, StoreFloor};
 use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{self, LinkAddr, SockFlag, SockProtocol, SockType};
 use nix::unistd::Pid;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{self, Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, bind, connect, listen, shutdown, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
@@ -301,9 +303,9 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A server that guards ssh (22) for 6 s and mail (25); alice may open ssh alone. Web (80) is not guarded.
+    /// A server that guards ssh (22) for 10 s and mail (25); alice may open ssh alone. Web (80) is not guarded.
     pub fn new() -> Self {
-        Self::with("open_for = \"6s\"")
+        Self::with("open_for = \"10s\"")
     }
 
     /// The same, with other settings for ssh.
@@ -521,8 +523,12 @@ impl Daemon {
             children.split_whitespace().find(is_role).map(|pid| Pid::from_raw(pid.parse().unwrap()))
         };
         let of = |role: &str| {
-            eventually(role, || find(role).is_some());
-            find(role).unwrap()
+            let mut found = None;
+            eventually(role, || {
+                found = find(role);
+                found.is_some()
+            });
+            found.unwrap()
         };
         [("root", Pid::from_raw(root.cast_signed())), ("gate", of("gate")), ("engine", of("engine"))]
     }
@@ -605,53 +611,43 @@ impl Drop for Scratch {
     }
 }
 
-/// What tcpdump saw on one interface.
+/// What crosses one interface, either way: the kernel keeps it until somebody asks, whatever else runs.
 pub struct Capture {
-    child: Child,
-    file: PathBuf,
+    socket: OwnedFd,
+    interface: usize,
+    is_wanted: fn(&[u8]) -> bool,
 }
 
 impl Capture {
-    pub fn start(lab: &Lab, host: &Host, interface: &str, filter: &str) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let file = lab.directory.path.join(format!("{number}.pcap"));
-        let errors = lab.directory.path.join(format!("{number}.tcpdump"));
-        let stderr = File::create(&errors).unwrap();
-        let child = host.enter(|| {
-            let mut command = Command::new("tcpdump");
-            command.args(["--immediate-mode", "-U", "-Z", "root", "-i", interface, "-w"]).arg(&file).arg(filter);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap()
-        });
-        let start = Instant::now();
-        while !fs::read_to_string(&errors).unwrap().contains("listening on") {
-            assert!(start.elapsed() < PATIENCE, "tcpdump: {}", fs::read_to_string(&errors).unwrap());
-            thread::sleep(Duration::from_millis(20));
-        }
-        Self { child, file }
+    /// Of IP packets, those that are wanted.
+    pub fn start(host: &Host, interface: &str, is_wanted: fn(&[u8]) -> bool) -> Self {
+        host.enter(|| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let family = socket::AddressFamily::Packet;
+            let socket = socket::socket(family, SockType::Datagram, flags, SockProtocol::EthAll).unwrap();
+            sockopt::set_socket_recv_buffer_size_force(&socket, 8 << 20).unwrap();
+            let interface = usize::try_from(if_nametoindex(interface).unwrap()).unwrap();
+            Self { socket, interface, is_wanted }
+        })
     }
 
     /// Ends the capture; the packets from the IP header on.
-    pub fn packets(mut self) -> Vec<Vec<u8>> {
+    pub fn packets(self) -> Vec<Vec<u8>> {
         thread::sleep(Duration::from_millis(300));
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        self.child.wait().unwrap();
-        parse_pcap(&self.file)
+        let (mut packets, mut bytes) = (Vec::new(), vec![0; 1 << 16]);
+        while let Ok((length, Some(from))) = socket::recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut bytes) {
+            let packet = &bytes[..length];
+            let is_ip = [libc::ETH_P_IP, libc::ETH_P_IPV6].contains(&u16::from_be(from.protocol()).into());
+            if is_ip && from.ifindex() == self.interface && (self.is_wanted)(packet) {
+                packets.push(packet.to_vec());
+            }
+        }
+        packets
     }
 }
 
-/// The classic pcap format over Ethernet: a file header of 24 bytes, a record header of 16, a frame header of 14.
-fn parse_pcap(file: &Path) -> Vec<Vec<u8>> {
-    let bytes = fs::read(file).unwrap();
-    let mut rest = bytes.get(24..).unwrap_or_default();
-    let mut packets = Vec::new();
-    while let Some((header, more)) = rest.split_at_checked(16) {
-        let length = u32::from_le_bytes(header[8..12].try_into().unwrap());
-        let (frame, more) = more.split_at(usize::try_from(length).unwrap());
-        packets.push(frame[14..].to_vec());
-        rest = more;
-    }
-    packets
+pub fn is_tcp(packet: &[u8]) -> bool {
+    packet[if packet[0] >> 4 == 4 { 9 } else { 6 }] == 6
 }
 
 /// The port answers with a reset.

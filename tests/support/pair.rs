@@ -11,8 +11,8 @@ use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Pu
 use knockq::packet::Flow;
 use knockq::service::{Name, Port};
 use knockq::verify::{
-    Claim, Decision, Grant, Ledger, Reason, Recorded, Refusal, Registry, Reservation, Secrets, Service, SourcePolicy,
-    User, Verifier,
+    Claim, CounterLog, Decision, Grant, Reason, Recorded, Refusal, Registry, Reservation, Secrets, Service,
+    SourcePolicy, User, Verifier,
 };
 
 use crate::recorded::persona;
@@ -25,10 +25,10 @@ pub struct Client {
     pub key: KnockKey,
 }
 
-/// A server whose ledger is a map.
+/// A server whose counter log is a map.
 pub struct Server {
     pub verifier: Verifier,
-    pub ledger: Memory,
+    pub log: Memory,
     pub registry: Registry,
 }
 
@@ -38,7 +38,7 @@ pub struct Memory {
     pub is_full: bool,
 }
 
-impl Ledger for Memory {
+impl CounterLog for Memory {
     type Error = &'static str;
 
     fn record<'a>(&mut self, batch: impl Iterator<Item = &'a Reservation>) -> Result<(), &'static str> {
@@ -124,7 +124,7 @@ pub fn world(count: usize, edit: impl Fn(usize, &mut User)) -> (Server, Vec<Clie
         users,
     };
     let verifier = Verifier::new(registry.clone(), &HashMap::new(), NOW);
-    (Server { verifier, ledger: Memory::default(), registry }, clients)
+    (Server { verifier, log: Memory::default(), registry }, clients)
 }
 
 pub struct Knock<'a> {
@@ -199,9 +199,9 @@ impl Server {
     }
 
     pub fn record(&mut self, claim: Claim) -> Result<Recorded, Reason> {
-        Claim::record(vec![claim], &mut self.ledger)
+        Claim::record(vec![claim], &mut self.log)
             .map(|mut recorded| recorded.remove(0))
-            .map_err(|(refusals, _)| refusals[0].reason)
+            .map_err(|(refusals, _)| refusals[0].0.reason)
     }
 
     pub fn settle(&mut self, recorded: &Recorded, now: u64) -> End {
@@ -211,14 +211,14 @@ impl Server {
         }
     }
 
-    /// The configuration is edited and read again: what the verifier has learnt goes over, the rest is in the ledger.
+    /// The configuration is edited and read again: what the verifier has learnt goes over, the rest is in the log.
     pub fn reload(&mut self, now: u64, edit: impl FnOnce(&mut Registry)) {
         edit(&mut self.registry);
-        self.verifier.replace_with(Verifier::new(self.registry.clone(), &self.ledger.last, now));
+        self.verifier.replace_with(Verifier::new(self.registry.clone(), &self.log.last, now));
     }
 
-    /// What a new process knows: the configuration and what the ledger kept.
+    /// What a new process knows: the configuration and what the log kept.
     pub fn restart(&mut self, now: u64) {
-        self.verifier = Verifier::new(self.registry.clone(), &self.ledger.last, now);
+        self.verifier = Verifier::new(self.registry.clone(), &self.log.last, now);
     }
 }

@@ -59,7 +59,7 @@ pub(super) fn table(config: &ServerConfig, path: &Path) -> Finding {
 
 /// A gate that goes away by itself, if this one does.
 pub(super) fn trial(config: &ServerConfig) -> Option<Finding> {
-    let left = ask_daemon(config)?.daemon.table.trial?;
+    let left = ask_daemon(config)?.table.trial_seconds_left?;
     let message = format!("the gate is on trial: in {} it is gone, and guarded ports are open to all", time_left(left));
     Some(Finding::note("trial", message).hint("when a knock has let you in: knockq confirm"))
 }

@@ -8,7 +8,7 @@ use crate::cli::init::host_addresses;
 use crate::client::host::{Key, ProfileService, TokenProfile};
 use crate::config::{Seconds, ServerConfig};
 use crate::crypto::PublicKey;
-use crate::service::Name;
+use crate::service::{Name, open_for};
 
 /// Whom a profile is for.
 pub(super) struct Holder<'a> {
@@ -38,7 +38,7 @@ pub(super) fn profile(config: &ServerConfig, holder: &Holder<'_>) -> Result<Toke
     }
     let services = config.services.iter().filter(|service| allowed.contains(&service.name)).map(|service| {
         let (selector, ports, once) = (service.selector, service.ports.clone(), service.once);
-        let open_for = Some(cap.unwrap_or(Seconds(u32::MAX)).min(Seconds(service.open_for)));
+        let open_for = Some(Seconds(open_for(service.open_for, cap.map(|cap| cap.0), None, 0)));
         (service.name.clone(), ProfileService { selector, ports, open_for, once })
     });
     Ok(TokenProfile {

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Profile, ProfileError, ProfileService, lacking, write};
-use crate::client::{Home, HomeError, count};
+use crate::client::issued::Counts;
+use crate::client::{Home, HomeError};
 use crate::config::secure_file::{self, Privacy};
 use crate::crypto::knockknock::Secrets;
 use crate::service::{HostAddress, Name};
@@ -85,7 +86,7 @@ impl KnockknockProfile {
     /// The next knock's count, as far as it can be told: 2^32 when all are used.
     pub fn next_count(&self, home: &Home) -> Option<u64> {
         let stand_in = home.secrets(&self.knockknock.key_file).ok()?.stand_in().ok()?;
-        let next = count::next(&home.counters(), &stand_in).ok()?;
+        let next = Counts::next(&home.counters(), &stand_in).ok()?;
         Some(next.max(self.knockknock.counter.into()))
     }
 

@@ -13,6 +13,7 @@ use crate::serve::channel::Message;
 use crate::serve::clock::unix_now;
 use crate::serve::control::Reply;
 use crate::serve::handover;
+use crate::serve::report::Reloaded;
 use crate::serve::visitors::Asker;
 use crate::serve::writer::{Prepared, Work};
 
@@ -67,7 +68,7 @@ pub(super) struct Reload {
     /// The other thread has settings that it could not yet prepare, because the disk does not answer.
     pub(super) waits_for_disk: bool,
     /// When the configuration was last read again, in Unix seconds, and whether it was taken.
-    pub(super) last: Option<(u64, bool)>,
+    pub(super) last: Option<Reloaded>,
     /// The table is not what it should be, and it is for others to load it: when to look again.
     pub(super) look: Option<Instant>,
     /// Times that root was told to load the table, and has not yet.
@@ -118,26 +119,15 @@ impl Process {
                 }
                 self.reload_once_more()
             }
+            Step::Checking(_) if !self.reconciler.owns_table() && !is_right(listed)? => {
+                let file = &self.outline.include_file;
+                let hint = format!("knockq ruleset --output {file}; load nftables.conf; reload again");
+                let why = "table inet knockq is not there, or not that of this configuration (ruleset = \"external\")";
+                self.refuse_reload(why, &hint)
+            }
             Step::Checking(settings) => {
-                if !self.reconciler.owns_table() && !is_right(listed)? {
-                    let file = &self.outline.include_file;
-                    let hint = format!("knockq ruleset --output {file}; load nftables.conf; reload again");
-                    return self.refuse_reload(
-                        "table inet knockq is not there, or not that of this configuration (ruleset = \"external\")",
-                        &hint,
-                    );
-                }
                 self.reload.differs = !same;
-                match self.writing.work.try_send(Work::Prepare(settings)) {
-                    Ok(()) => {
-                        self.reload.step = Step::Preparing(Instant::now() + PREPARING);
-                        Ok(())
-                    }
-                    Err(mpsc::TrySendError::Full(_)) => {
-                        self.refuse_reload(WAITS_FOR_DISK, "look after the disk; then reload again")
-                    }
-                    Err(mpsc::TrySendError::Disconnected(_)) => Err(EngineError::WriterGone),
-                }
+                self.prepare(settings)
             }
             Step::Permitting => {
                 if let Some(next) = self.reload.next.take() {
@@ -163,6 +153,18 @@ impl Process {
             Step::Keeping => self.reloaded(),
             _ => Err(unexpected()),
         }
+    }
+
+    /// Has the other thread understand new settings.
+    fn prepare(&mut self, settings: OwnedFd) -> Result<(), EngineError> {
+        match self.writing.work.try_send(Work::Prepare(settings)) {
+            Ok(()) => self.reload.step = Step::Preparing(Instant::now() + PREPARING),
+            Err(mpsc::TrySendError::Full(_)) => {
+                self.refuse_reload(WAITS_FOR_DISK, "look after the disk; then reload again")?;
+            }
+            Err(mpsc::TrySendError::Disconnected(_)) => return Err(EngineError::WriterGone),
+        }
+        Ok(())
     }
 
     /// The settings were read.
@@ -209,7 +211,7 @@ impl Process {
     }
 
     fn refuse_reload(&mut self, why: &str, hint: &str) -> Result<(), EngineError> {
-        self.reload.last = Some((unix_now(), false));
+        self.reload.last = Some(Reloaded { at: unix_now(), taken: false });
         error!(hint, "not reloaded: {why}; the configuration of before stays in force");
         let message = format!("not reloaded: {why}; the configuration of before stays in force");
         self.root.send(Message::Kept, &[])?;
@@ -219,7 +221,7 @@ impl Process {
     fn reloaded(&mut self) -> Result<(), EngineError> {
         let (users, services, knock_ports) = (self.outline.users, self.outline.services, &self.outline.knock_ports);
         info!(users, services, knock_ports, "reloaded");
-        self.reload.last = Some((unix_now(), true));
+        self.reload.last = Some(Reloaded { at: unix_now(), taken: true });
         self.reconciler.warn_of_cuts(std::mem::take(&mut self.outline.connected));
         self.end_reload(|| Reply::Done)
     }

@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::{Origin, Pages, Store, StoreFloor, Suspicion};
 use crate::crypto::{Binding, KnockKey, KnockSecrets, Opened, PrivateKey, PublicKey, Side};
-use crate::verify::{Counters, Ledger, Reservation};
+use crate::verify::{CounterLog, Counters, Reservation};
 
 /// A disk writes so much whole, or not at all.
 const SECTOR: usize = 512;

@@ -72,8 +72,8 @@ fn the_log_stays_under_ten_lines_a_second_whatever_arrives() {
         }
     }
     quietly(&daemon, "a user who knocks as fast as she can", || lab.alice.enter(|| once(&bound)));
+    eventually("grants", || count(&daemon, "engine: granted") > 50);
     assert_eq!(count(&daemon, "the counters can be written again"), 1, "{}", daemon.log());
-    assert!(count(&daemon, "engine: granted") > 50, "{}", daemon.log());
     quietly(&daemon, "tokens that come from two addresses", || lab.mallory.enter(|| once(&two_sources)));
     daemon_says(&daemon, "withdrawn reason=spent_twice user=alice");
     quietly(&daemon, "knocks that were copied", || lab.mallory.enter(|| again_and_again(&replays)));
@@ -135,7 +135,9 @@ fn most_lines_in_a_second(daemon: &Daemon, is_over: &AtomicBool) -> usize {
         while seen.len() > 1 && now.duration_since(seen[0].0) > Duration::from_secs(1) {
             seen.pop_front();
         }
-        most = most.max(count - seen[0].1);
+        // What came while this thread was held up came in more than one.
+        let seconds = usize::try_from(now.duration_since(seen[0].0).as_secs()).unwrap().max(1);
+        most = most.max((count - seen[0].1).div_ceil(seconds));
         seen.push_back((now, count));
     }
     most

@@ -28,8 +28,11 @@ fn listed(lab: &Lab, family: Family) -> (String, u64) {
 fn renew(lab: &Lab, user: &str, family: Family) {
     let left = || lab.door(family.alice(), 22).map_or(0.0, |door| seconds_left(&door));
     let before = left();
-    succeeds(&lab.knockq_as(user, &lab.alice, &["send", "server", "ssh", family.flag()]));
-    eventually("more time", || left() > before);
+    // On a machine that is held up, one may come when the door is as old as before.
+    eventually("more time", || {
+        succeeds(&lab.knockq_as(user, &lab.alice, &["send", "server", "ssh", family.flag()]));
+        left() > before
+    });
 }
 
 fn stop(daemon: Daemon) {
@@ -62,7 +65,7 @@ fn grants_outlive_a_stop_and_a_kill_with_owner_and_time_and_are_renewed_and_revo
             assert_eq!(listed(&lab, family).0, "bob");
             lab.revoke(&["--user", "bob"]);
             let (user, hers) = listed(&lab, family);
-            assert!(user == "alice" && hers <= left, "her own time: {hers} {left}");
+            assert!(user == "alice" && hers <= left + 1, "her own time: {hers} {left}");
             renew(&lab, "alice", family);
             assert!(listed(&lab, family).1 > hers);
         }

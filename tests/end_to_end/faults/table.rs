@@ -78,7 +78,9 @@ fn whatever_is_taken_from_the_table_an_owned_one_answers_no_stranger_and_another
         if is_owned {
             is_without_answer(&probed);
         }
-        let is_within = |sent: &&Instant| windows.iter().any(|(_, from, to)| (*from..*to).contains(sent));
+        // A prober notes the time, and may be held up before it sends.
+        let early = |from: &Instant| *from - Duration::from_secs(2);
+        let is_within = |sent: &&Instant| windows.iter().any(|(_, from, to)| (early(from)..*to).contains(sent));
         let others = probed.answered.iter().filter(|sent| !is_within(sent)).count();
         assert_eq!(others, 0, "answered although the table was there");
         for (what, from, to) in &windows {
@@ -320,7 +322,7 @@ fn a_rule_that_somebody_adds_just_after_a_load_is_undone_as_well() {
     // It has the limits, has enforced them, has let go of the table; and may have answered the engine in between.
     let soon = || {
         let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(3) && !is_loaded() {}
+        while start.elapsed() < Duration::from_secs(10) && !is_loaded() {}
         is_loaded()
     };
     while !soon() {
@@ -387,10 +389,12 @@ fn thousands_of_doors_that_are_put_back_have_the_time_that_they_had_left() {
     if daemon_owned_the_table(&lab) {
         return;
     }
+    thread::sleep(Duration::from_secs(2)); // so that doors that began anew would have more left than the second granted below
     lab.server.sh("nft flush ruleset");
     let doors = || lab.server.sh("nft list set inet knockq open4 2>/dev/null || true");
     eventually("all doors", || doors().matches("expires").count() == usize::try_from(DOORS).unwrap());
-    let most = 3600.0 - opened.elapsed().as_secs_f64();
+    // What the gate and the kernel wait for a processor between them is not counted.
+    let most = 3600.0 - opened.elapsed().as_secs_f64() + 1.0;
     let doors = doors();
     let left = doors.split(',').filter(|door| door.contains("expires")).map(seconds_left);
     let longest = left.fold(0.0, f64::max);
