@@ -26,13 +26,6 @@ macro_rules! serde_as_text {
 }
 pub(crate) use serde_as_text;
 
-/// For how many seconds a door may stand open from now on: no longer than its service has it, than its user may, and than they have
-/// left until they expire, so that no door has to be shut then. `expires` and `now` are Unix seconds.
-pub fn open_for(service: u32, user: Option<u32>, expires: Option<u64>, now: u64) -> u32 {
-    let left = expires.map(|expiry| u32::try_from(expiry.saturating_sub(now)).unwrap_or(u32::MAX));
-    [user, left].into_iter().flatten().fold(service, u32::min)
-}
-
 /// The name of a user, a service or a host profile: `[A-Za-z0-9._-]{1,64}`, not starting with a dot or a dash,
 /// so that it is safe in a file name, an nft comment and a log line.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]

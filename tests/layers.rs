@@ -56,7 +56,10 @@ const LAYERS: &[(&str, &[&str])] = &[
             "super::watchers",
         ],
     ),
-    ("serve/policy.rs", &["service", "nft", "super::ledger"]),
+    ("serve/reconciler/found.rs", &["nft", "serve", "super::Reconciler"]),
+    ("serve/reconciler/members.rs", &["nft", "service", "super::Reconciler"]),
+    ("serve/reconciler/table.rs", &["nft", "serve", "super::Reconciler"]),
+    ("serve/policy.rs", &["service", "nft", "verify", "super::ledger"]),
     ("serve/control.rs", &["service", "super::report"]),
     ("serve/sockets.rs", &["super::control"]),
     ("serve/visitors.rs", &["super::control", "super::report", "super::watchers"]),
@@ -98,6 +101,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("serve/engine/reload.rs", &["nft", "serve", "super::unexpected"]),
+    ("serve/engine/status.rs", &["serve", "verify"]),
     (
         "serve/writer.rs",
         &[

@@ -16,7 +16,7 @@ const GATE: &str = env!("CARGO_BIN_EXE_knockq-gate");
 const CONFINEMENT: [&str; 2] = ["serve/calls.rs", "serve/sandbox.rs"];
 
 /// Lines that root and gate may have at most, each once, and lines of confinement. They only ever get fewer.
-const MOST_OF_BOTH: usize = 3823;
+const MOST_OF_BOTH: usize = 3822;
 const MOST_OF_CONFINEMENT: usize = 514;
 
 /// What Rust's own library is made of.

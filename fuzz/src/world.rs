@@ -8,8 +8,8 @@ use knockq::crypto::{Binding, KnockKey, KnockPorts, KnockSecrets, PrivateKey, Pu
 use knockq::packet::{Flow, Persona, Syn};
 use knockq::service::Port;
 use knockq::verify::{
-    Claim, Decision, Grant, CounterLog, Recorded, Registry, Reservation, Secrets, Service, SourcePolicy, User, Verifier,
-    Withdrawal,
+    Claim, CounterLog, Decision, Grant, Recorded, Registry, Reservation, Secrets, Service, SourcePolicy, User,
+    Verifier, Withdrawal,
 };
 
 use crate::Input;

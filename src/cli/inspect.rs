@@ -19,9 +19,8 @@ use crate::nft::{ElementError, Kernel, Lister, SetError, SetName};
 use crate::serve::configuration::ServeError;
 use crate::serve::engine::EngineError;
 use crate::serve::observers;
-use crate::serve::report::Status;
+use crate::serve::report::{Shut, Status};
 use crate::serve::store::{Store, StoreError};
-use crate::verify::Shut;
 
 /// Time that a daemon has to tell how it is.
 const ANSWER: Duration = Duration::from_secs(5);

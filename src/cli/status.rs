@@ -12,8 +12,7 @@ use super::{ConfigArg, print, print_json, print_view};
 use crate::client::clock;
 use crate::serve::control::ControlError;
 use crate::serve::observers;
-use crate::serve::report::{self, ClockHealth, Doors, Knocks, StoreHealth, Syns, Table, TableMode};
-use crate::verify::Shut;
+use crate::serve::report::{self, ClockHealth, Doors, Knocks, Shut, StoreHealth, Syns, Table, TableMode};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  knockq status\n  knockq status --json | jq .packets.unknown\n  \

@@ -10,6 +10,7 @@ pub mod secure_file;
 pub mod server;
 pub mod users;
 
+pub use crate::verify::open_for;
 pub use diagnostic::{ConfigError, Diagnostic};
 pub use duration::Seconds;
 pub use knockknock::Knockknock;

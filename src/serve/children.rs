@@ -73,7 +73,7 @@ impl Children {
         name: &'static str,
         messages: &[Message],
     ) -> Result<(Message, Vec<OwnedFd>), Ended> {
-        match self.next(Some(name), Some(Instant::now() + WORK))? {
+        match self.next(Some(name), Instant::now() + WORK)? {
             Some(Event::Message(_, said, descriptors)) if messages.contains(&said) => Ok((said, descriptors)),
             Some(Event::Message(process, said, _)) => Err(RootError::unasked(process, said).into()),
             Some(Event::Signal(_)) => Err(Ended::Asked),
@@ -83,7 +83,7 @@ impl Children {
     }
 
     /// Waits for the next event, `only` of this child and of a stop, if it is named; `None` when the deadline has passed.
-    pub(super) fn next(&mut self, only: Option<&str>, deadline: Option<Instant>) -> Result<Option<Event>, RootError> {
+    pub(super) fn next(&mut self, only: Option<&str>, deadline: Instant) -> Result<Option<Event>, RootError> {
         let signals = self.signals.iter().filter(|(signal, _)| only.is_none() || *signal != SIGHUP);
         let signals = signals.map(|(signal, stream)| (Source::Signal(*signal, stream), stream.as_fd()));
         let heard = self.processes.iter().filter(|child| only.is_none_or(|name| child.name == name));
@@ -148,12 +148,12 @@ enum Source<'a> {
 }
 
 /// The first of these that has something to say; `None` when the deadline has passed.
-fn first_ready(descriptors: &[BorrowedFd<'_>], deadline: Option<Instant>) -> io::Result<Option<usize>> {
+fn first_ready(descriptors: &[BorrowedFd<'_>], deadline: Instant) -> io::Result<Option<usize>> {
     let sources = descriptors.iter().map(|source| PollFd::from_borrowed_fd(*source, PollFlags::IN));
     let mut sources: Vec<PollFd<'_>> = sources.collect();
     loop {
-        let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        match poll(&mut sources, timeout.and_then(|time| Timespec::try_from(time).ok()).as_ref()) {
+        let timeout = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap_or_default();
+        match poll(&mut sources, Some(&timeout)) {
             Ok(_) => return Ok(sources.iter().position(|source| !source.revents().is_empty())),
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),

@@ -23,17 +23,13 @@ pub struct Plan {
 /// So many parts; the last may have zero bytes.
 const PARTS: usize = 5;
 
-/// Whether root loads the table.
-const MODES: [&str; 2] = ["external", "managed"];
-
 impl Plan {
     /// In sealed memory.
     ///
     /// # Errors
     /// The kernel's.
     pub fn seal(&self) -> io::Result<OwnedFd> {
-        let [external, managed] = MODES;
-        let mode = if self.is_managed { managed } else { external };
+        let mode = if self.is_managed { "managed" } else { "external" };
         let texts = [mode, &self.summary, &self.ruleset, &self.check];
         let mut bytes = texts.iter().flat_map(|text| text.bytes().chain([0])).collect::<Vec<u8>>();
         bytes.extend(&self.before);
@@ -46,18 +42,13 @@ impl Plan {
     /// When it is no sealed memory, or holds something else.
     pub fn read(memory: impl AsFd) -> io::Result<Self> {
         let bytes = handover::unseal_bytes(memory.as_fd().try_clone_to_owned()?)?;
-        let mut parts = bytes.splitn(PARTS, |byte| *byte == 0);
-        let mut part = || parts.next().map(<[u8]>::to_vec).ok_or(io::ErrorKind::InvalidData);
-        let [mode, summary, ruleset, check] = [part()?, part()?, part()?, part()?];
-        let before = part()?;
-        let text = |bytes| String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData);
-        let mode = text(mode)?;
-        let [external, managed] = MODES.map(|known| known == mode);
-        if !external && !managed {
+        let parts: Vec<&[u8]> = bytes.splitn(PARTS, |byte| *byte == 0).collect();
+        let [mode @ (b"managed" | b"external"), summary, ruleset, check, before] = *parts else {
             return Err(io::ErrorKind::InvalidData.into());
-        }
+        };
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).map_err(|_| io::ErrorKind::InvalidData);
         let [summary, ruleset, check] = [text(summary)?, text(ruleset)?, text(check)?];
-        Ok(Self { is_managed: managed, summary, ruleset, check, before })
+        Ok(Self { is_managed: mode == b"managed", summary, ruleset, check, before: before.to_vec() })
     }
 }
 

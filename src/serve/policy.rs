@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::ledger::Hold;
 use crate::nft::{Door, SetName};
-use crate::service::{Name, Port, open_for};
+use crate::service::{Name, Port};
+use crate::verify::open_for;
 
 /// Who may hold which doors.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

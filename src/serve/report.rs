@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::nft::Door;
 use crate::service::{Name, Port};
+pub use crate::verify::Shut;
 use crate::verify::explain::Record;
 use crate::verify::{Floor, Reason};
 

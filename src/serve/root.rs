@@ -17,7 +17,7 @@ use caps::Capability;
 use sd_notify::NotifyState;
 use signal_hook::consts::SIGHUP;
 
-use self::table::{DELETE, OUTDATED};
+use self::table::DELETE;
 use super::channel::Message;
 use super::children::{CONFIGURATION, Children, Event, WORK};
 pub use super::ending::RootError;
@@ -35,17 +35,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Time between two questions whether the engine lives.
 const PING: Duration = Duration::from_secs(30);
 
-/// Time that reading the configuration may take: ten thousand users take two seconds.
-const READING: Duration = WORK;
-
 /// What root needs as long as it lives: for nft, and to end a child that does not end.
 const TO_WORK: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_KILL];
 
 /// What its children need until they have become others, with less.
 const TO_START: &[Capability] = &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETPCAP];
-
-/// Where the kernel lists who has which queue, for `knockq status`.
-const QUEUES: &str = "/proc/net/netfilter/nfnetlink_queue";
 
 /// What the service manager shows while others have to load the table.
 const OPEN: &str = "table inet knockq is not what it should be, so guarded ports may be open: see the log";
@@ -164,10 +158,9 @@ impl Root {
         self.plan = Some((plan, memory));
         if is_managed {
             self.load()?;
-            let _ = nft(&["-f", "-"], OUTDATED); // it is not there, most often
         }
         self.ask_gate(Message::Loaded, &[])?;
-        let queues = File::open(QUEUES).map(OwnedFd::from); // since the gate has one
+        let queues = File::open("/proc/net/netfilter/nfnetlink_queue").map(OwnedFd::from); // since the gate has one
         self.children.tell("engine", Message::Loaded, &queues.into_iter().collect::<Vec<_>>())?;
         loop {
             match self.children.wait_for("engine", &[Message::Ready, Message::Unable, Message::Check])?.0 {
@@ -194,7 +187,7 @@ impl Root {
             self.mind_the_time()?; // each time, for what else comes may never end
             let answer = self.pinged.map_or(self.ping, |pinged| pinged + WORK);
             let deadline = [self.trial, self.reading].into_iter().flatten().fold(answer, Instant::min);
-            match self.children.next(None, Some(deadline))? {
+            match self.children.next(None, deadline)? {
                 Some(Event::Signal(SIGHUP)) => self.pass_hangup_on()?,
                 Some(Event::Signal(_)) => return Err(Ended::Asked),
                 Some(Event::Message(CONFIGURATION, Message::Ready, read)) => self.take_configuration(read)?,
@@ -318,7 +311,7 @@ impl Root {
         }
         let before = self.plan.as_ref().map(|(_, memory)| memory.try_clone()).transpose()?;
         self.start_child(CONFIGURATION, &arguments)?;
-        self.reading = Some(Instant::now() + READING);
+        self.reading = Some(Instant::now() + WORK);
         self.children.tell(CONFIGURATION, Message::Start, before.as_slice()).map_err(io::Error::other)
     }
 

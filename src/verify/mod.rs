@@ -17,6 +17,6 @@ pub mod verifier;
 pub use floor::{Floor, Shut};
 pub use index::{Candidate, Index};
 pub use reason::Reason;
-pub use registry::{Key, KnockknockProfile, Registry, Secrets, Service, SourcePolicy, User};
+pub use registry::{Key, KnockknockProfile, Registry, Secrets, Service, SourcePolicy, User, open_for};
 pub use replay::{CounterLog, Counters, Fresh, Reservation};
 pub use verifier::{Claim, Decision, Grant, Recorded, Refusal, Verifier, Withdrawal};

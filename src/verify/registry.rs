@@ -93,6 +93,13 @@ impl Secrets {
     }
 }
 
+/// For how many seconds a door may stand open from now on: no longer than its service has it, than its user may, and than they have
+/// left until they expire, so that no door has to be shut then. `expires` and `now` are Unix seconds.
+pub fn open_for(service: u32, user: Option<u32>, expires: Option<u64>, now: u64) -> u32 {
+    let left = expires.map(|expiry| u32::try_from(expiry.saturating_sub(now)).unwrap_or(u32::MAX));
+    [user, left].into_iter().flatten().fold(service, u32::min)
+}
+
 /// A user: one key pair, and what it may do.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct User {

@@ -7,11 +7,11 @@ use super::shares::Shares;
 use super::tries::Tries;
 use super::{
     Candidate, CounterLog, Counters, Floor, Fresh, Index, Key, Reason, Registry, Reservation, Secrets, Service,
-    SourcePolicy, User, knockknock,
+    SourcePolicy, User, knockknock, open_for,
 };
 use crate::crypto::{Binding, KnockKey, Opened, PublicKey};
 use crate::packet::Syn;
-use crate::service::{Name, Port, open_for};
+use crate::service::{Name, Port};
 
 /// Seconds either way that count for a key while it has many wrong tags.
 const NARROW: u64 = 5;

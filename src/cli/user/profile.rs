@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use crate::cli::failure::{CONFIGURATION, Failure};
 use crate::cli::init::host_addresses;
 use crate::client::host::{Key, ProfileService, TokenProfile};
-use crate::config::{Seconds, ServerConfig};
+use crate::config::{Seconds, ServerConfig, open_for};
 use crate::crypto::PublicKey;
-use crate::service::{Name, open_for};
+use crate::service::Name;
 
 /// Whom a profile is for.
 pub(super) struct Holder<'a> {

@@ -19,8 +19,7 @@ pub(super) const DELETE: &str = "delete table inet knockq\n";
 
 /// What of a table of before this one does not have. Not a part of the include file: kernels refuse a new chain in the transaction
 /// in which a table wakes.
-pub(super) const OUTDATED: &str =
-    "delete chain inet knockq ended\ndelete set inet knockq ended4\ndelete set inet knockq ended6\n";
+const OUTDATED: &str = "delete chain inet knockq ended\ndelete set inet knockq ended4\ndelete set inet knockq ended6\n";
 
 /// Takes away the table that is made for comparison, if it is there.
 const CLEAR: &str = "add table inet knockq_check\ndelete table inet knockq_check\n";
@@ -54,17 +53,18 @@ impl Root {
 
     /// Loads the table of what is in force, of which the gate lets go. Whoever deleted one that was loaded may be at it still.
     pub(super) fn load(&mut self) -> Result<(), Ended> {
-        let tries = if self.has_loaded { LOAD_TRIES } else { 1 };
-        let mut loaded = self.try_to_load()?;
-        for _ in 1..tries {
-            if loaded.is_ok() {
-                break;
+        let mut tries = if self.has_loaded { LOAD_TRIES } else { 1 };
+        while let Err(failed) = self.try_to_load()? {
+            tries = tries.saturating_sub(1);
+            if tries == 0 {
+                return Err(self.explain(failed.said).into());
             }
             sleep(LOAD_PAUSE);
-            loaded = self.try_to_load()?;
         }
-        self.has_loaded |= loaded.is_ok();
-        loaded.map(drop).map_err(|failed| self.explain(failed.said).into())
+        if !std::mem::replace(&mut self.has_loaded, true) {
+            let _ = nft(&["-f", "-"], OUTDATED); // it is not there, most often
+        }
+        Ok(())
     }
 
     fn try_to_load(&mut self) -> Result<Result<String, Failed>, Ended> {
