@@ -511,10 +511,9 @@ fn in_a_vrf_a_port_that_is_passed_on_is_guarded_at_the_interfaces_own_address_al
     let site = Site::new(lab);
     site.guards("published in a VRF", NEAR, site.alice(), &[]);
     let across = |family: Family| family.pick(ACROSS[0], ACROSS[1]);
-    assert!(
-        FAMILIES.iter().all(|family| talk(&site.lab.alice, across(*family), SSH)),
-        "what is documented has changed"
-    );
+    // The newest kernel (7.2) lets nothing through there.
+    let is_open = FAMILIES.map(|family| talk(&site.lab.alice, across(family), SSH));
+    assert!([[true; 2], [false; 2]].contains(&is_open), "what is documented has changed: {is_open:?}");
     // The remedy.
     site.lab.server.nft(&["delete table inet containers"]);
     publish(&site.lab.server, "fib daddr . iif type local");
